@@ -1,0 +1,361 @@
+"""The Byte Latent Transformer (arXiv 2412.09871, section 3): bytes in, patches through the large transformer, bytes out.
+
+    ids -> local encoder  (byte + n-gram hash embeddings, windowed layers)                        one state a byte
+        -> patch vectors  (pooled, then cross-attention to the patch's own bytes)                 k vectors a patch
+        -> latent transformer                                                                     one state a patch
+        -> local decoder  (cross-attention to the newest complete patch, windowed layers)         one state a byte
+        -> logits of the next byte, or of the document's end
+
+A byte belongs to one patch, so both cross-attentions are sums over segments and gathers: linear in bytes, no masks of bytes
+by patches. All sizes in a row are static, nothing is read back from the device.
+
+What this model computes is what the released weights compute (`convert_hf.py` holds it to that), at two places other than
+the paper's text: n-gram embeddings are summed without dividing by their number plus one (section 3.2.1), and each
+cross-attention's residual counts twice (2 x + attention, section 3.2.2).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import BOUNDARY
+from layers import Block, CausalPlan, RMSNorm, default_heads, documents_of, init_weights
+from rows import check_patch_lengths  # noqa: F401, the contract of this model's second argument
+from training import check, check_positive
+
+HASH_PRIME = 1_000_000_007  # base of the rolling polynomial hash
+HASH_BYTE_OFFSET, HASH_BOUNDARY, HASH_NOTHING = 4, 1, 0  # ids as the released hash numbers them
+
+
+@dataclass
+class BLTConfig:
+    # local encoder
+    encoder_layers: int = 1  # windowed transformer layers before the pooling
+    encoder_dim: int = 256  # width of the byte states
+    encoder_heads: int | None = None  # attention heads; None: heads of about 64 channels
+    ngram_sizes: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])  # bytes in the hashed n-grams
+    hash_rows: int = 16384  # rows of each n-gram size's table
+    pooling: str = "max"  # how a patch's bytes start its query: max or mean
+    cross_attn_k: int = 2  # vectors of encoder_dim that make up a patch
+    cross_attn_all_layers_encoder: bool = False  # cross-attention after every encoder layer, not the last only
+    # latent transformer
+    global_layers: int = 8  # layers over patches
+    global_dim: int = 512  # width
+    global_heads: int | None = None  # attention heads; None: heads of about 64 channels
+    # local decoder
+    decoder_layers: int = 4  # windowed transformer layers after the latent transformer
+    decoder_dim: int = 256  # width
+    decoder_heads: int | None = None  # attention heads; None: heads of about 64 channels
+    cross_attn_all_layers_decoder: bool = True  # cross-attention before every decoder layer, not the first only
+    # all
+    window: int = 512  # bytes that a byte attends to in the local layers, itself included
+    rope_theta: float = 500000.0  # base of the rotary embedding's wavelengths
+    norm_eps: float = 1e-5  # RMSNorm's epsilon
+    qk_norm: bool = False  # RMSNorm of queries and keys in self-attention
+    dropout: float = 0.0  # dropout rate
+
+    def __post_init__(self):
+        check_positive(self, "encoder_layers", "encoder_dim", "global_layers", "global_dim", "decoder_layers", "decoder_dim")
+        check_positive(self, "hash_rows", "cross_attn_k", "window", "rope_theta", "norm_eps")
+        check(self, "pooling", self.pooling in ("max", "mean"), "max or mean")
+        check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
+        good_sizes = all(isinstance(n, int) and n >= 2 for n in self.ngram_sizes) and len(set(self.ngram_sizes)) == len(self.ngram_sizes)
+        check(self, "ngram_sizes", good_sizes, "different whole numbers, 2 or more each (or empty)")
+        for part in ("encoder", "global", "decoder"):
+            heads, dim = self.heads(part), getattr(self, f"{part}_dim")
+            check(self, f"{part}_dim", heads > 0 and dim % (2 * heads) == 0, f"a multiple of 2 * {part}_heads = {2 * heads}")
+
+    def heads(self, part):
+        """Attention heads of 'encoder', 'global' or 'decoder'."""
+        return getattr(self, f"{part}_heads") or default_heads(getattr(self, f"{part}_dim"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patches as segments
+
+
+class PatchMap:
+    """Which patch each byte is pooled into and which it reads: integer maps made once per forward.
+
+    Worked example: lengths 1, 2, 3 over 6 ids, the last of them only a target. Patches of the ids: 0 1 1 2 2 2. The encoder
+    pools the inputs as 0 1 1 2 2; input t reads the newest patch that is complete before id t + 1: 0 0 1 1 1.
+
+    A boundary inside a row may stand at the end of the last document's patch (that the document ends there is nothing a
+    patch may tell). Such a patch then belongs to the new document: the bytes before the boundary are left out of it. No byte
+    of the old document reads it.
+    """
+
+    def __init__(self, patch_lengths_BP, documents_BT):
+        B, P = patch_lengths_BP.shape
+        T = documents_BT.shape[1]
+        self.P = P
+        ends_BP = patch_lengths_BP.cumsum(dim=1)
+        places = torch.arange(T + 1, device=ends_BP.device).expand(B, T + 1).contiguous()
+        patch_of_id = torch.searchsorted(ends_BP, places, right=True).clamp_(max=P - 1)
+        last_input_BP = (ends_BP - 1).clamp(0, T - 1)
+        self.documents_BP = documents_BT.gather(1, last_input_BP)
+        pooled_into = patch_of_id[:, :T]
+        is_left_out = self.documents_BP.gather(1, pooled_into) != documents_BT
+        # Slot P of each row takes the bytes that are left out, and is dropped.
+        row = torch.arange(B, device=ends_BP.device)[:, None]
+        self.pool = (pooled_into.masked_fill(is_left_out, P) + row * (P + 1)).flatten()
+        self.pool_slots = B * (P + 1)
+        self.read = ((patch_of_id[:, 1:] - 1).clamp_(min=0) + row * P).flatten()
+
+    def sum(self, x_NF):
+        """Sum over each patch's bytes: [B * T, F] -> [B * (P + 1), F]."""
+        return x_NF.new_zeros(self.pool_slots, x_NF.shape[1]).index_add(0, self.pool, x_NF)
+
+    def max(self, x_NF, empty=0.0):
+        """Maximum over each patch's bytes: [B * T, F] -> [B * (P + 1), F]; `empty` for patches without bytes."""
+        index = self.pool[:, None].expand_as(x_NF)
+        out = x_NF.new_full((self.pool_slots, x_NF.shape[1]), empty)
+        return out.scatter_reduce(0, index, x_NF, "amax", include_self=False)
+
+    def drop_left_out(self, x_NF):
+        """[B * (P + 1), ...] -> [B, P, ...] without the slots of left-out bytes."""
+        return x_NF.unflatten(0, (-1, self.P + 1))[:, :-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embeddings
+
+
+def hash_ngrams(ids_BT, documents_BT, sizes, rows):
+    """Row of each n-gram size's table for the n-gram that ends at each id: int64 [B, T, number of sizes] (section 3.2.1).
+
+    hash = (sum over i of id[t-n+1+i] * prime ** i, in wrapping 64-bit arithmetic) mod rows: the oldest byte has prime ** 0. Ids are
+    numbered as in the released code (byte b as b + 4, the boundary as 1) and are 0 before the document's boundary.
+    """
+    numbered = torch.where(ids_BT == BOUNDARY, HASH_BOUNDARY, ids_BT + HASH_BYTE_OFFSET)
+    longest = max(sizes)
+    shifted = []  # shifted[j]: the id j places back, 0 outside the document
+    for back in range(longest):
+        ids = F.pad(numbered, (back, 0), value=HASH_NOTHING)[:, : ids_BT.shape[1]]
+        documents = F.pad(documents_BT, (back, 0), value=-1)[:, : ids_BT.shape[1]]
+        shifted.append(ids.masked_fill(documents != documents_BT, HASH_NOTHING))
+    hashes = []
+    for n in sizes:
+        total = torch.zeros_like(ids_BT)
+        for i in range(n):
+            total = total + shifted[n - 1 - i] * _wrapped_power(i)
+        hashes.append(total.remainder(rows))
+    return torch.stack(hashes, dim=-1)
+
+
+def _wrapped_power(exponent):
+    """HASH_PRIME ** exponent as a signed 64-bit number."""
+    return (HASH_PRIME**exponent + 2**63) % 2**64 - 2**63
+
+
+class HashEmbedding(nn.Module):
+    """Sum of an embedding per n-gram size, all sizes' tables in one weight [sizes * rows, D], read in one fused lookup."""
+
+    def __init__(self, sizes, rows, dim):
+        super().__init__()
+        self.sizes, self.rows = tuple(sizes), rows
+        self.tables = nn.EmbeddingBag(len(self.sizes) * rows, dim, mode="sum")
+        self.register_buffer("first_row", torch.arange(len(self.sizes)) * rows, persistent=False)
+
+    def forward(self, ids_BT, documents_BT):
+        indices = hash_ngrams(ids_BT, documents_BT, self.sizes, self.rows) + self.first_row
+        return self.tables(indices.flatten(0, 1)).unflatten(0, ids_BT.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross-attention
+
+
+class CrossAttention(nn.Module):
+    """Projections and norms of both cross-attentions (section 3.2.2): no positions, no biases, norms before both sides."""
+
+    def __init__(self, dim, n_heads, norm_eps):
+        super().__init__()
+        self.n_heads = n_heads
+        self.query_norm, self.key_norm = RMSNorm(dim, norm_eps), RMSNorm(dim, norm_eps)
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+
+    def project(self, queries, keys):
+        """Normalised projections, heads split off: [..., D] -> [..., H, K] for q, k and v."""
+        keys = self.key_norm(keys)
+        q, k, v = self.wq(self.query_norm(queries)), self.wk(keys), self.wv(keys)
+        return [x.unflatten(-1, (self.n_heads, -1)) for x in (q, k, v)]
+
+
+class EncoderCrossAttention(CrossAttention):
+    """Each patch's k vectors attend to the patch's own bytes: a softmax over segments."""
+
+    def forward(self, patches_BPkD, bytes_BTD, patch_map):
+        q, key, value = self.project(patches_BPkD, bytes_BTD)
+        B, P, k, H, K = q.shape
+        # Every byte meets the k queries of its own patch; a left-out byte those of a row of zeros.
+        q = F.pad(q.flatten(2), (0, 0, 0, 1)).flatten(0, 1).index_select(0, patch_map.pool).view(-1, k, H, K)
+        key, value = key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None].float()
+        scores = (q * key).sum(-1, dtype=torch.float32).flatten(1) * K**-0.5  # [B * T, k * H]
+        highest = patch_map.max(scores.detach()).index_select(0, patch_map.pool)
+        weights = (scores - highest).exp()
+        total = patch_map.sum(weights)
+        summed = patch_map.sum((weights.view(-1, k, H, 1) * value).flatten(1))
+        attended = summed.view(-1, k, H, K) / total.view(-1, k, H, 1).clamp(min=1e-30)
+        attended = patch_map.drop_left_out(attended).flatten(3)
+        return 2 * patches_BPkD + self.wo(attended.to(key.dtype))
+
+
+class DecoderCrossAttention(CrossAttention):
+    """Each byte attends to the k vectors of the newest complete patch: a gather and a softmax over k."""
+
+    def forward(self, bytes_BTD, patches_BPkD, patch_map):
+        q, key, value = self.project(bytes_BTD, patches_BPkD)
+        B, T, H, K = q.shape
+        key, value = (
+            x.flatten(2).flatten(0, 1).index_select(0, patch_map.read).view(B, T, -1, H, K) for x in (key, value)
+        )
+        scores = (q[:, :, None] * key).sum(-1, dtype=torch.float32) * K**-0.5  # [B, T, k, H]
+        weights = scores.softmax(dim=2).to(value.dtype)
+        return 2 * bytes_BTD + self.wo((weights[..., None] * value).sum(2).flatten(2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three parts
+
+
+class LocalEncoder(nn.Module):
+    """Bytes to byte states and patch vectors (section 3.2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, k, heads = config.encoder_dim, config.cross_attn_k, config.heads("encoder")
+        self.config = config
+        self.byte_embedding = nn.Embedding(BOUNDARY + 1, D)
+        self.hash_embedding = HashEmbedding(config.ngram_sizes, config.hash_rows, D) if config.ngram_sizes else None
+        self.blocks = nn.ModuleList(
+            Block(D, heads, config.norm_eps, config.qk_norm, config.dropout) for _ in range(config.encoder_layers)
+        )
+        self.patch_query = nn.Linear(D, k * D, bias=False)
+        n_cross = config.encoder_layers if config.cross_attn_all_layers_encoder else 1
+        self.cross_attentions = nn.ModuleList(EncoderCrossAttention(D, heads, config.norm_eps) for _ in range(n_cross))
+
+    def forward(self, ids_BT, documents_BT, plan, patch_map):
+        """Returns byte states [B, T, D] and patch vectors [B, P, k, D]."""
+        x_BTD = self.byte_embedding(ids_BT)
+        if self.hash_embedding is not None:
+            x_BTD = x_BTD + self.hash_embedding(ids_BT, documents_BT)
+        x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        patches_BPkD, first_cross = None, len(self.blocks) - len(self.cross_attentions)
+        for layer, block in enumerate(self.blocks):
+            x_BTD, _ = block(x_BTD, plan)
+            if layer >= first_cross:
+                if patches_BPkD is None:
+                    pooled_BPD = self._pool(x_BTD, patch_map)
+                    patches_BPkD = self.patch_query(pooled_BPD).unflatten(-1, (self.config.cross_attn_k, -1))
+                patches_BPkD = self.cross_attentions[layer - first_cross](patches_BPkD, x_BTD, patch_map)
+        return x_BTD, patches_BPkD
+
+    def _pool(self, x_BTD, patch_map):
+        x_ND = x_BTD.flatten(0, 1)
+        if self.config.pooling == "max":
+            return patch_map.drop_left_out(patch_map.max(x_ND))
+        count = patch_map.sum(x_ND.new_ones(x_ND.shape[0], 1)).clamp(min=1)
+        return patch_map.drop_left_out(patch_map.sum(x_ND) / count)
+
+
+class LatentTransformer(nn.Module):
+    """Causal transformer over patches (section 3.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        G, patch_dim = config.global_dim, config.cross_attn_k * config.encoder_dim
+        self.head_dim, self.theta = G // config.heads("global"), config.rope_theta
+        self.widen = nn.Linear(patch_dim, G, bias=False) if patch_dim != G else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(G, config.heads("global"), config.norm_eps, config.qk_norm, config.dropout)
+            for _ in range(config.global_layers)
+        )
+
+    def forward(self, patches_BPkD, documents_BP):
+        """Returns latent states [B, P, G]."""
+        plan = CausalPlan(documents_BP, self.head_dim, self.theta)
+        x_BPG = self.dropout(self.widen(patches_BPkD.flatten(2)))
+        for block in self.blocks:
+            x_BPG, _ = block(x_BPG, plan)
+        return x_BPG
+
+
+class LocalDecoder(nn.Module):
+    """Byte states and latent states to the states that predict the next byte (section 3.3)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, k, heads = config.decoder_dim, config.cross_attn_k, config.heads("decoder")
+        self.k, self.dropout = k, nn.Dropout(config.dropout)
+        self.from_encoder = nn.Linear(config.encoder_dim, D, bias=False) if config.encoder_dim != D else nn.Identity()
+        self.patch_vectors = nn.Linear(config.global_dim, k * D, bias=False)
+        n_cross = config.decoder_layers if config.cross_attn_all_layers_decoder else 1
+        self.cross_attentions = nn.ModuleList(DecoderCrossAttention(D, heads, config.norm_eps) for _ in range(n_cross))
+        self.blocks = nn.ModuleList(
+            Block(D, heads, config.norm_eps, config.qk_norm, config.dropout) for _ in range(config.decoder_layers)
+        )
+        self.norm = RMSNorm(D, config.norm_eps)
+
+    def forward(self, bytes_BTD, latents_BPG, plan, patch_map):
+        """Returns states [B, T, D], normalised for the head."""
+        patches_BPkD = self.patch_vectors(latents_BPG).unflatten(-1, (self.k, -1))
+        x_BTD = self.dropout(self.from_encoder(bytes_BTD))
+        for layer, block in enumerate(self.blocks):
+            if layer < len(self.cross_attentions):
+                x_BTD = self.cross_attentions[layer](x_BTD, patches_BPkD, patch_map)
+            x_BTD, _ = block(x_BTD, plan)
+        return self.norm(x_BTD)
+
+
+class BLTModel(nn.Module):
+    """The Byte Latent Transformer.
+
+    A row of T + 1 ids s has inputs s[:T] and targets s[1:]; patch_lengths cover all T + 1 ids, zeros on the right, the first
+    patch being the boundary or a single byte. The logits at t are for id t + 1 and use the newest patch that was complete
+    at t. Classes 0..255 are bytes, 256 is the document's end.
+    """
+
+    n_classes = BOUNDARY + 1
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = LocalEncoder(config)
+        self.latent = LatentTransformer(config)
+        self.decoder = LocalDecoder(config)
+        self.head = nn.Linear(config.decoder_dim, self.n_classes, bias=False)
+        init_weights(self)
+
+    def forward(self, ids_BT, patch_lengths_BP):
+        """ids_BT: int64 in 0..256; patch_lengths_BP: int64, each row's sum T + 1. Returns logits [B, T, 257].
+
+        Checks shapes only; `check_patch_lengths` checks values (it would stall a GPU here).
+        """
+        if ids_BT.dim() != 2 or patch_lengths_BP.dim() != 2 or ids_BT.shape[0] != patch_lengths_BP.shape[0]:
+            raise ValueError(f"ids must be [B, T] and patch lengths [B, P], not {list(ids_BT.shape)} and {list(patch_lengths_BP.shape)}")
+        config = self.config
+        documents_BT = documents_of(ids_BT, BOUNDARY)
+        patch_map = PatchMap(patch_lengths_BP, documents_BT)
+        encoder_head_dim = config.encoder_dim // config.heads("encoder")
+        decoder_head_dim = config.decoder_dim // config.heads("decoder")
+        plan = CausalPlan(documents_BT, encoder_head_dim, config.rope_theta, config.window)
+        bytes_BTD, patches_BPkD = self.encoder(ids_BT, documents_BT, plan, patch_map)
+        latents_BPG = self.latent(patches_BPkD, patch_map.documents_BP)
+        if decoder_head_dim != encoder_head_dim:
+            plan = CausalPlan(documents_BT, decoder_head_dim, config.rope_theta, config.window)
+        return self.head(self.decoder(bytes_BTD, latents_BPG, plan, patch_map))
+
+    def parameters_by_part(self):
+        """{"hash embedding", "encoder", "latent", "decoder": number of parameters}; the parts sum to the whole."""
+        count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+        hashes = count(self.encoder.hash_embedding) if self.encoder.hash_embedding is not None else 0
+        return {
+            "hash embedding": hashes,
+            "encoder": count(self.encoder) - hashes,
+            "latent": count(self.latent),
+            "decoder": count(self.decoder) + count(self.head),
+        }

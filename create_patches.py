@@ -1,0 +1,361 @@
+"""Compute the entropies of a corpus once, choose how to cut it into patches, and show what the patches look like.
+
+Reads   a corpus and entropy_model.pth (python entropy_llm.py makes it)
+Writes  patch_cache/entropies-*/ (float16, one number a byte), patch_cache/patches.json (the rule that training will use),
+        and in patch_cache/: entropy.png, patch_sizes.png, patches.html
+Run     python create_patches.py [--preset cpu] [--method global --target_patch_size 4.5] [--field value ...]
+Next    python llm.py
+
+Another method, threshold or patch size is a pass over the file of entropies: run it again, the model does not.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from data import open_corpus
+from entropy_patcher import (
+    NEEDS_ENTROPIES,
+    EntropyPatcher,
+    PatchConfig,
+    bpe_starts,
+    entropy_distribution,
+    patch_sizes,
+    patch_starts,
+    patch_statistics,
+    stream_entropies,
+    threshold_for_patch_size,
+    train_tokenizer,
+)
+from rows import BitArray, DocumentStream
+from save_entropy_model import load_entropy_model
+from training import check, check_positive, choose_device, choose_precision, print_header, run_script, write_json
+
+
+@dataclass
+class CreatePatchesConfig:
+    preset: list[str] = field(default_factory=list)  # named sets of changes to these settings, applied left to right; flags beat them
+    # data
+    dataset: str = "sample"  # sample, a file or folder (.txt .md .jsonl .json .parquet, also .gz .xz .zst), or a Hugging Face id[:subset]
+    text_field: str = "text"  # the field of a JSON or parquet record that holds the text
+    corpus_bytes: int | None = None  # store at most so many bytes of the dataset (needed for a Hugging Face dataset)
+    val_fraction: float = 0.03  # share of documents held out, chosen by a hash of each document
+    max_bytes: int | None = None  # entropies for the first so many bytes of the training documents; None: all
+    val_bytes: int = 1_000_000  # and for the first so many bytes of the validation documents
+    data_cache: str = "data_cache"  # folder of the byte stores
+    # entropies
+    entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
+    lanes: int = 8  # documents read side by side
+    chunk_bytes: int = 2048  # bytes of each read at once
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where the hardware computes in it, fp16 on older GPUs
+    # patches
+    method: Literal["global", "monotonic", "both", "static", "space", "cumulative", "bpe"] = "global"  # the rule
+    target_patch_size: float | None = None  # find the threshold that gives so many bytes a patch (4.5 if no threshold is given)
+    entropy_threshold: float | None = None  # or the threshold itself: nats; bytes for static
+    monotonic_threshold: float = 0.0  # nats; both: the rise of entropy that a start also needs
+    min_patch_size: int = 1  # bytes; a start that comes earlier is suppressed
+    max_patch_size: int | None = None  # bytes; after so many a patch is closed; None: no limit
+    bpe_vocab_size: int = 4096  # bpe: tokens to learn
+    # output
+    cache_dir: str = "patch_cache"  # where entropies, rule and pictures go
+    picture_text: str | None = None  # text to draw; None: the beginning of the first validation document
+
+    def __post_init__(self):
+        check_positive(self, "lanes", "chunk_bytes", "max_bytes", "val_bytes", "corpus_bytes", "bpe_vocab_size")
+        if self.target_patch_size is not None and self.entropy_threshold is not None:
+            raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
+        if self.target_patch_size is not None:
+            check(self, "target_patch_size", self.target_patch_size >= 1, "1 or more bytes")
+        check(self, "bpe_vocab_size", self.bpe_vocab_size >= 256, "256 or more")
+        self.patch_config(self.entropy_threshold or 1.0)  # its checks, before any work is done
+
+    def patch_config(self, threshold):
+        """The rule as a `PatchConfig`."""
+        tokenizer = str(Path(self.cache_dir) / "tokenizer.json") if self.method == "bpe" else None
+        return PatchConfig(
+            self.method, threshold, self.monotonic_threshold, self.min_patch_size, self.max_patch_size,
+            cache_dir=self.cache_dir, tokenizer_path=tokenizer,
+        )  # fmt: skip
+
+
+PRESETS = {
+    "cpu": dict(max_bytes=3_000_000, val_bytes=200_000),
+    "colab_t4": dict(lanes=64),
+    "rtx4090": dict(lanes=256),
+    "h200": dict(lanes=512),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+class EntropyCache:
+    """Entropies of a corpus's documents on disk: N + 1 float16 numbers a document, in nats (its bytes and its end).
+
+    manifest: what made them (corpus and entropy model by hash, precision, dtype) and which documents they cover.
+    train, validation: document numbers covered.
+    """
+
+    def __init__(self, folder, corpus):
+        self.folder, self.corpus = Path(folder), corpus
+        self.manifest = json.loads((self.folder / "manifest.json").read_text())
+        self.train, self.validation = (np.load(self.folder / f"{name}.npy") for name in ("train", "validation"))
+        self.numbers = np.concatenate((self.train, self.validation))
+        self.ends = np.cumsum(np.diff(corpus.offsets)[self.numbers] + 1)
+        self.entropies = np.memmap(self.folder / "entropies.f16", dtype=np.float16, mode="r")
+        if len(self.entropies) != self.ends[-1]:
+            raise ValueError(f"{self.folder} is damaged: {len(self.entropies):,} entropies, not {self.ends[-1]:,}; delete it and run: python create_patches.py")
+
+    def covers(self, train, validation):
+        """Whether the first documents in here are these."""
+        return all(
+            len(asked) <= len(held) and np.array_equal(held[: len(asked)], asked)
+            for asked, held in ((train, self.train), (validation, self.validation))
+        )
+
+    def document(self, place):
+        """Entropies [N + 1] of the document at this place of `numbers`, float32."""
+        end = int(self.ends[place])
+        length = int(np.diff(self.corpus.offsets)[self.numbers[place]]) + 1
+        return self.entropies[end - length : end].astype(np.float32)
+
+    def of_training(self, count, block=1 << 22):
+        """Entropies of the first `count` training documents in blocks of whole documents: yields (first, last + 1, float32)."""
+        first = 0
+        while first < count:
+            begin = int(self.ends[first - 1]) if first else 0
+            last = min(count, max(first + 1, int(np.searchsorted(self.ends, begin + block, side="right"))))
+            yield first, last, self.entropies[begin : int(self.ends[last - 1])].astype(np.float32)
+            first = last
+
+
+def cache_folder(cache_dir, corpus, model_record):
+    """Where the entropies of this corpus by this model lie."""
+    return Path(cache_dir) / f"entropies-{corpus.hash[:8]}-{model_record['sha256'][:8]}"
+
+
+def open_entropies(cache_dir, corpus, model_record, entropy_model_path):
+    """Open the cached entropies of this corpus by this model. Raises FileNotFoundError saying what is there and what to run."""
+    folder = cache_folder(cache_dir, corpus, model_record)
+    if folder.exists():
+        cache = EntropyCache(folder, corpus)
+        made_by = (cache.manifest["corpus_sha256"], cache.manifest["entropy_model_sha256"])
+        if made_by == (corpus.hash, model_record["sha256"]):
+            return cache
+    others = sorted(Path(cache_dir).glob("entropies-*"))
+    found = []
+    for other in others:
+        manifest = json.loads((other / "manifest.json").read_text())
+        what = "another corpus" if manifest["corpus_sha256"] != corpus.hash else "another entropy model"
+        found.append(f"{other.name} is of {what}")
+    raise FileNotFoundError(
+        f"{cache_dir} holds no entropies of dataset {corpus.manifest['dataset']!r} by {entropy_model_path}"
+        f"{' (' + '; '.join(found) + ')' if found else ''}; run: python create_patches.py --dataset {corpus.manifest['dataset']} "
+        f"--entropy_model_path {entropy_model_path} --cache_dir {cache_dir}"
+    )
+
+
+def make_entropies(cache_dir, corpus, model, model_record, train, validation, precision, lanes=8, chunk_bytes=2048):
+    """Compute and store the entropies of these documents, or open them if they are there already."""
+    folder = cache_folder(cache_dir, corpus, model_record)
+    if folder.exists():
+        cache = EntropyCache(folder, corpus)
+        if cache.covers(train, validation) and cache.manifest["precision"] == precision:
+            print(f"entropies: {folder} is there already ({len(cache.entropies):,} numbers)")
+            return cache
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name, suffix=".tmp"))
+    try:
+        aside.chmod(0o755)
+        numbers = np.concatenate((train, validation))
+        stream = DocumentStream.of_corpus(corpus, numbers)
+        out = np.memmap(aside / "entropies.f16", dtype=np.float16, mode="w+", shape=(len(stream) - 1,))
+        began = time.perf_counter()
+        with tqdm(total=len(out), unit="B", unit_scale=True, desc="entropies", disable=None) as progress:
+            stream_entropies(model, stream, lanes, chunk_bytes, precision, progress, out)
+        seconds = time.perf_counter() - began
+        out.flush()
+        np.save(aside / "train.npy", train)
+        np.save(aside / "validation.npy", validation)
+        write_json(aside / "manifest.json", {
+            "corpus_sha256": corpus.hash, "dataset": corpus.manifest["dataset"],
+            "entropy_model_sha256": model_record["sha256"], "precision": precision, "dtype": "float16",
+            "documents": len(numbers), "train_documents": len(train), "numbers": len(out), "unit": "nats",
+            "layout": "for each document: one number for each byte, about that byte, then one for the document's end",
+        })  # fmt: skip
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    print(f"entropies: {len(out):,} numbers in {seconds:.1f} s ({len(out) / seconds / 1e3:.0f} kB/s) -> {folder}")
+    return EntropyCache(folder, corpus)
+
+
+def training_starts(corpus, train, patch_config, cache=None):
+    """Patch starts of the training stream (`DocumentStream` of these documents), as a `BitArray`: one vectorised pass.
+
+    Place 0 is the first boundary; then each document has its bytes' places and its end's. cache: for methods that need it.
+    """
+    needs = patch_config.method in NEEDS_ENTROPIES
+    lengths = np.diff(corpus.offsets)[train] + 1
+    stream = DocumentStream.of_corpus(corpus, train)
+    starts = BitArray()
+    starts.append(np.ones(1, dtype=bool))
+    for first, last, H in cache.of_training(len(train)) if needs else _document_blocks(lengths):
+        ends = np.cumsum(lengths[first:last])
+        document_starts = np.zeros(ends[-1], dtype=bool)
+        document_starts[ends - lengths[first:last]] = True
+        byte_values = None
+        if not needs:
+            before = 1 + (int(stream.ends[first - 1]) if first else 0)
+            byte_values = stream.ids(before, before + len(document_starts)).astype(np.uint8)  # an end's place: any byte
+        starts.append(patch_starts(H, **patch_config.rule, byte_values=byte_values, document_starts=document_starts))
+    starts.close()
+    return starts
+
+
+def _document_blocks(lengths, block=1 << 22):
+    """Blocks of whole documents of about `block` places: yields (first, last + 1, None)."""
+    ends, first = np.cumsum(lengths), 0
+    while first < len(lengths):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + block, side="right")))
+        yield first, last, None
+        first = last
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def choose_threshold(config, cache, sample):
+    """(threshold, the entropies it was chosen on with their document starts): from the flags, or by the wanted patch size."""
+    if config.method in ("space", "bpe"):
+        return 1.0
+    if config.entropy_threshold is not None:
+        return config.entropy_threshold
+    target = config.target_patch_size or 4.5
+    H, document_starts = sample
+    options = dict(min_patch_size=config.min_patch_size, max_patch_size=config.max_patch_size)
+    if config.method == "both":
+        options["monotonic_threshold"] = config.monotonic_threshold
+    return threshold_for_patch_size(H, config.method, target, document_starts, **options)
+
+
+def training_sample(cache, corpus, places=2_000_000):
+    """Entropies of the first training documents, about so many, with the flags of where documents begin."""
+    lengths = np.diff(corpus.offsets)[cache.train] + 1
+    count = int(np.searchsorted(np.cumsum(lengths), places)) + 1
+    _, last, H = next(cache.of_training(min(count, len(lengths)), block=max(places, int(lengths[0]))))
+    document_starts = np.zeros(len(H), dtype=bool)
+    document_starts[np.cumsum(lengths[:last]) - lengths[:last]] = True
+    return H, document_starts
+
+
+def warn_about_sizes(statistics, documents, threshold):
+    """Say so when a rule cuts every byte or nothing: both waste the latent transformer."""
+    size = statistics["avg_patch_size"]
+    if size < 1.1:
+        print(f"warning: {size:.2f} bytes a patch: nearly every byte is a patch of its own; raise the threshold ({threshold:.3f}) or use --target_patch_size 4.5")
+    if statistics["total_patches"] <= 1.1 * documents:
+        print(f"warning: {statistics['total_patches']:,} patches in {documents:,} documents: nearly a whole document is one patch; lower the threshold ({threshold:.3f}) or use --target_patch_size 4.5")
+
+
+def main(config):
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    print_header(config, device, precision)
+    corpus = open_corpus(
+        config.dataset, text_field=config.text_field, max_bytes=config.corpus_bytes,
+        val_fraction=config.val_fraction, cache_dir=config.data_cache,
+    )  # fmt: skip
+    model, record = load_entropy_model(config.entropy_model_path, device)
+    train = corpus.documents("train", config.max_bytes)
+    validation = corpus.documents("validation", config.val_bytes)
+    cache = make_entropies(
+        config.cache_dir, corpus, model, record, train, validation, precision, config.lanes, config.chunk_bytes
+    )
+
+    sample = training_sample(cache, corpus)
+    distribution = entropy_distribution(sample[0])
+    print(f"entropy: mean {distribution['mean']:.3f}, std {distribution['std']:.3f}, from {distribution['min']:.3f} to {distribution['max']:.3f} nats")
+    print("percentiles (nats): " + ", ".join(f"{level}% {value:.3f}" for level, value in distribution["percentiles"].items()))
+    for method in ("global", "monotonic"):
+        suggestions = [(size, threshold_for_patch_size(sample[0], method, size, sample[1])) for size in (3, 4.5, 6, 8)]
+        print(f"thresholds for {method}: " + ", ".join(f"{size} bytes a patch {value:.3f}" for size, value in suggestions))
+
+    if config.method == "bpe":
+        train_tokenizer((corpus.document(n) for n in train[:2000]), config.bpe_vocab_size, Path(config.cache_dir) / "tokenizer.json")
+    threshold = choose_threshold(config, cache, sample)
+    patch_config = config.patch_config(threshold)
+    patcher = EntropyPatcher(model, patch_config, precision=precision)
+    began = time.perf_counter()
+    if config.method == "bpe":
+        sizes = np.concatenate([patch_sizes(bpe_starts(patcher.tokenizer, corpus.document(n))[:-1]) for n in train[:2000]])
+        documents = min(len(train), 2000)
+    else:
+        sizes, documents = training_patch_sizes(training_starts(corpus, train, patch_config, cache), corpus, train), len(train)
+    statistics = patch_statistics(sizes, sample[0])
+    places = int(sizes.sum())
+    print(f"patches: {config.method}, threshold {threshold:.4f}: {statistics['total_patches']:,} patches of {places:,} bytes, {statistics['avg_patch_size']:.2f} bytes a patch (from {statistics['min_patch_size']} to {statistics['max_patch_size']}) in {time.perf_counter() - began:.2f} s")
+    warn_about_sizes(statistics, documents, threshold)
+    write_json(Path(config.cache_dir) / "patches.json", {
+        "patch_config": asdict(patch_config), "entropy_model_path": config.entropy_model_path,
+        "entropy_model_sha256": record["sha256"], "corpus_sha256": corpus.hash, "dataset": config.dataset,
+        "precision": precision, "statistics": statistics, "entropy_distribution": distribution,
+    })  # fmt: skip
+    draw_pictures(config, corpus, validation, patcher, sizes)
+    print(f"wrote {config.cache_dir}/patches.json, entropy.png, patch_sizes.png, patches.html")
+    print("next: python llm.py" + (f" --preset {' '.join(config.preset)}" if config.preset else ""))
+
+
+def training_patch_sizes(starts, corpus, train):
+    """Sizes in bytes of the training documents' patches, int64 [P]; boundaries do not count as bytes."""
+    lengths = np.diff(corpus.offsets)[train]
+    ends = np.cumsum(lengths + 1)  # place of each document's end in the stream
+    sizes, rest, block = [], np.empty(0, np.int64), 1 << 24
+    for begin in range(1, len(starts), block):
+        flags = starts.read(begin, min(begin + block, len(starts)))
+        inside = ends[np.searchsorted(ends, begin) : np.searchsorted(ends, begin + len(flags))] - begin
+        flags[inside] = True  # cut where documents end, and leave the end's own place out below
+        places = np.flatnonzero(flags) + begin
+        places = np.concatenate((rest, places))
+        is_end = np.zeros(len(places), dtype=bool)
+        is_end[np.searchsorted(places, inside + begin)] = True
+        sizes.append(np.diff(places)[~is_end[:-1]])
+        rest = places[-1:]
+    return np.concatenate(sizes)
+
+
+def draw_pictures(config, corpus, validation, patcher, sizes):
+    """entropy.png (the paper's Figure 4), patch_sizes.png and patches.html in the cache folder."""
+    from pictures import draw_entropy_figure, draw_patch_size_histogram, write_patch_html
+
+    folder, rule = Path(config.cache_dir), patcher.config
+    threshold = rule.entropy_threshold if rule.method in ("global", "both") else None
+    title = f"{rule.method} patches" + (f", threshold {rule.entropy_threshold:.3f}" if rule.method not in ("space", "bpe") else "")
+    text = config.picture_text.encode() if config.picture_text else corpus.document(validation[0])[:20_000].tobytes()
+    sentence = text[:240]
+    H = patcher.entropies(text)
+    starts = patcher.starts(text)[:-1]
+    draw_entropy_figure(folder / "entropy.png", sentence, H[: len(sentence)], starts[: len(sentence)], threshold, title)
+    draw_patch_size_histogram(folder / "patch_sizes.png", sizes, title)
+    if not config.picture_text:
+        text = b"\n\n".join(corpus.document(number)[:4000].tobytes() for number in validation[:8])
+        H, starts = patcher.entropies(text), patcher.starts(text)[:-1]
+    write_patch_html(folder / "patches.html", text, H, starts, "Patches", title, threshold)
+
+
+if __name__ == "__main__":
+    run_script(main, CreatePatchesConfig, __doc__, PRESETS)

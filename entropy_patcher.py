@@ -1,0 +1,449 @@
+"""From entropies to patches: the patching rules, EntropyPatcher, thresholds (BLT sections 2.1 to 2.3).
+
+Index t always means "about byte t, from what stands before t": entropies[t] is the entropy, in nats, of the model's
+distribution for byte t given the bytes before it, and starts[t] says whether byte t opens a patch. So every rule here can
+be followed while text is being generated; `bpe` alone looks ahead, for comparison.
+
+A document of N bytes has N + 1 places: one for each byte and one for its end. Whether a patch is complete when the
+document ends is decided like everywhere else, from what stands before; the model must not be told by a patch that the text
+is over.
+"""
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from rows import BitArray, DocumentStream
+from training import autocast, check, write_aside
+
+METHODS = ("global", "monotonic", "both", "static", "space", "cumulative", "bpe")
+NEEDS_ENTROPIES = ("global", "monotonic", "both", "cumulative")
+
+
+@dataclass
+class PatchConfig:
+    method: str = "global"  # global, monotonic, both, static, space, cumulative, bpe
+    entropy_threshold: float = 0.6  # nats; for static: bytes in a patch
+    monotonic_threshold: float = 0.0  # nats; both: the rise of entropy that a start also needs
+    min_patch_size: int = 1  # bytes; a start that comes earlier is suppressed
+    max_patch_size: int | None = None  # bytes; after so many a patch is closed; None: no limit
+    cache_patches: bool = True  # process_data keeps its result on disk under a cache_key
+    cache_dir: str = "patch_cache"  # where
+    tokenizer_path: str | None = None  # bpe: a tokenizer.json whose tokens are the patches
+
+    def __post_init__(self):
+        check(self, "method", self.method in METHODS, "one of " + ", ".join(METHODS))
+        check(self, "entropy_threshold", math.isfinite(self.entropy_threshold), "a finite number")
+        if self.method == "static":
+            check(self, "entropy_threshold", self.entropy_threshold >= 1, "1 or more bytes with method static")
+        check(self, "min_patch_size", self.min_patch_size >= 1, "1 or more")
+        if self.max_patch_size is not None:
+            check(self, "max_patch_size", self.max_patch_size >= self.min_patch_size, "at least min_patch_size")
+
+    @property
+    def rule(self):
+        """The arguments that `patch_starts` takes from this config."""
+        return dict(
+            method=self.method, threshold=self.entropy_threshold, monotonic_threshold=self.monotonic_threshold,
+            min_patch_size=self.min_patch_size, max_patch_size=self.max_patch_size,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules
+
+
+def patch_starts(
+    entropies, method="global", threshold=0.6, *, monotonic_threshold=0.0, min_patch_size=1, max_patch_size=None,
+    byte_values=None, token_starts=None, document_starts=None,
+):  # fmt: skip
+    """Which bytes open a patch: bool [N]. A vectorised pass; byte 0 always opens one.
+
+    With H = entropies, byte t opens a patch iff
+        global      H[t] > threshold                                                       (paper, equation 1)
+        monotonic   H[t] - H[t-1] > threshold                                              (paper, equation 2, approximate)
+        both        H[t] > threshold and H[t] - H[t-1] > monotonic_threshold
+        cumulative  H[s] + ... + H[t] > threshold, s the first byte of the patch so far
+        static      t is a multiple of threshold (bytes)
+        space       byte t-1 is space-like and byte t-2 is not (paper, section 2.2): not an ASCII letter or digit, and not
+                    a UTF-8 continuation byte; the boundary before the text counts as space-like. Needs byte_values.
+        bpe         token_starts[t]: looks ahead, for comparison only
+    A start within min_patch_size bytes of the last one is suppressed; after max_patch_size bytes one is forced.
+
+    Worked example (threshold 1.335): H = 3.0 2.5 2.0 1.0 .5 .4 2.4 gives starts at 0, 1, 2 and 6.
+
+    entropies: float [N], nats; None for space, static and bpe when byte_values or token_starts give N.
+    document_starts: bool [N], places where the next document's entropies begin, when several stand one after the other.
+    """
+    if method not in METHODS:
+        raise ValueError(f"patch method is {method!r}; it must be one of {', '.join(METHODS)}")
+    given = next((x for x in (entropies, byte_values, token_starts) if x is not None), None)
+    if given is None or (method in NEEDS_ENTROPIES and entropies is None):
+        raise ValueError(f"method {method!r} needs entropies" if method in NEEDS_ENTROPIES else "nothing to cut: pass byte_values")
+    N = len(given)
+    if N == 0:
+        return np.zeros(0, dtype=bool)
+    H = None if entropies is None else np.asarray(entropies)
+    if H is not None and H.dtype == np.float16:
+        H = H.astype(np.float32)  # a cache's dtype, slow to compute in
+    first = np.zeros(N, dtype=bool) if document_starts is None else np.array(document_starts, dtype=bool)
+    first[0] = True
+
+    if method == "global":
+        wanted = H > threshold
+    elif method == "monotonic":
+        wanted = _rise(H) > threshold
+    elif method == "both":
+        wanted = (H > threshold) & (_rise(H) > monotonic_threshold)
+    elif method == "static":
+        place = np.arange(N) - _last_true(first)
+        wanted = place % int(threshold) == 0 if threshold == int(threshold) else place // threshold > (place - 1) // threshold
+    elif method == "space":
+        wanted = _after_space(np.asarray(byte_values), first)
+    elif method == "bpe":
+        wanted = np.array(token_starts, dtype=bool)
+    else:
+        return _follow(_cumulative_next(H, threshold), first, min_patch_size, max_patch_size)
+    if min_patch_size == 1 and max_patch_size is None:
+        return wanted | first
+    if min_patch_size == 1:
+        starts = wanted | first
+        return starts | ((np.arange(N) - _last_true(starts)) % max_patch_size == 0)
+    return _follow(_next_true(wanted), first, min_patch_size, max_patch_size)
+
+
+def _rise(H):
+    """H[t] - H[t-1]; minus infinity at 0."""
+    rise = np.empty_like(H)
+    rise[0] = -np.inf
+    np.subtract(H[1:], H[:-1], out=rise[1:])
+    return rise
+
+
+def _last_true(flags):
+    """Index of the last True at or before each place (flags[0] is True)."""
+    return np.maximum.accumulate(np.where(flags, np.arange(len(flags)), 0))
+
+
+def _next_true(flags):
+    """nexts(low) -> index of the first True at or after each of low; len(flags) where there is none."""
+    N = len(flags)
+    first_at_or_after = np.append(np.minimum.accumulate(np.where(flags, np.arange(N), N)[::-1])[::-1], N)
+    return lambda patch_begin, low: first_at_or_after[np.minimum(low, N)]
+
+
+def _cumulative_next(H, threshold):
+    """nexts(s, low) -> the first t >= low with H[s] + ... + H[t] > threshold."""
+    total = np.concatenate(([0.0], np.cumsum(H, dtype=np.float64)))
+    return lambda patch_begin, low: np.maximum(np.searchsorted(total, total[patch_begin] + threshold, side="right") - 1, low)
+
+
+def _follow(nexts, first, min_patch_size, max_patch_size, block=1 << 20):
+    """Starts of a rule in which each patch depends on where the last one began.
+
+    Where a patch that begins at s ends is worked out for all s of a block at once; the chain s -> end(s) is then followed.
+    """
+    N = len(first)
+    starts = np.zeros(N, dtype=bool)
+    next_document = np.append(np.minimum.accumulate(np.where(first, np.arange(N), N)[::-1])[::-1], N)
+    at = 0
+    for begin in range(0, N, block):
+        s = np.arange(begin, min(begin + block, N))
+        end = nexts(s, s + min_patch_size)
+        if max_patch_size is not None:
+            end = np.minimum(end, s + max_patch_size)
+        end = np.minimum(end, next_document[s + 1]).tolist()
+        chain = []
+        while at < begin + len(end):
+            chain.append(at)
+            at = end[at - begin]
+        starts[chain] = True
+    return starts
+
+
+def _after_space(byte_values, first):
+    """Places after a space-like byte whose predecessor is none. byte_values may be one shorter per document's end."""
+    is_letter_or_digit = np.zeros(256, dtype=bool)
+    for low, high in ((48, 57), (65, 90), (97, 122), (0x80, 0xBF)):
+        is_letter_or_digit[low : high + 1] = True
+    is_space = ~is_letter_or_digit[byte_values]
+    before = np.roll(is_space, 1)
+    before[first] = True  # the boundary
+    ends_patch = is_space & ~before
+    after = np.roll(ends_patch, 1)
+    after[0] = False
+    return after
+
+
+def threshold_for_patch_size(entropies, method, target, document_starts=None, **options):
+    """The threshold that cuts these entropies into patches of `target` bytes on average (as near as there is one).
+
+    options: further arguments of `patch_starts`. Example: entropies 1 2 3 4 5 6, global, target 3 gives a threshold between
+    4 and 5 or so: starts at 0 and wherever H is above it.
+    """
+    if target < 1:
+        raise ValueError(f"target patch size is {target}; it must be at least 1 byte")
+    if method == "static":
+        return float(target)
+    if method in ("space", "bpe"):
+        raise ValueError(f"method {method!r} has no threshold; its patch size is what the text gives")
+    H = np.asarray(entropies, dtype=np.float32)
+    if len(H) == 0:
+        raise ValueError("no entropies to find a threshold for")
+    wanted = len(H) / target
+    values = _rise(H)[1:] if method == "monotonic" else H
+    low, high = float(values.min(initial=np.inf)) - 1e-3, float(values.max(initial=-np.inf)) + 1e-3
+    if len(values) == 0:
+        return 0.0
+    if method == "cumulative":
+        low, high = 0.0, float(H.sum(dtype=np.float64)) + 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        count = patch_starts(H, method, middle, document_starts=document_starts, **options).sum()
+        low, high = (middle, high) if count > wanted else (low, middle)
+        if high - low < 1e-5:
+            break
+    return (low + high) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entropies
+
+
+def entropy_of(logits_BTV):
+    """Entropy in nats of each distribution: float32 [B, T]."""
+    log_p = logits_BTV.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@torch.no_grad()
+def stream_entropies(model, stream, lanes=8, chunk_bytes=2048, precision="fp32", progress=None, out=None):
+    """Entropies of every place of a `DocumentStream` but its last boundary: N + 1 numbers per document, in its order.
+
+    Whole documents are dealt to `lanes` parallel streams, which the model reads in chunks, handing its window on from chunk
+    to chunk: every byte is computed once, with the same left context as in one pass over its document, whatever the number
+    of lanes and the size of the chunks. out: array to write to (float32 by default). Entropies as in the paper's equation 1.
+    """
+    device = next(model.parameters()).device
+    lengths = stream.lengths + 1
+    total = int(lengths.sum())
+    out = np.empty(total, dtype=np.float32) if out is None else out
+    ends = np.cumsum(lengths)
+    # Lane i holds the documents that end in its share of the places.
+    cuts = np.searchsorted(ends, np.arange(1, lanes) * total / lanes, side="left") + 1
+    bounds = np.unique(np.concatenate(([0], ends[np.minimum(cuts, len(ends)) - 1], [total])))
+    begins, finishes = bounds[:-1], bounds[1:]
+    state = None
+    longest = int((finishes - begins).max())
+    was_training = model.training
+    model.eval()
+    for offset in range(0, longest, chunk_bytes):
+        width = min(chunk_bytes, longest - offset)
+        ids = np.stack([stream.ids(begin + offset, begin + offset + width) for begin in begins])
+        with autocast(device, precision):
+            logits, state = model.stream(torch.from_numpy(ids).to(device), state)
+        H = entropy_of(logits).cpu().numpy()
+        for lane, (begin, finish) in enumerate(zip(begins, finishes)):
+            count = int(min(width, finish - begin - offset))
+            if count > 0:
+                out[begin + offset : begin + offset + count] = H[lane, :count]
+                if progress is not None:
+                    progress.update(count)
+    model.train(was_training)
+    return out
+
+
+def to_bytes(byte_sequence):
+    """bytes, bytearray, memoryview, list of ints, uint8 array or tensor, or str (as UTF-8) -> uint8 array [N]."""
+    if isinstance(byte_sequence, str):
+        byte_sequence = byte_sequence.encode("utf-8", "surrogatepass")
+    if isinstance(byte_sequence, (bytes, bytearray, memoryview)):
+        return np.frombuffer(bytes(byte_sequence), dtype=np.uint8)
+    if isinstance(byte_sequence, torch.Tensor):
+        byte_sequence = byte_sequence.detach().cpu().numpy()
+    values = np.asarray(byte_sequence)
+    if values.ndim != 1 or (values.size and (values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255)):
+        raise ValueError("a byte sequence must be bytes, str, or one row of whole numbers from 0 to 255")
+    return values.astype(np.uint8)
+
+
+class EntropyPatcher:
+    """Cuts byte sequences into patches by an entropy model's uncertainty.
+
+    EntropyPatcher(entropy_model, threshold=0.6, method="global"), or EntropyPatcher(entropy_model, patch_config).
+    entropy_model: `MinimalLLM`; None for the methods that need none (static, space, bpe).
+    precision: of the entropy model's matrix products: fp32, or bf16/fp16 for speed (entropies then move by some 0.01 nats).
+    """
+
+    def __init__(self, entropy_model, patch_config=None, *, threshold=None, method=None, precision="fp32"):
+        if patch_config is None:
+            patch_config = PatchConfig(method=method or "global", entropy_threshold=0.6 if threshold is None else threshold)
+        elif threshold is not None or method is not None:
+            raise ValueError("pass either a PatchConfig or threshold and method, not both")
+        if not isinstance(patch_config, PatchConfig):
+            raise ValueError(f"patch_config must be a PatchConfig, not {type(patch_config).__name__}; a threshold goes by name: threshold=0.6")
+        if entropy_model is None and patch_config.method in NEEDS_ENTROPIES:
+            raise ValueError(f"method {patch_config.method!r} needs an entropy model; train one: python entropy_llm.py")
+        self.entropy_model, self.config, self.precision = entropy_model, patch_config, precision
+        self.tokenizer = load_tokenizer(patch_config.tokenizer_path) if patch_config.method == "bpe" else None
+
+    @property
+    def is_causal(self):
+        """Whether a start depends on earlier bytes only (all methods but bpe)."""
+        return self.config.method != "bpe"
+
+    def entropies(self, byte_sequence):
+        """Entropy in nats of the distribution for byte t, given the boundary and the bytes before t: float32 [N]."""
+        return self._entropies_with_end([to_bytes(byte_sequence)])[0][:-1]
+
+    def _entropies_with_end(self, documents, progress=None):
+        """List of float32 [N + 1]: for every byte of each document and for its end."""
+        if self.entropy_model is None:
+            raise ValueError("there is no entropy model to compute entropies with")
+        if not documents:
+            return []
+        stream = DocumentStream.of_documents(documents)
+        lanes = min(8, len(documents))
+        flat = stream_entropies(self.entropy_model, stream, lanes, precision=self.precision, progress=progress)
+        return np.split(flat, stream.ends[:-1])
+
+    def starts(self, byte_sequence, entropies=None):
+        """Which places open a patch, the document's end included: bool [N + 1]."""
+        document = to_bytes(byte_sequence)
+        if self.config.method in NEEDS_ENTROPIES and entropies is None:
+            entropies = self._entropies_with_end([document])[0]
+        with_end = np.append(document, np.uint8(0))  # no rule reads the byte it decides about
+        token_starts = bpe_starts(self.tokenizer, document) if self.config.method == "bpe" else None
+        return patch_starts(entropies, **self.config.rule, byte_values=with_end, token_starts=token_starts)
+
+    def create_patches(self, byte_sequence):
+        """The patches of a byte sequence, a list of bytes that concatenate to it. The empty sequence has none."""
+        document = to_bytes(byte_sequence)
+        return split_at(document, self.starts(document)[:-1])
+
+    def process_data(self, byte_sequences, cache_key=None):
+        """Patch many sequences: (a list of patches for each sequence, statistics).
+
+        cache_key: name under which the entropies are kept in config.cache_dir; a second call with the same key, model and
+        sequences reads them. Kept entropies of another model or other sequences are refused with ValueError.
+        """
+        documents = [to_bytes(sequence) for sequence in byte_sequences]
+        entropies = None
+        if self.entropy_model is not None:
+            cached = cache_key is not None and self.config.cache_patches
+            entropies = self._cached_entropies(documents, cache_key) if cached else self._entropies_with_end(documents)
+        starts = [self.starts(d, None if entropies is None else entropies[i])[:-1] for i, d in enumerate(documents)]
+        sizes = np.concatenate([patch_sizes(s) for s in starts] or [np.empty(0, np.int64)])
+        flat = np.concatenate([e[:-1] for e in entropies]) if entropies else np.empty(0, np.float32)
+        return [split_at(d, s) for d, s in zip(documents, starts)], patch_statistics(sizes, flat)
+
+    def _cached_entropies(self, documents, cache_key):
+        from save_entropy_model import model_hash
+
+        if not cache_key or Path(cache_key).name != cache_key:
+            raise ValueError(f"cache_key is {cache_key!r}; it must be a plain file name")
+        digest = hashlib.sha256(b"".join(len(d).to_bytes(8, "little") + d.tobytes() for d in documents)).hexdigest()
+        made_from = {"sequences": digest, "entropy_model": model_hash(self.entropy_model), "precision": self.precision}
+        path = Path(self.config.cache_dir) / f"{cache_key}.npz"
+        lengths = [len(d) + 1 for d in documents]
+        if path.exists():
+            with np.load(path) as kept:
+                for name, value in made_from.items():
+                    if str(kept[name]) != value:
+                        raise ValueError(f"{path} was made from another {name.replace('_', ' ')}; delete it or use another cache_key")
+                flat = kept["entropies"]
+        else:
+            flat = np.concatenate(self._entropies_with_end(documents) or [np.empty(0, np.float32)])
+
+            def write(temporary):
+                with open(temporary, "wb") as file:
+                    np.savez(file, entropies=flat, **made_from)
+
+            write_aside(path, write)
+        return np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
+
+
+def split_at(document, starts):
+    """uint8 [N] and bool [N] -> the list of patches as bytes."""
+    places = np.flatnonzero(starts).tolist() + [len(document)]
+    raw = document.tobytes()
+    return [raw[begin:end] for begin, end in zip(places[:-1], places[1:])]
+
+
+def patch_sizes(starts):
+    """Lengths of the patches that bool [N] cuts, int64 [P]."""
+    return np.diff(np.flatnonzero(starts), append=len(starts)) if len(starts) else np.empty(0, np.int64)
+
+
+def patch_statistics(sizes, entropies_nats):
+    """Total and sizes of patches: total_patches, avg/min/max_patch_size (bytes), avg_entropy (nats), patch_size_histogram."""
+    values, counts = np.unique(sizes, return_counts=True)
+    return {
+        "total_patches": int(len(sizes)),
+        "avg_patch_size": float(sizes.mean()) if len(sizes) else 0.0,
+        "avg_entropy": float(np.mean(entropies_nats, dtype=np.float64)) if len(entropies_nats) else float("nan"),
+        "min_patch_size": int(sizes.min()) if len(sizes) else 0,
+        "max_patch_size": int(sizes.max()) if len(sizes) else 0,
+        "patch_size_histogram": {int(size): int(count) for size, count in zip(values, counts)},
+    }
+
+
+def analyze_entropy_distribution(entropy_model, byte_sequences):
+    """Mean, std, min, max and percentiles of the entropies, in nats: for choosing a threshold by hand."""
+    entropies = EntropyPatcher(entropy_model)._entropies_with_end([to_bytes(sequence) for sequence in byte_sequences])
+    return entropy_distribution(np.concatenate([e[:-1] for e in entropies] or [np.empty(0, np.float32)]))
+
+
+def entropy_distribution(H):
+    """{"mean", "std", "min", "max", "percentiles": {5: ..., 99: ...}} of float [N], nats."""
+    if len(H) == 0:
+        raise ValueError("no bytes to analyse")
+    H = np.asarray(H, dtype=np.float32)
+    levels = (5, 10, 25, 50, 75, 80, 85, 90, 95, 99)
+    return {
+        "mean": float(H.mean(dtype=np.float64)),
+        "std": float(H.std(dtype=np.float64)),
+        "min": float(H.min()),
+        "max": float(H.max()),
+        "percentiles": {level: float(value) for level, value in zip(levels, np.percentile(H, levels))},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BPE boundaries, for comparison
+
+
+def train_tokenizer(documents, vocab_size, path):
+    """Train a byte-level BPE on uint8 documents and write it as a tokenizer.json. Bytes are read as latin-1: any bytes will do."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z\x80-\xff]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"), "isolated")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=[chr(b) for b in range(256)], show_progress=False
+    )
+    tokenizer.train_from_iterator((d.tobytes().decode("latin-1") for d in documents), trainer)
+    write_aside(path, lambda temporary: tokenizer.save(temporary))
+    return tokenizer
+
+
+def load_tokenizer(path):
+    """A tokenizer that `train_tokenizer` wrote."""
+    if path is None or not Path(path).exists():
+        raise FileNotFoundError(f"method 'bpe' needs a tokenizer, and {path} is none; run: python create_patches.py --method bpe")
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))
+
+
+def bpe_starts(tokenizer, document):
+    """Starts of the document's BPE tokens, and of its end: bool [N + 1]."""
+    starts = np.zeros(len(document) + 1, dtype=bool)
+    starts[[begin for begin, _ in tokenizer.encode(document.tobytes().decode("latin-1")).offsets]] = True
+    starts[-1] = True
+    return starts

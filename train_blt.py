@@ -1,0 +1,290 @@
+"""Train a Byte Latent Transformer on patches; the one-command pipeline from an entropy model to a trained BLT.
+
+Reads   a corpus, entropy_model.pth (python entropy_llm.py makes it), patch_cache/ (made here if it is missing)
+Writes  checkpoints/: best.pt (weights), model.json (config, patch rule, result), last.pt, metrics.jsonl, curves.png
+Run     python train_blt.py --entropy_model_path entropy_model.pth [--quick_demo] [--preset cpu] [--field value ...]
+
+`llm.py` and `llm_large.py` are this training with their own sizes, on patches that create_patches.py has made.
+"""
+
+import gzip
+import json
+import lzma
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from blt_model import BLTConfig, BLTModel
+from create_patches import choose_threshold, make_entropies, open_entropies, training_sample, training_starts
+from data import open_corpus
+from entropy_patcher import NEEDS_ENTROPIES, EntropyPatcher, PatchConfig, to_bytes
+from generate import generate
+from rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
+from save_entropy_model import load_entropy_model
+from training import (
+    RunConfig,
+    check,
+    choose_device,
+    choose_precision,
+    fit,
+    leak_gate,
+    print_header,
+    run_script,
+    set_seed,
+    training_curves,
+    write_json,
+)
+
+
+@dataclass
+class TrainingConfig(RunConfig):
+    # patches: None takes what create_patches.py chose
+    entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
+    patch_cache: str = "patch_cache"  # folder that create_patches.py filled
+    patch_method: str | None = None  # global, monotonic, both, static, space, cumulative; None: as create_patches.py chose
+    entropy_threshold: float | None = None  # with patch_method: the threshold in nats (bytes for static)
+    target_patch_size: float | None = None  # with patch_method: or the wanted bytes a patch
+    patch_slots: int | None = None  # patches in a row; None: chosen so that little is padding
+    # output
+    output: str = "checkpoints"  # folder for weights, metrics and curves
+    prompt: str | None = None  # text to continue when training ends; None: the beginning of a validation document
+    sample_bytes: int = 200  # bytes of that continuation; 0: none
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.patch_method is None and (self.entropy_threshold is not None or self.target_patch_size is not None):
+            raise ValueError("entropy_threshold and target_patch_size need --patch_method; without it the rule of create_patches.py is used")
+        if self.entropy_threshold is not None and self.target_patch_size is not None:
+            raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
+        if self.patch_slots is not None:
+            check(self, "patch_slots", self.patch_slots >= 4, "4 or more")
+
+
+@dataclass
+class BLTRunConfig(TrainingConfig, BLTConfig):
+    """A training run's settings and the model's, in one."""
+
+    quick_demo: bool = False  # a small model and few steps: the preset quick_demo
+
+    def __post_init__(self):
+        TrainingConfig.__post_init__(self)
+        BLTConfig.__post_init__(self)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patched data
+
+
+class PatchedDataset:
+    """What `train_blt` trains on: rows of patched training text, rows that score the validation text, and the patcher.
+
+    train_rows: `TrainingRows`. validation: list of uint8 documents. validation_batches: list of `RowBatch`.
+    patcher: the `EntropyPatcher` that made the patches; the leak gate makes them again with it.
+    """
+
+    def __init__(self, train_rows, validation, validation_batches, patcher):
+        self.train_rows, self.validation = train_rows, validation
+        self.validation_batches, self.patcher = validation_batches, patcher
+
+    @classmethod
+    def from_documents(cls, training, validation, patcher, row_bytes=1024, batch_rows=8):
+        """Patch lists of documents (anything `EntropyPatcher` takes) with the patcher: for small data in memory."""
+        training, validation = [to_bytes(d) for d in training], [to_bytes(d) for d in validation]
+        if not training or not validation:
+            raise ValueError("training and validation each need at least one document")
+        starts = BitArray()
+        starts.append(np.concatenate([[True], *(patcher.starts(document) for document in training)]))
+        starts.close()
+        rows = TrainingRows(DocumentStream.of_documents(training), row_bytes, starts)
+        is_start = [patcher.starts(document) for document in validation]
+        return cls(rows, validation, list(evaluation_batches(validation, is_start, row_bytes, batch_rows)), patcher)
+
+    @classmethod
+    def from_corpus(cls, corpus, patcher, config, cache=None):
+        """Patch a corpus by its cached entropies (`create_patches.EntropyCache`; None for static and space patches)."""
+        train = corpus.documents("train", config.max_bytes)
+        numbers = corpus.documents("validation", config.val_bytes)
+        if cache is not None and not cache.covers(train, numbers):
+            limits = [f"--{name} {value}" for name, value in (("max_bytes", config.max_bytes), ("val_bytes", config.val_bytes)) if value]
+            raise ValueError(
+                f"{cache.folder} covers {len(cache.train):,} training and {len(cache.validation):,} validation documents, "
+                f"and {len(train):,} and {len(numbers):,} are wanted; run: python create_patches.py {' '.join(limits)}, or lower max_bytes"
+            )
+        stream = DocumentStream.of_corpus(corpus, train)
+        starts = training_starts(corpus, train, patcher.config, cache)
+        rows = TrainingRows(stream, config.row_bytes, starts, config.patch_slots)
+        validation = [corpus.document(number) for number in numbers]
+        is_start = [
+            patcher.starts(document, None if cache is None else cache.document(len(cache.train) + place))
+            for place, document in enumerate(validation)
+        ]
+        batches = list(evaluation_batches(validation, is_start, config.row_bytes, config.batch_rows))
+        return cls(rows, validation, batches, patcher)
+
+    def average_patch_size(self):
+        """Bytes a patch in the validation text (boundaries are no bytes and their patches do not count)."""
+        patches = sum(int((batch.patch_lengths > 0).sum()) for batch in self.validation_batches)
+        documents = sum(int((batch.ids[:, :-1] == 256).sum()) for batch in self.validation_batches)
+        return sum(batch.bytes for batch in self.validation_batches) / max(1, patches - documents)
+
+
+def train_blt(model, patched_dataset, training_config):
+    """Train a `BLTModel` on a `PatchedDataset`. The leak gate runs before the first step and stops a model that sees ahead.
+
+    training_config: `TrainingConfig` (or any `RunConfig` with an `output` folder). Returns a dict with val_bpb, val_loss (nats
+    per target), val_accuracy, best_val_bpb, bytes_per_second, train_seconds, avg_patch_size and, of the padding in the
+    training rows, byte_padding and patch_padding. The best weights are in output/best.pt and are in the model afterwards.
+    """
+    if not isinstance(patched_dataset, PatchedDataset):
+        raise ValueError(f"train_blt needs a PatchedDataset (see PatchedDataset.from_documents), not {type(patched_dataset).__name__}")
+    data = patched_dataset
+    text = np.concatenate([*data.validation[:8]])[:512]
+    print(f"leak gate passed: largest difference {leak_gate(model, data.patcher, text):.1e} nats")
+    byte_padding, patch_padding = data.train_rows.padding()
+    size = data.average_patch_size()
+    print(f"rows: {len(data.train_rows):,} of {data.train_rows.row_bytes:,} bytes and {data.train_rows.patch_slots} patches | padding {byte_padding:.1%} of bytes, {patch_padding:.1%} of patches | {size:.2f} bytes a patch in validation")
+    result = fit(model, training_config, data.train_rows, data.validation_batches, training_config.output)
+    model.load_state_dict(torch.load(Path(training_config.output) / "best.pt", weights_only=True))
+    return {**result, "avg_patch_size": size, "byte_padding": byte_padding, "patch_padding": patch_padding}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saved models
+
+
+def load_blt(folder, device="cpu"):
+    """Read a trained model from its output folder: (BLTModel, EntropyPatcher, the record in model.json)."""
+    folder = Path(folder)
+    for file in (folder / "model.json", folder / "best.pt"):
+        if not file.exists():
+            raise FileNotFoundError(f"{file} not found; run: python llm.py --output {folder}")
+    record = json.loads((folder / "model.json").read_text())
+    model = BLTModel(BLTConfig(**record["model_config"])).to(device)
+    model.load_state_dict(torch.load(folder / "best.pt", map_location=device, weights_only=True))
+    patch_config = PatchConfig(**record["patch_config"])
+    entropy_model = None
+    if patch_config.method in NEEDS_ENTROPIES:
+        entropy_model, entropy_record = load_entropy_model(record["entropy_model_path"], device)
+        if entropy_record["sha256"] != record["entropy_model_sha256"]:
+            raise ValueError(f"{folder} was trained on patches of another entropy model than {record['entropy_model_path']} holds now; train again, or put that model back")
+    return model.eval(), EntropyPatcher(entropy_model, patch_config, precision=record["precision"]), record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def open_patches(config, corpus, device, make=False):
+    """The patcher and the cached entropies that a run is to use: (EntropyPatcher, EntropyCache or None).
+
+    make=True fills the cache first where it is missing; otherwise a missing cache is an error that says what to run.
+    """
+    chosen = Path(config.patch_cache) / "patches.json"
+    method = config.patch_method
+    if method is None and not make:
+        if not chosen.exists():
+            raise FileNotFoundError(f"{chosen} not found; run: python create_patches.py")
+        saved = json.loads(chosen.read_text())
+        patch_config = PatchConfig(**saved["patch_config"])
+        if patch_config.method == "bpe":
+            raise ValueError("patch method 'bpe' looks ahead: it serves comparisons of boundaries only; train with --patch_method global")
+        method = patch_config.method
+    else:
+        method, patch_config = method or "global", None
+    if method in ("static", "space"):
+        if patch_config is None:
+            if method == "static" and config.entropy_threshold is None and config.target_patch_size is None:
+                raise ValueError("patch_method static needs --target_patch_size, the bytes in a patch")
+            patch_config = PatchConfig(method, config.entropy_threshold or config.target_patch_size or 1.0)
+        return EntropyPatcher(None, patch_config), None
+    model, record = load_entropy_model(config.entropy_model_path, device)
+    if make:
+        train, validation = corpus.documents("train", config.max_bytes), corpus.documents("validation", config.val_bytes)
+        precision = choose_precision("auto", device)
+        cache = make_entropies(config.patch_cache, corpus, model, record, train, validation, precision)
+    else:
+        cache = open_entropies(config.patch_cache, corpus, record, config.entropy_model_path)
+    if patch_config is None:
+        rule = PatchConfig(method, cache_dir=config.patch_cache)
+        rule.target_patch_size, rule.entropy_threshold = config.target_patch_size, config.entropy_threshold
+        patch_config = PatchConfig(method, choose_threshold(rule, cache, training_sample(cache, corpus)), cache_dir=config.patch_cache)
+    return EntropyPatcher(model, patch_config, precision=cache.manifest["precision"]), cache
+
+
+def run(config, make_patches=False):
+    """One training run from settings to pictures: what llm.py, llm_large.py and this script do. Returns `train_blt`'s dict."""
+    set_seed(config.seed)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    print_header(config, device, precision)
+    corpus = open_corpus(
+        config.dataset, text_field=config.text_field, max_bytes=config.corpus_bytes,
+        val_fraction=config.val_fraction, cache_dir=config.data_cache,
+    )  # fmt: skip
+    patcher, cache = open_patches(config, corpus, device, make_patches)
+    data = PatchedDataset.from_corpus(corpus, patcher, config, cache)
+    model_config = BLTConfig(**{f.name: getattr(config, f.name) for f in fields(BLTConfig)})
+    model = BLTModel(model_config).to(device)
+    parts = model.parameters_by_part()
+    print(f"BLT: {sum(parts.values()):,} parameters (" + ", ".join(f"{part} {count:,}" for part, count in parts.items()) + ")")
+    rule = patcher.config
+    total = config.steps * config.accumulate * config.batch_rows * config.row_bytes
+    print(f"patches: {rule.method}, threshold {rule.entropy_threshold:.4f} | training text {data.train_rows.stream.total_bytes:,} bytes, {total / data.train_rows.stream.total_bytes:.2f} epochs")
+
+    result = train_blt(model, data, config)
+    record = {
+        "model_config": asdict(model_config), "patch_config": asdict(rule), "precision": patcher.precision,
+        "entropy_model_path": config.entropy_model_path,
+        "entropy_model_sha256": load_entropy_model(config.entropy_model_path)[1]["sha256"] if cache is not None else None,
+        "corpus": {"dataset": config.dataset, "sha256": corpus.hash}, "settings": asdict(config), "result": result,
+    }  # fmt: skip
+    output = Path(config.output)
+    write_json(output / "model.json", record)
+    training_curves(output / "curves.png", output)
+    if config.sample_bytes:
+        prompt = config.prompt.encode() if config.prompt else data.validation[0][:120].tobytes()
+        text = generate(model, patcher, prompt, config.sample_bytes, temperature=0.7, seed=config.seed)
+        print(f"continuation of {prompt.decode(errors='replace')!r}:\n{text.decode(errors='replace')!r}")
+    print_footer(result, data.validation, output)
+    return result
+
+
+def compressors_bpb(documents):
+    """Bits per byte of gzip -9 and xz -9 on the same documents, joined: what any compressor gets without training."""
+    raw = b"".join(document.tobytes() for document in documents)
+    return {
+        "gzip -9": 8 * len(gzip.compress(raw, 9)) / len(raw),
+        "xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
+    }
+
+
+def print_footer(result, validation, output):
+    """The result beside gzip and xz, the files written and what to do next."""
+    others = ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressors_bpb(validation).items())
+    print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s | {result['avg_patch_size']:.2f} bytes a patch")
+    print(f"val {result['best_val_bpb']:.4f} bpb over {result['val_bytes']:,} bytes of held-out text (accuracy {result['val_accuracy']:.1%}); the same bytes by {others}")
+    print(f"wrote {output}/best.pt, model.json, metrics.jsonl, curves.png")
+    print(f"next: python generate.py --model {output} --prompt 'The history of'")
+
+
+PRESETS = {
+    "quick_demo": dict(
+        encoder_dim=128, global_dim=256, global_layers=3, decoder_dim=128, decoder_layers=2, hash_rows=4096, window=64,
+        max_bytes=2_000_000, row_bytes=1024, batch_rows=8, steps=200, eval_every=100, val_bytes=100_000,
+    ),
+    "cpu": dict(),
+    "colab_t4": dict(batch_rows=16),
+    "rtx4090": dict(batch_rows=32),
+    "h200": dict(batch_rows=64),
+}  # fmt: skip
+
+
+def main(config):
+    run(config, make_patches=True)
+
+
+if __name__ == "__main__":
+    run_script(main, BLTRunConfig, __doc__, PRESETS)
