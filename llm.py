@@ -2,7 +2,7 @@
 
 Reads   a corpus, entropy_model.pth (python entropy_llm.py), patch_cache/ (python create_patches.py)
 Writes  checkpoints/: best.pt (weights), model.json (config, patch rule, result), last.pt, metrics.jsonl, curves.png
-Run     python llm.py [--preset tiny | small | medium] [--preset cpu | colab_t4 | rtx4090 | h200] [--field value ...]
+Run     python llm.py [--preset [tiny | small | medium] [cpu | colab_t4 | rtx4090 | h200]] [--field value ...]
 
 The settings below are the medium model. What they do not name has the values of BLTConfig (blt_model.py), TrainingConfig
 (train_blt.py) and RunConfig (training.py); --help shows all of them.

@@ -4,6 +4,7 @@ What defines a number exists once, here: `row_nats` (the loss), `bits_per_byte` 
 metric can be trusted).
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -104,17 +105,21 @@ def parse_config(config_class, description, presets=None, argv=None):
     from transformers import HfArgumentParser
 
     presets = presets or {}
-    parser = HfArgumentParser(config_class, description=description, add_help=True)
+    parser = HfArgumentParser(
+        config_class, description=description, formatter_class=_HelpFormatter, usage="%(prog)s [--field value ...]"
+    )
     comments = field_comments(config_class)
     for action in parser._actions:
         if action.dest in comments:
-            shown = "" if action.default in (None, [], False) else f" (default: {action.default})"
-            action.help = comments[action.dest].replace("%", "%%") + shown.replace("%", "%%")
+            action.help = ("do without: " if action.option_strings[0].startswith("--no_") and action.nargs == 0 else "") + comments[action.dest].replace("%", "%%")
+            action.option_strings = [name for name in action.option_strings if "-" not in name[2:]]  # of --a_b and --a-b show one
+            action.metavar = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else "VALUE"
         if action.dest == "preset":
             action.help += f"; one or more of: {', '.join(presets) or 'none here'}"
     argv = sys.argv[1:] if argv is None else argv
     chosen = parser.parse_known_args(argv)[0]
-    for name in getattr(chosen, "preset", None) or []:
+    names = (["quick_demo"] if getattr(chosen, "quick_demo", False) else []) + (getattr(chosen, "preset", None) or [])
+    for name in names:
         if name not in presets:
             parser.error(f"unknown preset {name!r}; choose from: {', '.join(presets)}")
         parser.set_defaults(**presets[name])
@@ -122,6 +127,10 @@ def parse_config(config_class, description, presets=None, argv=None):
         return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)[0]
     except ValueError as error:
         parser.error(str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown flags"))
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keep the lines of the description and show every default."""
 
 
 def field_comments(config_class):

@@ -30,6 +30,7 @@ from rows import check_patch_lengths
 
 TOLERANCE = 1e-4  # measured: at most 5e-6, on logits up to 6
 CHARACTERS = [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x40)]  # in UTF-8 they take all bytes it has
+INPUT_CLASSES, OUTPUT_CLASSES = [*range(4, 260), 1], [*range(4, 260), 2]  # transformers' numbers of our ids and classes
 TEXT = Path(blt_model.__file__).read_bytes()
 
 # name: differences from the smallest model
@@ -135,17 +136,27 @@ def random_ids(rows, T, seed=0):
     return ids
 
 
+def hf_ids(ids):
+    return torch.tensor(INPUT_CLASSES)[ids]
+
+
 @torch.no_grad()
 def compare(model, hf_model, rows=2, T=117, seed=0):
     """Largest difference of logits, for the same ids and patches; both depend on the patches."""
     ids, lengths = random_ids(rows, T, seed), random_patch_lengths(rows, T + 1, seed)
-    theirs = hf_model(input_ids=to_hf_ids(ids), patch_lengths=lengths, use_cache=False).logits[..., OUTPUT_ROWS]
+    theirs = hf_model(input_ids=hf_ids(ids), patch_lengths=lengths, use_cache=False).logits[..., OUTPUT_CLASSES]
     ours = model(ids, lengths)
     other = model(ids, random_patch_lengths(rows, T + 1, seed + 1))
     assert ours.std() > 0.5 and (other - ours).abs().max() > 0.1, "the comparison would show nothing"
     difference = (ours - theirs).abs().max().item()
     print(f"largest difference {difference:.1e} on logits up to {theirs.abs().max():.1f}, {rows} x {T} ids")
     return difference
+
+
+def test_ids_and_classes_are_numbered_as_in_transformers():
+    ids = torch.arange(257)[None]
+    assert torch.equal(to_hf_ids(ids), hf_ids(ids))
+    assert (INPUT_ROWS, OUTPUT_ROWS) == (INPUT_CLASSES, OUTPUT_CLASSES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +187,7 @@ def test_logits_agree_for_rows_of_any_length(T):
     model = from_transformers(hf_model)
     ids, lengths = random_ids(2, T), random_patch_lengths(2, T + 1)
     with torch.no_grad():
-        theirs = hf_model(input_ids=to_hf_ids(ids), patch_lengths=lengths, use_cache=False).logits[..., OUTPUT_ROWS]
+        theirs = hf_model(input_ids=hf_ids(ids), patch_lengths=lengths, use_cache=False).logits[..., OUTPUT_CLASSES]
         assert (model(ids, lengths) - theirs).abs().max() <= TOLERANCE
 
 
@@ -187,8 +198,8 @@ def test_lengths_that_transformers_makes_mean_the_same():
     ids = random_ids(1, 20)
     for theirs, ours in (([1, 9, 10], [1, 9, 11]), ([1, 9, 10, 0], [1, 9, 10, 1])):
         with torch.no_grad():
-            expected = hf_model(input_ids=to_hf_ids(ids), patch_lengths=torch.tensor([theirs]), use_cache=False).logits
-            assert (model(ids, torch.tensor([ours])) - expected[..., OUTPUT_ROWS]).abs().max() <= TOLERANCE
+            expected = hf_model(input_ids=hf_ids(ids), patch_lengths=torch.tensor([theirs]), use_cache=False).logits
+            assert (model(ids, torch.tensor([ours])) - expected[..., OUTPUT_CLASSES]).abs().max() <= TOLERANCE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,9 +236,9 @@ def test_round_trip_of_theirs_is_exact_where_rows_have_a_counterpart(difference)
     before, after = hf_model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     kept_rows = {
-        "model.local_encoder.embed_tokens.weight": INPUT_ROWS,
-        "lm_head.weight": OUTPUT_ROWS,
-        "model.patcher.embed_tokens.weight": INPUT_ROWS,
+        "model.local_encoder.embed_tokens.weight": INPUT_CLASSES,
+        "lm_head.weight": OUTPUT_CLASSES,
+        "model.patcher.embed_tokens.weight": INPUT_CLASSES,
         "model.patcher.lm_head.weight": list(range(4, 260)),
     }
     for name, weight in before.items():
@@ -322,7 +333,7 @@ def trained_entropy_model():
 @torch.no_grad()
 def hf_patcher(hf_model, text):
     """Entropies [N + 1] (for each byte and the end) and logits [N + 1, 260] of the patcher."""
-    ids = to_hf_ids(torch.tensor([[BOUNDARY, *text]]))
+    ids = hf_ids(torch.tensor([[BOUNDARY, *text]]))
     entropies, _, logits = hf_model.model.patcher(ids, patch_size=4, threshold=1.0)
     return entropies[0], logits[0]
 
@@ -384,7 +395,7 @@ def test_own_patches_of_transformers_are_those_of_our_patcher(trained_entropy_mo
         check_patch_lengths(lengths, len(text) + 2)
         assert len(text) <= 10 or 0.2 * len(text) < lengths.shape[1] < 0.8 * len(text)
         with torch.no_grad():
-            theirs = hf_model(input_ids=to_hf_ids(ids)).logits[..., OUTPUT_ROWS]  # use_cache: from its config
+            theirs = hf_model(input_ids=hf_ids(ids)).logits[..., OUTPUT_CLASSES]  # use_cache: from its config
             assert (model(ids, lengths) - theirs).abs().max() <= TOLERANCE
 
 
@@ -402,7 +413,7 @@ def test_rule_of_transformers_is_ours():
     lengths = torch.nn.utils.rnn.pad_sequence(lengths, batch_first=True)
     check_patch_lengths(lengths, 119)
     with torch.no_grad():
-        theirs = hf_model(input_ids=to_hf_ids(ids), use_cache=False).logits[..., OUTPUT_ROWS]
+        theirs = hf_model(input_ids=hf_ids(ids), use_cache=False).logits[..., OUTPUT_CLASSES]
         assert (model(ids, lengths) - theirs).abs().max() <= TOLERANCE
 
 
@@ -413,7 +424,7 @@ def test_transformers_generates_what_our_model_does(trained_entropy_model):
     hf_model = to_transformers(model, trained_entropy_model, patcher.config)
     assert hf_model.generation_config.suppress_tokens == UNKNOWN_CLASSES == [0, 1, 3]
     prompt = TEXT[:40]
-    ids = to_hf_ids(torch.tensor([[BOUNDARY, *prompt]]))
+    ids = hf_ids(torch.tensor([[BOUNDARY, *prompt]]))
     made = hf_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     text = prompt
     with torch.no_grad():

@@ -1,0 +1,316 @@
+"""The BLT's invariants (DESIGN.md) and its parts against plain loops. Each leak is also built on purpose and must be seen."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import blt_model
+from blt_model import BLTConfig, BLTModel, PatchMap, hash_ngrams
+from entropy_llm import EntropyConfig, MinimalLLM
+from entropy_patcher import EntropyPatcher, PatchConfig
+from layers import CausalPlan, documents_of, rotary_angles, rotate
+from rows import check_patch_lengths, evaluation_batches, make_batch
+from training import bits_per_byte, leak_gate, row_nats
+
+TINY = dict(encoder_dim=32, global_dim=48, decoder_dim=32, global_layers=2, decoder_layers=2, hash_rows=64, window=8)
+VARIANTS = {
+    "plain": {},
+    "two encoder layers, mean pooling": dict(encoder_layers=2, pooling="mean"),
+    "cross-attention in all encoder layers": dict(encoder_layers=2, cross_attn_all_layers_encoder=True),
+    "one decoder cross-attention, k 4": dict(cross_attn_all_layers_decoder=False, cross_attn_k=4),
+    "other widths, no n-grams": dict(decoder_dim=48, ngram_sizes=[], encoder_heads=2),
+    "qk norm, window beyond the row": dict(qk_norm=True, window=512),
+}
+METHODS = {"global": 5.05, "monotonic": 0.0, "static": 4, "space": 1.0, "cumulative": 20.0}
+
+
+def random_bytes(n, seed=0):
+    return np.random.default_rng(seed).integers(32, 127, n, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def entropy_model():
+    torch.manual_seed(0)
+    return MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=2, max_seq_len=16)).eval()
+
+
+def make(variant="plain", seed=1):
+    torch.manual_seed(seed)
+    return BLTModel(BLTConfig(**{**TINY, **VARIANTS[variant]})).eval()
+
+
+@torch.no_grad()
+def document_logits(model, patcher, document):
+    (batch,) = evaluation_batches([document], [patcher.starts(document)], row_bytes=len(document) + 1, batch_rows=1)
+    return model(batch.ids[:, :-1], batch.patch_lengths)[0]
+
+
+# ------------------------------------------------------------------------------------------------- invariants 1 and 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_future_and_prefix_equals_whole(entropy_model, variant, method):
+    patcher = EntropyPatcher(entropy_model, threshold=METHODS[method], method=method)
+    model, document = make(variant), random_bytes(70)
+    whole = document_logits(model, patcher, document)
+    assert whole.shape == (71, 257)
+    for t in (1, 13, 40, 69):
+        changed = document.copy()
+        changed[t:] = random_bytes(70 - t, seed=t)
+        torch.testing.assert_close(document_logits(model, patcher, changed)[: t + 1], whole[: t + 1], atol=1e-4, rtol=0)
+        torch.testing.assert_close(document_logits(model, patcher, document[:t])[-1], whole[t], atol=1e-4, rtol=0)
+    assert leak_gate(model, patcher, document) < 1e-4
+
+
+def own_patch(self, patch_lengths_BP, documents_BT):
+    """The own-patch mistake: a byte reads the patch that it lies in."""
+    original_map(self, patch_lengths_BP, documents_BT)
+    T = documents_BT.shape[1]
+    row = torch.arange(len(documents_BT))[:, None] * self.P
+    patch = torch.searchsorted(patch_lengths_BP.cumsum(1), torch.arange(T).expand(len(documents_BT), T).contiguous(), right=True)
+    self.read = (patch + row).flatten()
+
+
+original_map = PatchMap.__init__
+
+
+def next_patch_early(self, patch_lengths_BP, documents_BT):
+    """Off by one: a byte reads the patch that its target opens."""
+    original_map(self, patch_lengths_BP, documents_BT)
+    self.read = (self.read + 1).clamp(max=len(documents_BT) * self.P - 1)
+
+
+@pytest.mark.parametrize("mistake", [own_patch, next_patch_early])
+def test_leak_gate_sees_a_patch_that_is_read_too_early(entropy_model, monkeypatch, mistake):
+    monkeypatch.setattr(blt_model.PatchMap, "__init__", mistake)
+    with pytest.raises(ValueError, match="leak"):
+        leak_gate(make(), EntropyPatcher(entropy_model, threshold=5.05), random_bytes(70))
+
+
+def test_leak_gate_sees_patches_that_look_ahead(entropy_model):
+    class Ahead(EntropyPatcher):
+        def starts(self, document, entropies=None):
+            starts = np.ones(len(document) + 1, dtype=bool)
+            starts[1:-1] = document[1:] > 80  # the byte itself decides
+            return starts
+
+    with pytest.raises(ValueError, match="leak"):
+        leak_gate(make(), Ahead(entropy_model, threshold=5.05), random_bytes(70))
+
+
+def test_leak_gate_sees_attention_to_the_future(entropy_model, monkeypatch):
+    patcher = EntropyPatcher(entropy_model, threshold=4, method="static")
+    model = make("qk norm, window beyond the row")
+    original = CausalPlan.__init__
+
+    def unmasked(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.mask = torch.ones_like(self.mask)
+
+    monkeypatch.setattr(CausalPlan, "__init__", unmasked)
+    with pytest.raises(ValueError, match="leak"):
+        leak_gate(model, patcher, random_bytes(70))
+
+
+def test_leak_gate_refuses_bpe(entropy_model, tmp_path):
+    from entropy_patcher import train_tokenizer
+
+    train_tokenizer([random_bytes(500)], 260, tmp_path / "t.json")
+    with pytest.raises(ValueError, match="looks ahead"):
+        leak_gate(make(), EntropyPatcher(None, PatchConfig(method="bpe", tokenizer_path=str(tmp_path / "t.json"))), random_bytes(70))
+
+
+# ------------------------------------------------------------------------------------------------------- invariant 3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_row_alone_equals_row_in_a_batch(entropy_model, variant):
+    patcher = EntropyPatcher(entropy_model, threshold=5.05)
+    model, rows = make(variant), []
+    for n in (60, 9, 33):
+        document = random_bytes(n, seed=n)
+        ids = np.concatenate(([256], document, [256])).astype(np.int64)
+        rows.append((ids, np.concatenate(([True], patcher.starts(document))), np.ones(n + 1, dtype=bool)))
+    together = make_batch(rows, row_bytes=64)
+    with torch.no_grad():
+        batched = model(together.ids[:, :-1], together.patch_lengths)
+        for r, row in enumerate(rows):
+            n = len(row[0]) - 1
+            alone = make_batch([row], row_bytes=n)
+            torch.testing.assert_close(model(alone.ids[:, :-1], alone.patch_lengths)[0], batched[r, :n], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("variant", ["plain", "two encoder layers, mean pooling"])
+def test_document_alone_equals_document_among_others(entropy_model, variant, method):
+    """Nats of documents packed into rows are the sum of each alone, ends included: whatever the packing, nothing leaks."""
+    patcher = EntropyPatcher(entropy_model, threshold=METHODS[method], method=method)
+    model, documents = make(variant), [random_bytes(n, seed=n) for n in (50, 20, 31, 5, 1, 44)]
+    total = sum(len(d) for d in documents)
+    alone = sum(bits_per_byte(model, patcher, [d], row_bytes=128) * len(d) for d in documents)
+    for row_bytes, batch_rows in ((128, 8), (128, 1), (52, 2), (1000, 1)):
+        assert bits_per_byte(model, patcher, documents, row_bytes, batch_rows) * total == pytest.approx(alone, abs=1e-3)
+
+
+def test_document_end_is_not_told_by_the_patches(entropy_model):
+    """The last byte's logits do not change when the document goes on: a boundary opens no patch of its own."""
+    patcher = EntropyPatcher(entropy_model, threshold=5.05)
+    model, document = make(), random_bytes(90)
+    starts = patcher.starts(document)
+    for n in range(20, 80):  # ends inside patches and at their ends
+        short = document[:n]
+        ids = np.concatenate(([256], short, [256], random_bytes(9), [256]))
+        is_start = np.concatenate(([True], starts[: n + 1], patcher.starts(random_bytes(9))))
+        batch = make_batch([(ids, is_start, np.ones(len(ids) - 1, bool))], len(ids) - 1)
+        with torch.no_grad():
+            packed = model(batch.ids[:, :-1], batch.patch_lengths)[0]
+        whole = document_logits(model, patcher, document)
+        torch.testing.assert_close(packed[: n + 1], whole[: n + 1], atol=1e-4, rtol=0)
+        if n == 20:
+            torch.testing.assert_close(packed[n + 1 : n + 11], document_logits(model, patcher, random_bytes(9)), atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_patch_map_example():
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    patch_map = PatchMap(torch.tensor([[1, 2, 3, 0]]), documents_of(ids, 256))
+    assert patch_map.pool.tolist() == [0, 1, 1, 2, 2]
+    assert patch_map.read.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_boundary_in_a_patch_leaves_the_old_document_out():
+    ids = torch.tensor([[256, 5, 6, 7, 256, 8]])
+    patch_map = PatchMap(torch.tensor([[1, 2, 2, 2]]), documents_of(ids, 256))  # patches: 256 | 5 6 | 7 256 | 8 target
+    assert patch_map.pool.tolist() == [0, 1, 1, 4, 2, 3]  # slot 4 is dropped
+    assert patch_map.documents_BP.tolist() == [[1, 1, 2, 2]]
+
+
+def test_cross_attention_equals_a_loop_over_patches():
+    torch.manual_seed(0)
+    D, k, heads, lengths = 8, 2, 2, [1, 3, 4, 2]
+    cross = blt_model.EncoderCrossAttention(D, heads, 1e-5)
+    patches, states = torch.randn(1, 4, k, D), torch.randn(1, 9, D)
+    patch_map = PatchMap(torch.tensor([lengths]), torch.ones(1, 9, dtype=torch.int64))
+    got = cross(patches, states, patch_map)
+    q, key, value = cross.project(patches, states)
+    begin = 0
+    for p, length in enumerate(lengths):
+        mine = slice(begin, min(begin + length, 9))
+        for j in range(k):
+            heads_out = []
+            for h in range(heads):
+                weights = (key[0, mine, h] @ q[0, p, j, h] / math.sqrt(D // heads)).softmax(0)
+                heads_out.append(weights @ value[0, mine, h])
+            torch.testing.assert_close(got[0, p, j], 2 * patches[0, p, j] + cross.wo(torch.cat(heads_out)), atol=1e-5, rtol=1e-5)
+        begin += length
+
+
+@pytest.mark.parametrize("T, window", [(5, 8), (8, 8), (9, 8), (40, 8), (41, 7), (30, 1), (23, 2)])
+def test_windowed_attention_equals_a_dense_mask(T, window):
+    torch.manual_seed(0)
+    B, H, K = 2, 2, 4
+    q, k, v = (torch.randn(B, T, H, K) for _ in range(3))
+    documents = torch.cat((torch.zeros(B, T // 3), torch.ones(B, T - T // 3)), 1).long()
+    got = CausalPlan(documents, K, 100.0, window).attend(q, k, v)
+    cos, sin = rotary_angles(torch.arange(T), K, 100.0)
+    place = torch.arange(T)
+    distance = place[:, None] - place[None, :]
+    mask = (distance >= 0) & (distance < window) & (documents[:, :, None] == documents[:, None, :])[:, None]
+    scores = torch.einsum("bihk,bjhk->bhij", rotate(q, cos, sin), rotate(k, cos, sin)) / K**0.5
+    want = torch.einsum("bhij,bjhk->bihk", scores.masked_fill(~mask, -math.inf).softmax(-1), v)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_hash_does_not_look_across_a_boundary():
+    row = torch.tensor([[256, 72, 101, 108, 256, 72, 101, 108]])
+    hashes = hash_ngrams(row, documents_of(row, 256), (3, 5), 5000)
+    assert torch.equal(hashes[0, :4], hashes[0, 4:])
+
+
+def test_memory_is_linear_in_the_row():
+    """No tensor of a forward pass has more than a constant number of elements per byte: nothing is byte by byte or by patch.
+
+    Patch by patch attention is left out by making patches long (the latent transformer is dense over patches).
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(x, torch.Tensor):
+                    self.size = max(self.size, x.numel())
+            return out
+
+    model, sizes = make(), []
+    for T in (512, 2048):
+        starts = np.zeros(T + 1, dtype=bool)
+        starts[:: T // 16] = starts[1] = True
+        batch = make_batch([(np.append(256, random_bytes(T)), starts, np.ones(T, bool))], T)
+        with Largest() as largest, torch.no_grad():
+            model(batch.ids[:, :-1], batch.patch_lengths)
+        sizes.append(largest.size)
+    assert sizes[1] <= 4.1 * sizes[0]
+
+
+def test_check_patch_lengths():
+    check_patch_lengths(torch.tensor([[1, 2, 2, 0], [1, 1, 1, 2]]), 5)
+    for bad, words in (
+        ([[2, 3]], "first patch"), ([[1, 0, 4]], "zero"), ([[1, 2]], "sum to 5"), ([[1, -1, 5]], "negative"), ([1, 4], "integers"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            check_patch_lengths(torch.tensor(bad), 5)
+    with pytest.raises(ValueError, match="integers"):
+        check_patch_lengths(torch.tensor([[1.0, 4.0]]), 5)
+
+
+def test_forward_checks_shapes():
+    with pytest.raises(ValueError, match=r"\[B, T\]"):
+        make()(torch.zeros(5, dtype=torch.int64), torch.ones(1, 6, dtype=torch.int64))
+
+
+def test_config_errors():
+    for bad, words in ((dict(pooling="sum"), "max or mean"), (dict(global_layers=0), "global_layers is 0"), (dict(ngram_sizes=[3, 3]), "ngram_sizes"), (dict(encoder_dim=33), "width 33"), (dict(decoder_heads=5), "decoder_dim")):
+        with pytest.raises(ValueError, match=words):
+            BLTConfig(**bad)
+
+
+def test_parts_add_up():
+    model = make()
+    assert sum(model.parameters_by_part().values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_uniform_model_scores_log2_257():
+    """Padding counts nowhere: a model that knows nothing has log2(257) bits a target, bytes and ends."""
+    model = make()
+    torch.nn.init.zeros_(model.head.weight)
+    documents = [random_bytes(30), random_bytes(7)]
+    patcher = EntropyPatcher(None, threshold=3, method="static")
+    want = math.log2(257) * (30 + 7 + 2) / 37
+    for row_bytes in (31, 64, 500):
+        assert bits_per_byte(model, patcher, documents, row_bytes=row_bytes) == pytest.approx(want, rel=1e-6)
+
+
+def test_long_documents_are_scored_once_each():
+    model = make()
+    torch.nn.init.zeros_(model.head.weight)
+    document = random_bytes(1000)
+    for row_bytes in (64, 100, 999, 1000, 1001):
+        batches = list(evaluation_batches([document], None, row_bytes))
+        assert sum(batch.bytes for batch in batches) == 1000 and sum(batch.targets for batch in batches) == 1001
+
+
+def test_gradients_reach_every_parameter(entropy_model):
+    patcher = EntropyPatcher(entropy_model, threshold=5.05)
+    for variant in VARIANTS:
+        model, document = make(variant).train(), random_bytes(200)
+        (batch,) = evaluation_batches([document], [patcher.starts(document)], 256)
+        row_nats(model, batch)[0].sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), variant

@@ -1,0 +1,268 @@
+"""Patching rules by hand and against plain loops; entropies; EntropyPatcher's contract."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entropy_llm import EntropyConfig, MinimalLLM
+from entropy_patcher import (
+    EntropyPatcher,
+    PatchConfig,
+    analyze_entropy_distribution,
+    entropy_of,
+    patch_sizes,
+    patch_starts,
+    stream_entropies,
+    threshold_for_patch_size,
+    train_tokenizer,
+)
+from rows import DocumentStream
+
+# The worked example of the released code: "Daenerys T. is in", the last number is about what follows the text.
+DAENERYS = np.array([3.0, 2.5, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 2.4, 1.8, 0.2, 2.2, 1.9, 0.3, 2.1, 1.5, 2.9], dtype=np.float32)
+TEXT = b"Daenerys T. is in"
+CAUSAL = ("global", "monotonic", "both", "static", "space", "cumulative")
+
+
+def pieces(text, starts):
+    return [bytes(piece) for piece in np.split(np.frombuffer(text, np.uint8), np.flatnonzero(starts)[1:])]
+
+
+def loop_starts(H, method, threshold, extra=0.0, low=1, high=None, text=None):
+    """The rules one byte at a time: the oracle."""
+    starts, begin = [], 0
+    for t in range(len(H)):
+        if method == "global":
+            want = H[t] > threshold
+        elif method == "monotonic":
+            want = t > 0 and H[t] - H[t - 1] > threshold
+        elif method == "both":
+            want = t > 0 and H[t] > threshold and H[t] - H[t - 1] > extra
+        elif method == "cumulative":
+            want = sum(H[begin : t + 1].astype(np.float64)) > threshold
+        elif method == "static":
+            want = t % threshold == 0
+        else:
+            space = [True] + [not (chr(b).isalnum() and b < 128) and not 0x80 <= b < 0xC0 for b in text]
+            want = t > 0 and space[t] and not space[t - 1]  # space[i] is about byte i - 1, the boundary being one
+        length = t - begin
+        is_start = t == 0 or (want and length >= low) or (high is not None and length >= high)
+        begin = t if is_start else begin
+        starts.append(bool(is_start))
+    return np.array(starts, dtype=bool)
+
+
+def test_published_example_global():
+    starts = patch_starts(DAENERYS, "global", 1.335)
+    assert pieces(TEXT, starts[:-1]) == [b"D", b"a", b"enerys ", b"T", b". ", b"i", b"s ", b"i", b"n"]
+    assert starts[-1]  # the end would open a patch too: the published lengths 1 1 1 7 1 2 1 2 1 1 1
+    quiet = DAENERYS.copy()
+    quiet[-1] = 0.1
+    assert not patch_starts(quiet, "global", 1.335)[-1]
+
+
+def test_published_example_monotonic_and_both():
+    # The released code also forces a start at byte 1; ours follows the rule, so "Daenerys " is one patch.
+    assert pieces(TEXT, patch_starts(DAENERYS, "monotonic", 0.5)[:-1]) == [b"Daenerys ", b"T. ", b"is ", b"in"]
+    assert pieces(TEXT, patch_starts(DAENERYS, "both", 1.335, monotonic_threshold=0.5)[:-1]) == [b"Daenerys ", b"T. ", b"is ", b"in"]
+    assert pieces(TEXT, patch_starts(DAENERYS, "both", 2.15, monotonic_threshold=0.5)[:-1]) == [b"Daenerys ", b"T. ", b"is in"]
+
+
+def test_published_example_space():
+    starts = patch_starts(None, "space", byte_values=np.frombuffer(TEXT, np.uint8))
+    assert pieces(TEXT, starts) == [b"Daenerys ", b"T.", b" is ", b"in"]
+
+
+def test_edges():
+    for method in CAUSAL:
+        byte_values = np.zeros(0, np.uint8)
+        assert patch_starts(np.zeros(0, np.float32), method, 1.0, byte_values=byte_values).shape == (0,)
+        assert patch_starts(np.zeros(1, np.float32), method, 1.0, byte_values=np.zeros(1, np.uint8)).tolist() == [True]
+    assert patch_starts(np.ones(5), "global", 1.0).tolist() == [True] + [False] * 4  # above, not at, the threshold
+    assert patch_starts(np.ones(5), "global", 0.99).all()
+    assert patch_starts(np.zeros(5), "global", 0.5, max_patch_size=2).tolist() == [True, False, True, False, True]
+    assert patch_starts(np.ones(5), "global", 0.5, min_patch_size=2).tolist() == [True, False, True, False, True]
+    assert patch_starts(np.ones(6), "cumulative", 2.0).tolist() == [True, False, True, False, True, False]
+    with pytest.raises(ValueError, match="one of global"):
+        patch_starts(np.ones(5), "greedy")
+    with pytest.raises(ValueError, match="needs entropies"):
+        patch_starts(None, "global", byte_values=np.zeros(3, np.uint8))
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    method=st.sampled_from(CAUSAL),
+    halves=st.lists(st.integers(0, 8), min_size=1, max_size=60),
+    threshold=st.integers(1, 12),
+    low=st.integers(1, 5),
+    more=st.one_of(st.none(), st.integers(0, 6)),
+    text=st.binary(min_size=60, max_size=60),
+)
+def test_vectorised_rules_equal_the_loop(method, halves, threshold, low, more, text):
+    H = np.array(halves, dtype=np.float32) / 2
+    level = threshold if method == "static" else threshold / 2
+    high = None if more is None else low + more
+    text = np.frombuffer(text, np.uint8)[: len(H)]
+    got = patch_starts(H, method, level, monotonic_threshold=0.5, min_patch_size=low, max_patch_size=high, byte_values=text)
+    assert got.tolist() == loop_starts(H, method, level, 0.5, low, high, text).tolist()
+    # A start depends on what stands before it only.
+    changed_H, changed_text, t = H.copy(), text.copy(), len(H) // 2
+    changed_H[t + 1 :] += 3
+    changed_text[t:] ^= 255
+    again = patch_starts(changed_H, method, level, monotonic_threshold=0.5, min_patch_size=low, max_patch_size=high, byte_values=changed_text)
+    assert again[: t + 1].tolist() == got[: t + 1].tolist()
+
+
+@settings(max_examples=50, deadline=None, database=None)
+@given(method=st.sampled_from(CAUSAL), lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), low=st.integers(1, 3), high=st.sampled_from([None, 4]))
+def test_documents_in_one_pass_equal_each_alone(method, lengths, low, high):
+    rng = np.random.default_rng(len(lengths))
+    H = rng.integers(0, 6, sum(lengths)).astype(np.float32)
+    text = rng.integers(0, 256, sum(lengths)).astype(np.uint8)
+    begins = np.cumsum(lengths) - lengths
+    document_starts = np.zeros(len(H), dtype=bool)
+    document_starts[begins] = True
+    options = dict(min_patch_size=low, max_patch_size=high)
+    whole = patch_starts(H, method, 3.0, byte_values=text, document_starts=document_starts, **options)
+    alone = [patch_starts(H[b : b + n], method, 3.0, byte_values=text[b : b + n], **options) for b, n in zip(begins, lengths)]
+    assert whole.tolist() == np.concatenate(alone).tolist()
+
+
+@pytest.mark.parametrize("method", ["global", "monotonic", "cumulative"])
+@pytest.mark.parametrize("target", [2.0, 4.5, 8.0])
+def test_threshold_for_patch_size(method, target):
+    H = np.random.default_rng(0).gamma(2.0, 0.7, 20_000).astype(np.float32)
+    threshold = threshold_for_patch_size(H, method, target)
+    assert abs(len(H) / patch_starts(H, method, threshold).sum() - target) < 0.02 * target
+
+
+def test_threshold_errors():
+    with pytest.raises(ValueError, match="at least 1 byte"):
+        threshold_for_patch_size(np.ones(10), "global", 0.5)
+    with pytest.raises(ValueError, match="no threshold"):
+        threshold_for_patch_size(np.ones(10), "space", 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def entropy_model():
+    torch.manual_seed(0)
+    return MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=2, max_seq_len=16)).eval()
+
+
+def random_bytes(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, n, dtype=np.uint8)
+
+
+def test_entropies_are_about_byte_t_from_what_stands_before(entropy_model):
+    document = random_bytes(80)
+    H = EntropyPatcher(entropy_model).entropies(document)
+    assert H.dtype == np.float32 and H.shape == (80,)
+    with torch.no_grad():
+        logits = entropy_model(torch.tensor([[256, *document.tolist()]]))
+    np.testing.assert_allclose(H, entropy_of(logits)[0, :-1].numpy(), atol=1e-5)
+    changed = document.copy()
+    changed[40] ^= 1
+    other = EntropyPatcher(entropy_model).entropies(changed)
+    np.testing.assert_allclose(other[:41], H[:41], atol=1e-6)  # entropy 40 is about byte 40, before it is read
+    assert abs(other[41] - H[41]) > 1e-6
+
+
+@pytest.mark.parametrize("lanes, chunk", [(1, 7), (1, 1000), (3, 16), (8, 33)])
+def test_entropies_do_not_depend_on_lanes_or_chunks(entropy_model, lanes, chunk):
+    documents = [random_bytes(n, seed=n) for n in (1, 200, 0, 33, 64, 5, 120)]
+    got = np.split(stream_entropies(entropy_model, DocumentStream.of_documents(documents), lanes, chunk), np.cumsum([len(d) + 1 for d in documents])[:-1])
+    for document, H in zip(documents, got):
+        with torch.no_grad():
+            logits = entropy_model(torch.tensor([[256, *document.tolist()]]))
+        np.testing.assert_allclose(H, entropy_of(logits)[0].numpy(), atol=2e-5)
+
+
+def test_window_is_respected(entropy_model):
+    """Two layers of window 16 see 31 bytes back, the byte itself included, and not one more."""
+    ids = torch.from_numpy(random_bytes(100).astype(np.int64))[None]
+    changed = ids.clone()
+    changed[0, 50] ^= 1
+    with torch.no_grad():
+        moved = (entropy_model(ids) - entropy_model(changed)).abs().amax(-1)[0] > 1e-7
+    assert moved[50] and moved[80] and not moved[81:].any() and not moved[:50].any()
+
+
+@pytest.mark.parametrize("method", CAUSAL)
+def test_patches_concatenate(entropy_model, method):
+    patcher = EntropyPatcher(entropy_model, PatchConfig(method=method, entropy_threshold=5.0, min_patch_size=2, max_patch_size=9))
+    for document in (b"", b"a", b"\xff\xfe\x00", bytes(random_bytes(300)), "Grüße, 世界".encode()):
+        patches = patcher.create_patches(document)
+        assert b"".join(patches) == document and all(0 < len(p) <= 9 for p in patches)
+
+
+def test_input_types(entropy_model):
+    patcher = EntropyPatcher(entropy_model, threshold=5.2)
+    want = patcher.create_patches(b"abc def \xc3\xa9")
+    for same in (bytearray(b"abc def \xc3\xa9"), "abc def é", list(b"abc def \xc3\xa9"), np.frombuffer(b"abc def \xc3\xa9", np.uint8), torch.tensor(list(b"abc def \xc3\xa9"))):
+        assert patcher.create_patches(same) == want
+    for bad in ([300], [-1], [[1, 2]], [0.5]):
+        with pytest.raises(ValueError, match="byte sequence"):
+            patcher.create_patches(bad)
+
+
+def test_process_data_and_its_cache(entropy_model, tmp_path):
+    sequences = [bytes(random_bytes(200, 1)), b"", bytes(random_bytes(50, 2))]
+    config = PatchConfig(entropy_threshold=5.05, cache_dir=str(tmp_path))
+    patcher = EntropyPatcher(entropy_model, config)
+    patches, stats = patcher.process_data(sequences, cache_key="corpus")
+    assert [b"".join(p) for p in patches] == sequences
+    assert patches == [patcher.create_patches(s) for s in sequences]
+    sizes = [len(p) for document in patches for p in document]
+    assert stats["total_patches"] == len(sizes) and stats["avg_patch_size"] == pytest.approx(np.mean(sizes))
+    assert stats["min_patch_size"] == min(sizes) and stats["max_patch_size"] == max(sizes)
+    assert sum(stats["patch_size_histogram"].values()) == len(sizes) and 0 < stats["avg_entropy"] < np.log(256)
+    again = EntropyPatcher(entropy_model, config)
+    again.entropy_model.forward = None  # a second call reads what the first one kept
+    assert again.process_data(sequences, cache_key="corpus") == (patches, stats)
+    del again.entropy_model.forward
+    with pytest.raises(ValueError, match="another sequences|delete it"):
+        patcher.process_data(sequences[:1], cache_key="corpus")
+    torch.manual_seed(1)
+    other = MinimalLLM(entropy_model.config)
+    with pytest.raises(ValueError, match="another entropy model"):
+        EntropyPatcher(other, config).process_data(sequences, cache_key="corpus")
+
+
+def test_analysis(entropy_model):
+    stats = analyze_entropy_distribution(entropy_model, [b"hello world", bytes(random_bytes(100))])
+    assert stats["min"] <= stats["percentiles"][5] <= stats["percentiles"][50] <= stats["percentiles"][99] <= stats["max"]
+    assert stats["min"] < stats["mean"] < stats["max"] and stats["std"] > 0
+
+
+def test_config_errors(entropy_model):
+    for bad, words in (
+        (dict(method="greedy"), "method is 'greedy'"),
+        (dict(min_patch_size=0), "min_patch_size is 0"),
+        (dict(min_patch_size=5, max_patch_size=4), "max_patch_size is 4"),
+        (dict(method="static", entropy_threshold=0.5), "1 or more bytes"),
+        (dict(entropy_threshold=float("nan")), "finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            PatchConfig(**bad)
+    with pytest.raises(ValueError, match="entropy_llm.py"):
+        EntropyPatcher(None, threshold=0.6)
+
+
+def test_bpe_tokens_as_patches(tmp_path):
+    documents = [np.frombuffer(b"the cat sat on the mat. the dog sat too. \xff\xc3\xa9" * 20, np.uint8)]
+    train_tokenizer(documents, 300, tmp_path / "tokenizer.json")
+    patcher = EntropyPatcher(None, PatchConfig(method="bpe", tokenizer_path=str(tmp_path / "tokenizer.json")))
+    patches = patcher.create_patches(b"the cat \xff\x00 sat")
+    assert b"".join(patches) == b"the cat \xff\x00 sat" and b" cat" in patches and not patcher.is_causal
+    with pytest.raises(FileNotFoundError, match="--method bpe"):
+        EntropyPatcher(None, PatchConfig(method="bpe", tokenizer_path=str(tmp_path / "none.json")))
+
+
+def test_patch_sizes():
+    assert patch_sizes(np.array([True, False, True, True])).tolist() == [2, 1, 1]
+    assert patch_sizes(np.zeros(0, bool)).tolist() == []
