@@ -291,6 +291,19 @@ def test_a_weight_too_many_or_too_few_raises():
         entropy_model_from_transformers(hf_model)
 
 
+def test_released_sizes_fit():
+    """BLT-1B's shapes, without memory: 4.6 billion parameters, of which 3.07 billion hash embeddings."""
+    with torch.device("meta"):
+        hf_model = BltForCausalLM(BltConfig(encoder_config=dict(intermediate_size=2816)))
+        model = from_transformers(hf_model)
+        entropy_model = entropy_model_from_transformers(hf_model)
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    dropped = 6 * 1024 + (3 + 4) * 768  # rows of embeddings and heads without a counterpart
+    assert count(model) + count(entropy_model) + dropped == count(hf_model) == 4_633_391_872
+    assert model.parameters_by_part()["hash embedding"] == 6 * 500002 * 1024
+    assert (model.config.global_layers, model.config.window, entropy_model.config.max_seq_len) == (25, 512, 512)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Hash
 
