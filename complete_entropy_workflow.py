@@ -17,7 +17,7 @@ import numpy as np
 import entropy_llm
 from pictures import draw_comparison
 from train_blt import PRESETS, BLTRunConfig, run
-from training import check, check_positive, run_script, write_aside, write_json
+from training import DataConfig, check, check_positive, run_script, write_aside, write_json
 
 
 @dataclass
@@ -45,7 +45,7 @@ def train_entropy_model(config):
     changes = dict(entropy_llm.PRESETS[config.entropy_preset])
     if config.entropy_steps is not None:
         changes.update(steps=config.entropy_steps, eval_every=config.entropy_steps)
-    shared = ("dataset", "text_field", "corpus_bytes", "val_fraction", "data_cache", "device", "precision", "seed")
+    shared = [f.name for f in fields(DataConfig) if f.name not in ("preset", "max_bytes", "val_bytes")] + ["seed"]
     same = {name: getattr(config, name) for name in shared}
     entropy_llm.main(entropy_llm.EntropyConfig(preset=[config.entropy_preset], output=config.entropy_model_path, **{**changes, **same}))
 

@@ -4,8 +4,8 @@
     entropy_model_from_transformers(hf_model)              its patcher -> MinimalLLM
     to_transformers(model, entropy_model, patch_config)    BLTModel, MinimalLLM, PatchConfig -> BltForCausalLM
 
-To write the result: `BltForCausalLM.save_pretrained`. A conversion copies every weight just once; both models are then in
-memory. What the other side cannot express raises ValueError. What it computes differently is listed here.
+To write the result: `BltForCausalLM.save_pretrained`. A conversion copies every weight just once, and raises ValueError for
+what the other side cannot express.
 
 Ids. transformers numbers byte b as b + 4; before it stand 0 (filler), 1 (beginning), 2 (end) and 3 (BPE delimiter). Our boundary,
 256, is their 1 as an input and their 2 as a class: `to_hf_ids(ids)` are their inputs, `logits[..., OUTPUT_ROWS]` our logits.
@@ -31,7 +31,7 @@ from entropy_patcher import PatchConfig
 from layers import feed_forward_width
 
 HF_IDS, HF_FIRST_BYTE, HF_BEGIN, HF_END = 260, 4, 1, 2
-BYTE_ROWS = list(range(HF_FIRST_BYTE, HF_IDS))
+BYTE_ROWS = list(range(HF_FIRST_BYTE, HF_IDS))  # those of the bytes
 INPUT_ROWS = [*BYTE_ROWS, HF_BEGIN]  # transformers' embedding row of each of our ids
 OUTPUT_ROWS = [*BYTE_ROWS, HF_END]  # transformers' head row of each of our classes
 UNKNOWN_CLASSES = [0, 1, 3]  # transformers' classes that we have not: never a target
@@ -60,12 +60,11 @@ def from_transformers(hf_model):
 
     Raises ValueError for what `BLTModel` cannot express: grouped-query attention, feed-forward widths other than
     `feed_forward_width`, several hash functions, no window, another kind of rotary embedding, parts that differ in epsilon,
-    theta or dropout, cross-attention after several encoder layers (transformers pools the patches anew at each layer;
-    here and in the released code the same vectors are refined).
+    theta or dropout, cross-attention after several encoder layers (transformers pools anew at each; here and in the
+    released code the same vectors are refined).
     """
-    weights = {name: weight for name, weight in hf_model.state_dict().items() if not name.startswith(PATCHER)}
     config = _blt_config(hf_model.config)
-    return _filled(BLTModel(config), _our_weights(weights, _weight_names(config), "the transformers model"))
+    return _filled(BLTModel(config), _our_weights(hf_model, _weight_names(config), of_patcher=False))
 
 
 def entropy_model_from_transformers(hf_model):
@@ -91,8 +90,7 @@ def entropy_model_from_transformers(hf_model):
         d_model=config.hidden_size, n_heads=config.num_attention_heads, n_layers=config.num_hidden_layers,
         max_seq_len=config.sliding_window, rope_theta=config.rope_parameters["rope_theta"], dropout=config.dropout,
     )  # fmt: skip
-    weights = {name: weight for name, weight in hf_model.state_dict().items() if name.startswith(PATCHER)}
-    return _filled(MinimalLLM(entropy_config), _our_weights(weights, _entropy_weight_names(entropy_config), "the patcher"))
+    return _filled(MinimalLLM(entropy_config), _our_weights(hf_model, _entropy_weight_names(entropy_config), of_patcher=True))
 
 
 def to_transformers(model, entropy_model=None, patch_config=None):
@@ -102,17 +100,14 @@ def to_transformers(model, entropy_model=None, patch_config=None):
     patch_config: the rule; by default PatchConfig(), the one of EntropyPatcher(entropy_model).
 
     Rows without a counterpart are zero: the embeddings of ids 0, 2 and 3 and the head's rows 0, 1 and 3. A zero row makes
-    a logit of 0, not of minus infinity: take probabilities and losses over OUTPUT_ROWS, not over all 260 classes.
-    Generation suppresses the three (generation_config).
-
-    The patcher's head has four classes that ours has not, and no bias to rule them out. Each gets the mean of the rows of
-    the bytes that UTF-8 text never holds. So with p their likelihood at some place, the entropy there is
+    a logit of 0, not of minus infinity: take probabilities and losses over OUTPUT_ROWS, not over all 260 classes
+    (generation_config suppresses the three). The patcher's head has four classes that ours has not, and no bias to rule them
+    out. Each gets the mean of the rows of the bytes that UTF-8 never holds. With p its probability at a place relative to
+    our 256 classes and H our entropy, the patcher's entropy there is
 
         H_260 = (H + 4 p ln(1 / p)) / (1 + 4 p) + ln(1 + 4 p)
 
-    With an entropy model of 0.85M parameters at 2.63 bits per byte, over 49,916 places of validation text, that is 1.2e-4 nats
-    more on average and 0.02 at most; 1, 3 and 1 patches begin elsewhere at thresholds 0.6, 1.335 and 2.0 (28, 91 and 198 if
-    the four rows were zero).
+    which is next to nothing for a trained model (LOG.md has a measurement).
 
     Raises ValueError for what transformers cannot express: qk_norm, mean pooling, no n-gram embeddings, encoder and decoder
     of different widths, cross-attention after several encoder layers (it pools anew at each), rules other than global,
@@ -136,9 +131,8 @@ def to_transformers(model, entropy_model=None, patch_config=None):
     weights, entropy_config = _their_weights(model, _weight_names(config)), None
     if entropy_model is not None:
         entropy_config = entropy_model.config
-        patcher_weights = _their_weights(entropy_model, _entropy_weight_names(entropy_config))
-        patcher_weights[PATCHER + "lm_head.weight"][:HF_FIRST_BYTE] = entropy_model.head.weight.detach()[NO_UTF8].mean(0)
-        weights |= patcher_weights
+        weights |= _their_weights(entropy_model, _entropy_weight_names(entropy_config))
+        weights[PATCHER + "lm_head.weight"][:HF_FIRST_BYTE] = entropy_model.head.weight.detach()[NO_UTF8].mean(0)
     hf_model = _filled(BltForCausalLM(_hf_config(config, entropy_config, patch_config)), weights)
     hf_model.generation_config.suppress_tokens = UNKNOWN_CLASSES
     return hf_model
@@ -172,18 +166,16 @@ def _check_part(config):
 def _blt_config(hf_config):
     """`BltConfig` -> `BLTConfig`."""
     parts = {"encoder": hf_config.encoder_config, "global": hf_config.global_config, "decoder": hf_config.decoder_config}
-    encoder, decoder = parts["encoder"], parts["decoder"]
-    theta = encoder.rope_parameters["rope_theta"]
+    encoder, decoder, theta = parts["encoder"], parts["decoder"], parts["encoder"].rope_parameters["rope_theta"]
     for part in parts.values():
         _check_part(part)
         _need(part, "rms_norm_eps", encoder.rms_norm_eps)
         _need(part, "dropout", encoder.dropout)
         if part.rope_parameters["rope_theta"] != theta:
             raise ValueError(f"{part.model_type}.rope_parameters is {part.rope_parameters}; to be converted its rope_theta must be the encoder's, {theta}")
-    for part in (encoder, decoder):
+    for part in (hf_config, encoder, decoder):
         _need(part, "vocab_size", HF_IDS)
         _need(part, "cross_attn_k", hf_config.cross_attn_k)
-    _need(hf_config, "vocab_size", HF_IDS)
     _need(decoder, "hidden_size", encoder.hidden_size)
     _need(hf_config, "encoder_hash_byte_group_nb_functions", 1)
     if hf_config.local_attention_window_len is None:
@@ -203,10 +195,9 @@ def _blt_config(hf_config):
 
 
 def _hf_part(dim, heads, layers, theta, norm_eps, dropout):
-    return dict(
-        hidden_size=dim, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=feed_forward_width(dim),
-        rope_parameters={"rope_type": "default", "rope_theta": float(theta)}, rms_norm_eps=norm_eps, dropout=dropout,
-    )  # fmt: skip
+    sizes = dict(hidden_size=dim, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=feed_forward_width(dim))
+    rope = {"rope_type": "default", "rope_theta": float(theta)}
+    return sizes | dict(rope_parameters=rope, rms_norm_eps=norm_eps, dropout=dropout)
 
 
 def _hf_config(config, entropy_config, patch_config):
@@ -216,10 +207,9 @@ def _hf_config(config, entropy_config, patch_config):
         dim, layers = getattr(config, f"{name}_dim"), getattr(config, f"{name}_layers")
         parts[name] = _hf_part(dim, config.heads(name), layers, config.rope_theta, config.norm_eps, config.dropout)
     for name in ("encoder", "decoder"):
-        all_layers = getattr(config, f"cross_attn_all_layers_{name}")
-        parts[name] |= dict(cross_attn_all_layers=all_layers, cross_attn_k=config.cross_attn_k, hidden_size_global=config.global_dim)
-    if entropy_config is not None:
-        e = entropy_config
+        parts[name] |= dict(cross_attn_k=config.cross_attn_k, hidden_size_global=config.global_dim)
+        parts[name]["cross_attn_all_layers"] = getattr(config, f"cross_attn_all_layers_{name}")
+    if (e := entropy_config) is not None:
         parts["patcher"] = _hf_part(e.d_model, e.n_heads, e.n_layers, e.rope_theta, ENTROPY_NORM_EPS, e.dropout)
         parts["patcher"]["sliding_window"] = e.max_seq_len
     return BltConfig(
@@ -270,9 +260,10 @@ def _stack(ours, theirs, n_layers, parts):
     return {f"{ours}.{i}.{a}.weight": (f"{theirs}.{i}.{b}.weight", None) for i in range(n_layers) for a, b in parts.items()}
 
 
-def _our_weights(weights, names, whose):
-    """transformers' weights under our names, rows without a counterpart left out."""
-    _check_names((hf_name for hf_name, _ in names.values()), weights, whose)
+def _our_weights(hf_model, names, of_patcher):
+    """The weights of transformers' patcher, or all others, under our names; rows without a counterpart left out."""
+    weights = {name: weight for name, weight in hf_model.state_dict().items() if name.startswith(PATCHER) == of_patcher}
+    _check_names((hf_name for hf_name, _ in names.values()), weights, "transformers' patcher" if of_patcher else "the transformers model")
     return {name: weights[hf_name] if rows is None else weights[hf_name][rows] for name, (hf_name, rows) in names.items()}
 
 

@@ -1,7 +1,7 @@
 """Compute the entropies of a corpus once, choose how to cut it into patches, and show what the patches look like.
 
 Reads   a corpus and entropy_model.pth (python entropy_llm.py makes it)
-Writes  patch_cache/entropies-*/ (float16, one number a byte), patch_cache/patches.json (the rule that training will use),
+Writes  patch_cache/entropies-*/ (float16, one number a byte, one a document's end), patch_cache/patches.json (the rule that training will use),
         and in patch_cache/: entropy.png, patch_sizes.png, patches.html
 Run     python create_patches.py [--preset cpu] [--method global --target_patch_size 4.5] [--field value ...]
 Next    python llm.py
@@ -13,14 +13,13 @@ import json
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from data import open_corpus
 from entropy_patcher import (
     NEEDS_ENTROPIES,
     EntropyPatcher,
@@ -36,26 +35,15 @@ from entropy_patcher import (
 )
 from rows import BitArray, DocumentStream
 from save_entropy_model import load_entropy_model
-from training import check, check_positive, choose_device, choose_precision, print_header, run_script, write_json
+from training import DataConfig, check, check_positive, choose_device, choose_precision, print_header, run_script, write_json
 
 
 @dataclass
-class CreatePatchesConfig:
-    preset: list[str] = field(default_factory=list)  # named sets of changes to these settings, applied left to right; flags beat them
-    # data
-    dataset: str = "sample"  # sample, a file or folder (.txt .md .jsonl .json .parquet, also .gz .xz .zst), or a Hugging Face id[:subset]
-    text_field: str = "text"  # the field of a JSON or parquet record that holds the text
-    corpus_bytes: int | None = None  # store at most so many bytes of the dataset (needed for a Hugging Face dataset)
-    val_fraction: float = 0.03  # share of documents held out, chosen by a hash of each document
-    max_bytes: int | None = None  # entropies for the first so many bytes of the training documents; None: all
-    val_bytes: int = 1_000_000  # and for the first so many bytes of the validation documents
-    data_cache: str = "data_cache"  # folder of the byte stores
+class CreatePatchesConfig(DataConfig):
     # entropies
     entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
     lanes: int = 8  # documents read side by side
     chunk_bytes: int = 2048  # bytes of each read at once
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where the hardware computes in it, fp16 on older GPUs
     # patches
     method: Literal["global", "monotonic", "both", "static", "space", "cumulative", "bpe"] = "global"  # the rule
     target_patch_size: float | None = None  # find the threshold that gives so many bytes a patch (4.5 if no threshold is given)
@@ -69,7 +57,8 @@ class CreatePatchesConfig:
     picture_text: str | None = None  # text to draw; None: the beginning of the first validation document
 
     def __post_init__(self):
-        check_positive(self, "lanes", "chunk_bytes", "max_bytes", "val_bytes", "corpus_bytes", "bpe_vocab_size")
+        super().__post_init__()
+        check_positive(self, "lanes", "chunk_bytes", "bpe_vocab_size")
         if self.target_patch_size is not None and self.entropy_threshold is not None:
             raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
         if self.target_patch_size is not None:
@@ -86,8 +75,10 @@ class CreatePatchesConfig:
         )  # fmt: skip
 
 
+DEFAULT_PATCH_SIZE = 4.5  # bytes a patch where neither a threshold nor a size is given: about that of the released models
+
 PRESETS = {
-    "cpu": dict(max_bytes=3_000_000, val_bytes=200_000),
+    "cpu": dict(max_bytes=2_000_000, val_bytes=200_000),
     "colab_t4": dict(lanes=64),
     "rtx4090": dict(lanes=256),
     "h200": dict(lanes=512),
@@ -239,18 +230,17 @@ def _document_blocks(lengths, block=1 << 22):
 # The script
 
 
-def choose_threshold(config, cache, sample):
-    """(threshold, the entropies it was chosen on with their document starts): from the flags, or by the wanted patch size."""
-    if config.method in ("space", "bpe"):
-        return 1.0
-    if config.entropy_threshold is not None:
-        return config.entropy_threshold
-    target = config.target_patch_size or 4.5
+def calibrate(patch_config, target_patch_size, sample):
+    """The same rule with the threshold that gives this patch size on a sample of entropies with their document starts.
+
+    space and bpe have no threshold and stay as they are.
+    """
+    if patch_config.method in ("space", "bpe"):
+        return patch_config
     H, document_starts = sample
-    options = dict(min_patch_size=config.min_patch_size, max_patch_size=config.max_patch_size)
-    if config.method == "both":
-        options["monotonic_threshold"] = config.monotonic_threshold
-    return threshold_for_patch_size(H, config.method, target, document_starts, **options)
+    rule = {name: value for name, value in patch_config.rule.items() if name not in ("method", "threshold")}
+    threshold = threshold_for_patch_size(H, patch_config.method, target_patch_size, document_starts, **rule)
+    return replace(patch_config, entropy_threshold=threshold)
 
 
 def training_sample(cache, corpus, places=2_000_000):
@@ -276,10 +266,7 @@ def main(config):
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
-    corpus = open_corpus(
-        config.dataset, text_field=config.text_field, max_bytes=config.corpus_bytes,
-        val_fraction=config.val_fraction, cache_dir=config.data_cache,
-    )  # fmt: skip
+    corpus = config.corpus()
     model, record = load_entropy_model(config.entropy_model_path, device)
     train = corpus.documents("train", config.max_bytes)
     validation = corpus.documents("validation", config.val_bytes)
@@ -297,8 +284,10 @@ def main(config):
 
     if config.method == "bpe":
         train_tokenizer((corpus.document(n) for n in train[:2000]), config.bpe_vocab_size, Path(config.cache_dir) / "tokenizer.json")
-    threshold = choose_threshold(config, cache, sample)
-    patch_config = config.patch_config(threshold)
+    patch_config = config.patch_config(config.entropy_threshold or 1.0)
+    if config.entropy_threshold is None:
+        patch_config = calibrate(patch_config, config.target_patch_size or DEFAULT_PATCH_SIZE, sample)
+    threshold = patch_config.entropy_threshold
     patcher = EntropyPatcher(model, patch_config, precision=precision)
     began = time.perf_counter()
     if config.method == "bpe":

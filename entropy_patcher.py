@@ -11,14 +11,13 @@ is over.
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from rows import BitArray, DocumentStream
+from rows import DocumentStream
 from training import autocast, check, write_aside
 
 METHODS = ("global", "monotonic", "both", "static", "space", "cumulative", "bpe")

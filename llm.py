@@ -10,7 +10,7 @@ The settings below are the medium model. What they do not name has the values of
 
 from dataclasses import dataclass
 
-from train_blt import BLTRunConfig, run
+from train_blt import MACHINES, BLTRunConfig, run
 from training import run_script
 
 
@@ -36,14 +36,8 @@ PRESETS = {
     "tiny": dict(global_dim=256, global_layers=4, encoder_dim=128, decoder_dim=128, decoder_layers=2),
     "small": dict(global_dim=384, global_layers=6, encoder_dim=192, decoder_dim=192),
     "medium": dict(),
-    "cpu": dict(
-        global_dim=384, global_layers=4, encoder_dim=192, decoder_dim=192, decoder_layers=2, window=128, hash_rows=8192,
-        max_bytes=3_000_000, val_bytes=200_000, row_bytes=2048, batch_rows=8, steps=150, eval_every=50,
-    ),
-    "colab_t4": dict(batch_rows=8, accumulate=2),
-    "rtx4090": dict(batch_rows=16),
-    "h200": dict(batch_rows=32),
-}  # fmt: skip
+    **MACHINES,  # cpu, colab_t4, rtx4090, h200
+}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Run     python train_blt.py --entropy_model_path entropy_model.pth [--quick_demo
 import gzip
 import json
 import lzma
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 
 from blt_model import BLTConfig, BLTModel
-from create_patches import choose_threshold, make_entropies, open_entropies, training_sample, training_starts
-from data import open_corpus
+from create_patches import DEFAULT_PATCH_SIZE, calibrate, make_entropies, open_entropies, training_sample, training_starts
+from data import BOUNDARY
 from entropy_patcher import NEEDS_ENTROPIES, EntropyPatcher, PatchConfig, to_bytes
 from generate import generate
 from rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
@@ -127,7 +126,7 @@ class PatchedDataset:
     def average_patch_size(self):
         """Bytes a patch in the validation text (boundaries are no bytes and their patches do not count)."""
         patches = sum(int((batch.patch_lengths > 0).sum()) for batch in self.validation_batches)
-        documents = sum(int((batch.ids[:, :-1] == 256).sum()) for batch in self.validation_batches)
+        documents = sum(int((batch.ids[:, :-1] == BOUNDARY).sum()) for batch in self.validation_batches)
         return sum(batch.bytes for batch in self.validation_batches) / max(1, patches - documents)
 
 
@@ -208,9 +207,10 @@ def open_patches(config, corpus, device, make=False):
     else:
         cache = open_entropies(config.patch_cache, corpus, record, config.entropy_model_path)
     if patch_config is None:
-        rule = PatchConfig(method, cache_dir=config.patch_cache)
-        rule.target_patch_size, rule.entropy_threshold = config.target_patch_size, config.entropy_threshold
-        patch_config = PatchConfig(method, choose_threshold(rule, cache, training_sample(cache, corpus)), cache_dir=config.patch_cache)
+        patch_config = PatchConfig(method, config.entropy_threshold or 1.0, cache_dir=config.patch_cache)
+        if config.entropy_threshold is None:
+            target = config.target_patch_size or DEFAULT_PATCH_SIZE
+            patch_config = calibrate(patch_config, target, training_sample(cache, corpus))
     return EntropyPatcher(model, patch_config, precision=cache.manifest["precision"]), cache
 
 
@@ -220,10 +220,7 @@ def run(config, make_patches=False):
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
-    corpus = open_corpus(
-        config.dataset, text_field=config.text_field, max_bytes=config.corpus_bytes,
-        val_fraction=config.val_fraction, cache_dir=config.data_cache,
-    )  # fmt: skip
+    corpus = config.corpus()
     patcher, cache = open_patches(config, corpus, device, make_patches)
     data = PatchedDataset.from_corpus(corpus, patcher, config, cache)
     model_config = BLTConfig(**{f.name: getattr(config, f.name) for f in fields(BLTConfig)})
@@ -270,15 +267,22 @@ def print_footer(result, validation, output):
     print(f"next: python generate.py --model {output} --prompt 'The history of'")
 
 
+MACHINES = {
+    "cpu": dict(
+        global_dim=256, global_layers=4, encoder_dim=192, decoder_dim=192, decoder_layers=2, window=128, hash_rows=8192,
+        max_bytes=2_000_000, val_bytes=200_000, row_bytes=2048, batch_rows=2, steps=480, eval_every=240, lr=0.01, adam_lr=0.01, log_every=20,
+    ),
+    "colab_t4": dict(batch_rows=8, accumulate=2),
+    "rtx4090": dict(batch_rows=16),
+    "h200": dict(batch_rows=32),
+}  # fmt: skip
+
 PRESETS = {
     "quick_demo": dict(
-        encoder_dim=128, global_dim=256, global_layers=3, decoder_dim=128, decoder_layers=2, hash_rows=4096, window=64,
-        max_bytes=2_000_000, row_bytes=1024, batch_rows=8, steps=200, eval_every=100, val_bytes=100_000,
+        encoder_dim=128, global_dim=192, global_layers=3, decoder_dim=128, decoder_layers=2, hash_rows=4096, window=64,
+        max_bytes=1_000_000, val_bytes=100_000, row_bytes=1024, batch_rows=8, steps=120, eval_every=60, lr=0.01, adam_lr=0.01, log_every=20,
     ),
-    "cpu": dict(),
-    "colab_t4": dict(batch_rows=16),
-    "rtx4090": dict(batch_rows=32),
-    "h200": dict(batch_rows=64),
+    **MACHINES,
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import getsource
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import numpy as np
 import torch
@@ -28,21 +28,45 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import BOUNDARY
+from data import BOUNDARY, open_corpus
 from rows import evaluation_batches
 
 
 @dataclass
-class RunConfig:
+class DataConfig:
+    """Settings of every script that reads a corpus."""
+
     preset: list[str] = field(default_factory=list)  # named sets of changes to these settings, applied left to right; flags beat them
     # data
     dataset: str = "sample"  # sample, a file or folder (.txt .md .jsonl .json .parquet, also .gz .xz .zst), or a Hugging Face id[:subset]
     text_field: str = "text"  # the field of a JSON or parquet record that holds the text
     corpus_bytes: int | None = None  # store at most so many bytes of the dataset (needed for a Hugging Face dataset)
     val_fraction: float = 0.03  # share of documents held out, chosen by a hash of each document
-    max_bytes: int | None = None  # train on the first so many bytes of the training documents; None: all
-    val_bytes: int = 1_000_000  # score the first so many bytes of the validation documents
+    max_document_bytes: int = 65536  # plain text files are cut into documents of at most so many bytes
+    max_bytes: int | None = None  # use the first so many bytes of the training documents; None: all
+    val_bytes: int = 1_000_000  # and the first so many bytes of the validation documents
     data_cache: str = "data_cache"  # folder of the byte stores
+    # machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where the hardware computes in it, fp16 on older GPUs
+
+    def __post_init__(self):
+        check_positive(self, "max_bytes", "val_bytes", "corpus_bytes", "max_document_bytes")
+        check(self, "val_fraction", 0 < self.val_fraction <= 0.5, "above 0 and at most 0.5")
+        check(self, "precision", self.precision in ("auto", "bf16", "fp16", "fp32"), "one of auto, bf16, fp16, fp32")
+
+    def corpus(self):
+        """Open the byte store of the dataset; the first time it is built."""
+        return open_corpus(
+            self.dataset, text_field=self.text_field, max_bytes=self.corpus_bytes, val_fraction=self.val_fraction,
+            max_document_bytes=self.max_document_bytes, cache_dir=self.data_cache,
+        )  # fmt: skip
+
+
+@dataclass
+class RunConfig(DataConfig):
+    """Settings of every training run."""
+
     # rows and steps
     row_bytes: int = 4096  # ids in a row: what a model sees at once in training and evaluation
     batch_rows: int = 8  # rows in one forward and backward pass
@@ -56,9 +80,6 @@ class RunConfig:
     warmup: float = 0.02  # share of the steps in which the learning rate rises
     cooldown: float = 0.4  # share of the steps in which a trapezoid falls
     clip: float = 1.0  # largest norm of an update's gradient
-    # machine
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where the hardware computes in it, fp16 on older GPUs
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     seed: int = 1337  # weights, order of the rows, dropout
     # output
@@ -68,15 +89,13 @@ class RunConfig:
     tensorboard: bool = False  # also write TensorBoard scalars (pip install tensorboard)
 
     def __post_init__(self):
+        super().__post_init__()
         check_positive(self, "row_bytes", "batch_rows", "accumulate", "steps", "lr", "adam_lr", "clip", "eval_every", "log_every")
-        check_positive(self, "max_bytes", "val_bytes", "corpus_bytes")
         for name in ("warmup", "cooldown"):
             check(self, name, 0 <= getattr(self, name) <= 1, "a share of the steps, from 0 to 1")
-        check(self, "val_fraction", 0 < self.val_fraction <= 0.5, "above 0 and at most 0.5")
         check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
         check(self, "row_bytes", self.row_bytes >= 2, "2 or more")
-        for name, allowed in (("schedule", ("trapezoid", "cosine")), ("precision", ("auto", "bf16", "fp16", "fp32"))):
-            check(self, name, getattr(self, name) in allowed, "one of " + ", ".join(allowed))
+        check(self, "schedule", self.schedule in ("trapezoid", "cosine"), "trapezoid or cosine")
         check(self, "compile", self.compile in ("auto", "yes", "no"), "auto, yes or no")
 
 
@@ -87,10 +106,12 @@ def check(config, name, is_good, allowed):
 
 
 def check_positive(config, *names):
-    """Raise ValueError unless these fields are above zero (None passes)."""
+    """Raise ValueError unless these fields are numbers above zero, or None where the field may be None."""
+    types = get_type_hints(type(config))
     for name in names:
         value = getattr(config, name)
-        check(config, name, value is None or (not isinstance(value, str) and value > 0), "above 0")
+        may_be_none = value is None and isinstance(None, types[name])
+        check(config, name, may_be_none or (isinstance(value, (int, float)) and value > 0), "above 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +178,10 @@ def run_script(main, config_class, description, presets=None):
     except (ValueError, OSError) as error:  # FileNotFoundError, PermissionError and ConnectionError are OSErrors
         if os.environ.get("BLT_TRACEBACK"):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename:  # raised by the system, not by us
+            message = f"{error.filename}: {error.strerror}; check the path and its permissions, or pass another one"
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

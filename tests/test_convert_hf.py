@@ -28,7 +28,7 @@ from entropy_patcher import EntropyPatcher, PatchConfig, entropy_of, patch_start
 from layers import documents_of, feed_forward_width
 from rows import check_patch_lengths
 
-TOLERANCE = 1e-4  # measured: at most 5e-6, on logits up to 6
+TOLERANCE = 1e-4  # measured: at most 5e-6 at 117 ids, 8e-6 at 300 and 1600, on logits up to 6
 CHARACTERS = [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x40)]  # in UTF-8 they take all bytes it has
 INPUT_CLASSES, OUTPUT_CLASSES = [*range(4, 260), 1], [*range(4, 260), 2]  # transformers' numbers of our ids and classes
 TEXT = Path(blt_model.__file__).read_bytes()
@@ -57,13 +57,6 @@ SMALLEST = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For models this small a second thread only waits (50 times slower beside another busy program)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 families = pytest.mark.parametrize("difference", FAMILIES.values(), ids=FAMILIES.keys())
@@ -181,7 +174,7 @@ def test_to_transformers_gives_the_same_logits(difference):
     assert compare(model, hf_model) <= TOLERANCE
 
 
-@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 300])
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 300, 1600])
 def test_logits_agree_for_rows_of_any_length(T):
     hf_model = random_hf_model(encoder_layers=2, decoder_layers=2)
     model = from_transformers(hf_model)
@@ -287,7 +280,7 @@ def test_a_weight_too_many_or_too_few_raises():
     with pytest.raises(ValueError, match="missing.*local_decoder.norm"):
         from_transformers(hf_model)
     hf_model.model.patcher.layers[1].extra = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(ValueError, match="patcher.*unexpected.*layers.1.extra"):
+    with pytest.raises(ValueError, match="transformers' patcher.*unexpected.*layers.1.extra"):
         entropy_model_from_transformers(hf_model)
 
 
