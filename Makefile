@@ -7,9 +7,6 @@ VENV ?= .venv
 DEMO ?= demo
 # Without a GPU the scripts run their cpu preset; with one, pass PRESET=colab_t4, rtx4090 or h200 (the default there).
 PRESET ?= $(shell nvidia-smi > /dev/null 2>&1 && echo rtx4090 || echo cpu)
-# Waiting threads sleep instead of spinning: on a shared machine spinning costs far more than it gains.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: demo test clean
 
 $(VENV)/ready: requirements.txt constraints.txt

@@ -78,7 +78,7 @@ class CreatePatchesConfig(DataConfig):
 DEFAULT_PATCH_SIZE = 4.5  # bytes a patch where neither a threshold nor a size is given: about that of the released models
 
 PRESETS = {
-    "cpu": dict(max_bytes=2_000_000, val_bytes=200_000),
+    "cpu": dict(max_bytes=2_200_000, val_bytes=200_000),
     "colab_t4": dict(lanes=64),
     "rtx4090": dict(lanes=256),
     "h200": dict(lanes=512),
@@ -253,13 +253,14 @@ def training_sample(cache, corpus, places=2_000_000):
     return H, document_starts
 
 
-def warn_about_sizes(statistics, documents, threshold):
-    """Say so when a rule cuts every byte or nothing: both waste the latent transformer."""
-    size = statistics["avg_patch_size"]
+def warn_about_sizes(patches, total_bytes, documents, threshold):
+    """Say so when a rule cuts at every byte or nowhere: both waste the latent transformer."""
+    size = total_bytes / max(1, patches)
+    advice = f"the threshold ({threshold:.3f}) or use --target_patch_size {DEFAULT_PATCH_SIZE}"
     if size < 1.1:
-        print(f"warning: {size:.2f} bytes a patch: nearly every byte is a patch of its own; raise the threshold ({threshold:.3f}) or use --target_patch_size 4.5")
-    if statistics["total_patches"] <= 1.1 * documents:
-        print(f"warning: {statistics['total_patches']:,} patches in {documents:,} documents: nearly a whole document is one patch; lower the threshold ({threshold:.3f}) or use --target_patch_size 4.5")
+        print(f"warning: {size:.2f} bytes a patch: nearly every byte is a patch of its own; raise {advice}")
+    if patches <= 1.1 * documents:
+        print(f"warning: {patches:,} patches in {documents:,} documents: nearly a whole document is one patch; lower {advice}")
 
 
 def main(config):
@@ -298,7 +299,7 @@ def main(config):
     statistics = patch_statistics(sizes, sample[0])
     places = int(sizes.sum())
     print(f"patches: {config.method}, threshold {threshold:.4f}: {statistics['total_patches']:,} patches of {places:,} bytes, {statistics['avg_patch_size']:.2f} bytes a patch (from {statistics['min_patch_size']} to {statistics['max_patch_size']}) in {time.perf_counter() - began:.2f} s")
-    warn_about_sizes(statistics, documents, threshold)
+    warn_about_sizes(statistics["total_patches"], places, documents, threshold)
     write_json(Path(config.cache_dir) / "patches.json", {
         "patch_config": asdict(patch_config), "entropy_model_path": config.entropy_model_path,
         "entropy_model_sha256": record["sha256"], "corpus_sha256": corpus.hash, "dataset": config.dataset,

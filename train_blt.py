@@ -17,8 +17,15 @@ import numpy as np
 import torch
 
 from blt_model import BLTConfig, BLTModel
-from create_patches import DEFAULT_PATCH_SIZE, calibrate, make_entropies, open_entropies, training_sample, training_starts
-from data import BOUNDARY
+from create_patches import (
+    DEFAULT_PATCH_SIZE,
+    calibrate,
+    make_entropies,
+    open_entropies,
+    training_sample,
+    training_starts,
+    warn_about_sizes,
+)
 from entropy_patcher import NEEDS_ENTROPIES, EntropyPatcher, PatchConfig, to_bytes
 from generate import generate
 from rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
@@ -80,13 +87,14 @@ class BLTRunConfig(TrainingConfig, BLTConfig):
 class PatchedDataset:
     """What `train_blt` trains on: rows of patched training text, rows that score the validation text, and the patcher.
 
-    train_rows: `TrainingRows`. validation: list of uint8 documents. validation_batches: list of `RowBatch`.
+    train_rows: `TrainingRows`. validation: list of uint8 documents, validation_starts: their patch starts, bool [N + 1] each.
     patcher: the `EntropyPatcher` that made the patches; the leak gate makes them again with it.
     """
 
-    def __init__(self, train_rows, validation, validation_batches, patcher):
-        self.train_rows, self.validation = train_rows, validation
-        self.validation_batches, self.patcher = validation_batches, patcher
+    def __init__(self, train_rows, validation, validation_starts, patcher, batch_rows=8):
+        self.train_rows, self.patcher = train_rows, patcher
+        self.validation, self.validation_starts = validation, validation_starts
+        self.validation_batches = list(evaluation_batches(validation, validation_starts, train_rows.row_bytes, batch_rows))
 
     @classmethod
     def from_documents(cls, training, validation, patcher, row_bytes=1024, batch_rows=8):
@@ -98,8 +106,7 @@ class PatchedDataset:
         starts.append(np.concatenate([[True], *(patcher.starts(document) for document in training)]))
         starts.close()
         rows = TrainingRows(DocumentStream.of_documents(training), row_bytes, starts)
-        is_start = [patcher.starts(document) for document in validation]
-        return cls(rows, validation, list(evaluation_batches(validation, is_start, row_bytes, batch_rows)), patcher)
+        return cls(rows, validation, [patcher.starts(document) for document in validation], patcher, batch_rows)
 
     @classmethod
     def from_corpus(cls, corpus, patcher, config, cache=None):
@@ -116,18 +123,11 @@ class PatchedDataset:
         starts = training_starts(corpus, train, patcher.config, cache)
         rows = TrainingRows(stream, config.row_bytes, starts, config.patch_slots)
         validation = [corpus.document(number) for number in numbers]
-        is_start = [
+        validation_starts = [
             patcher.starts(document, None if cache is None else cache.document(len(cache.train) + place))
             for place, document in enumerate(validation)
         ]
-        batches = list(evaluation_batches(validation, is_start, config.row_bytes, config.batch_rows))
-        return cls(rows, validation, batches, patcher)
-
-    def average_patch_size(self):
-        """Bytes a patch in the validation text (boundaries are no bytes and their patches do not count)."""
-        patches = sum(int((batch.patch_lengths > 0).sum()) for batch in self.validation_batches)
-        documents = sum(int((batch.ids[:, :-1] == BOUNDARY).sum()) for batch in self.validation_batches)
-        return sum(batch.bytes for batch in self.validation_batches) / max(1, patches - documents)
+        return cls(rows, validation, validation_starts, patcher, config.batch_rows)
 
 
 def train_blt(model, patched_dataset, training_config):
@@ -143,7 +143,10 @@ def train_blt(model, patched_dataset, training_config):
     text = np.concatenate([*data.validation[:8]])[:512]
     print(f"leak gate passed: largest difference {leak_gate(model, data.patcher, text):.1e} nats")
     byte_padding, patch_padding = data.train_rows.padding()
-    size = data.average_patch_size()
+    patches = sum(int(starts[:-1].sum()) for starts in data.validation_starts)
+    total_bytes = sum(len(document) for document in data.validation)
+    size = total_bytes / patches
+    warn_about_sizes(patches, total_bytes, len(data.validation), data.patcher.config.entropy_threshold)
     print(f"rows: {len(data.train_rows):,} of {data.train_rows.row_bytes:,} bytes and {data.train_rows.patch_slots} patches | padding {byte_padding:.1%} of bytes, {patch_padding:.1%} of patches | {size:.2f} bytes a patch in validation")
     result = fit(model, training_config, data.train_rows, data.validation_batches, training_config.output)
     model.load_state_dict(torch.load(Path(training_config.output) / "best.pt", weights_only=True))
@@ -270,7 +273,7 @@ def print_footer(result, validation, output):
 MACHINES = {
     "cpu": dict(
         global_dim=256, global_layers=4, encoder_dim=192, decoder_dim=192, decoder_layers=2, window=128, hash_rows=8192,
-        max_bytes=2_000_000, val_bytes=200_000, row_bytes=2048, batch_rows=2, steps=480, eval_every=240, lr=0.01, adam_lr=0.01, log_every=20,
+        max_bytes=2_200_000, val_bytes=200_000, row_bytes=2048, batch_rows=4, steps=270, eval_every=135, lr=0.01, adam_lr=0.01,
     ),
     "colab_t4": dict(batch_rows=8, accumulate=2),
     "rtx4090": dict(batch_rows=16),
