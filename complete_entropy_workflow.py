@@ -55,7 +55,7 @@ def run_method(config, method, seed):
     settings = {f.name: getattr(config, f.name) for f in fields(BLTRunConfig)}
     settings.update(
         patch_method=method, seed=seed, sample_bytes=0, output=str(Path(config.output) / f"{method}_seed{seed}"),
-        target_patch_size=None if method == "space" else round(config.patch_size) if method == "static" else config.patch_size,
+        target_patch_size=None if method == "space" else config.patch_size,
     )  # fmt: skip
     print(f"\n=== {method}, seed {seed} ===")
     return run(BLTRunConfig(**settings), make_patches=True)

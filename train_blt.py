@@ -273,7 +273,7 @@ def print_footer(result, validation, output):
 MACHINES = {
     "cpu": dict(
         global_dim=256, global_layers=4, encoder_dim=192, decoder_dim=192, decoder_layers=2, window=128, hash_rows=8192,
-        max_bytes=2_200_000, val_bytes=200_000, row_bytes=2048, batch_rows=4, steps=270, eval_every=135, lr=0.01, adam_lr=0.01,
+        max_bytes=2_200_000, val_bytes=200_000, row_bytes=2048, batch_rows=4, steps=270, eval_every=90, log_every=5, lr=0.01, adam_lr=0.01,
     ),
     "colab_t4": dict(batch_rows=8, accumulate=2),
     "rtx4090": dict(batch_rows=16),

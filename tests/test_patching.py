@@ -1,5 +1,7 @@
 """Patching rules by hand and against plain loops; entropies; EntropyPatcher's contract."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,7 @@ def test_edges():
     assert patch_starts(np.zeros(5), "global", 0.5, max_patch_size=2).tolist() == [True, False, True, False, True]
     assert patch_starts(np.ones(5), "global", 0.5, min_patch_size=2).tolist() == [True, False, True, False, True]
     assert patch_starts(np.ones(6), "cumulative", 2.0).tolist() == [True, False, True, False, True, False]
+    assert np.flatnonzero(patch_starts(np.zeros(18), "static", 4.5)).tolist() == [0, 5, 9, 14]  # 4.5 bytes on average
     with pytest.raises(ValueError, match="one of global"):
         patch_starts(np.ones(5), "greedy")
     with pytest.raises(ValueError, match="needs entropies"):
@@ -136,6 +139,18 @@ def test_threshold_for_patch_size(method, target):
     H = np.random.default_rng(0).gamma(2.0, 0.7, 20_000).astype(np.float32)
     threshold = threshold_for_patch_size(H, method, target)
     assert abs(len(H) / patch_starts(H, method, threshold).sum() - target) < 0.02 * target
+
+
+@pytest.mark.parametrize("method", ["global", "monotonic"])
+def test_repatching_the_sample_takes_under_2_seconds_of_one_core(method):
+    """As many cached entropies as the bundled sample has bytes and documents, from float16 to starts."""
+    rng = np.random.default_rng(0)
+    H = rng.integers(0, 500, 23_519_366 + 13_770).astype(np.float16)
+    document_starts = np.zeros(len(H), dtype=bool)
+    document_starts[rng.integers(0, len(H), 13_770)] = True
+    began = time.process_time()
+    patch_starts(H, method, 380.0, document_starts=document_starts)
+    assert time.process_time() - began < 2
 
 
 def test_threshold_errors():
