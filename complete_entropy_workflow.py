@@ -68,7 +68,7 @@ def main(config):
     rows = []
     for method in config.methods:
         results = [run_method(config, method, config.seed + i) for i in range(config.seeds)]
-        bpb = np.array([result["best_val_bpb"] for result in results])
+        bpb = np.array([result["val_bpb"] for result in results])
         rows.append({
             "method": method, "avg_patch_size": results[0]["avg_patch_size"], "val_bpb": float(bpb.mean()),
             "val_bpb_of_each_seed": bpb.tolist(), "bytes_per_second": float(np.mean([r["bytes_per_second"] for r in results])),
@@ -81,7 +81,11 @@ def main(config):
         lines.append(f"| {row['method']} | {row['avg_patch_size']:.2f} | {row['val_bpb']:.4f} | {spread} | {row['bytes_per_second'] / 1e3:.1f} kB/s |")
     table = "\n".join(lines)
     print(f"\n{table}\n")
-    print(f"each: {config.steps} steps, {config.steps * config.accumulate * config.batch_rows * config.row_bytes:,} bytes of training, {rows[0]['val_bytes']:,} bytes of validation, windows of {config.row_bytes} bytes")
+    trained = config.steps * config.accumulate * config.batch_rows * config.row_bytes
+    print(
+        f"each: {config.steps} steps, {trained:,} bytes of training, {rows[0]['val_bytes']:,} bytes of validation, "
+        f"windows of {config.row_bytes} bytes"
+    )
     output = Path(config.output)
     write_json(output / "comparison.json", rows)
     write_aside(output / "comparison.md", lambda temporary: Path(temporary).write_text(table + "\n"))

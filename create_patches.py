@@ -298,7 +298,11 @@ def main(config):
         sizes, documents = training_patch_sizes(training_starts(corpus, train, patch_config, cache), corpus, train), len(train)
     statistics = patch_statistics(sizes, sample[0])
     places = int(sizes.sum())
-    print(f"patches: {config.method}, threshold {threshold:.4f}: {statistics['total_patches']:,} patches of {places:,} bytes, {statistics['avg_patch_size']:.2f} bytes a patch (from {statistics['min_patch_size']} to {statistics['max_patch_size']}) in {time.perf_counter() - began:.2f} s")
+    print(
+        f"patches: {config.method}, threshold {threshold:.4f}: {statistics['total_patches']:,} patches of {places:,} bytes, "
+        f"{statistics['avg_patch_size']:.2f} bytes a patch (from {statistics['min_patch_size']} to {statistics['max_patch_size']}) "
+        f"in {time.perf_counter() - began:.2f} s"
+    )
     warn_about_sizes(statistics["total_patches"], places, documents, threshold)
     write_json(Path(config.cache_dir) / "patches.json", {
         "patch_config": asdict(patch_config), "entropy_model_path": config.entropy_model_path,

@@ -112,7 +112,7 @@ def open_corpus(dataset="sample", subset=None, text_field="text", max_bytes=None
     if path is None:
         repo, subset = hub_id(dataset, subset)
         if max_bytes is None and max_documents is None:
-            raise ValueError(f"dataset {dataset} is on the Hugging Face hub and may be terabytes; pass --max_bytes N")
+            raise ValueError(f"dataset {dataset} is on the Hugging Face hub and may be terabytes; say how much of it to store: --corpus_bytes N")
         files, name = {}, f"{repo}:{subset}" if subset else repo
         origin = f"{name} (Hugging Face hub, streamed)"
         documents = read_hub(repo, subset, name, text_field)
@@ -436,7 +436,7 @@ def write_store(folder, documents, settings, origin):
             if total_bytes == max_bytes or len(split_hashes) == max_documents:
                 break  # here, not at the next document: the hub would have to send it first
     if not split_hashes:
-        cause = f"the first has {len(document):,} bytes, above max_bytes; raise it" if document else "it holds no text"
+        cause = f"the first has {len(document):,} bytes, above the limit of {max_bytes:,} (--corpus_bytes); raise it" if document else "it holds no text"
         raise ValueError(f"no documents from {origin}: {cause}")
 
     is_validation = split_off(np.frombuffer(split_hashes, np.uint64), settings["val_fraction"])
@@ -466,7 +466,7 @@ def split_off(split_hashes, val_fraction):
     if smallest == largest:
         count = f"{len(split_hashes):,} equal documents are" if len(split_hashes) > 1 else "one document is"
         raise ValueError(
-            f"{count} too little for a training and a validation part; give more documents (raise max_bytes and"
+            f"{count} too little for a training and a validation part; give more documents (raise --corpus_bytes and"
             " max_documents if set), or for .txt and .md lower max_document_bytes, which cuts files into documents"
         )
     is_validation = split_hashes < np.uint64(val_fraction * 2**64)

@@ -148,7 +148,11 @@ def main(config):
     )
     model = MinimalLLM(config).to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"entropy model: {parameters:,} parameters, window {config.max_seq_len} bytes | training text {stream.total_bytes:,} bytes, {config.steps * config.accumulate * config.batch_rows * config.row_bytes / stream.total_bytes:.1f} epochs")
+    epochs = config.steps * config.accumulate * config.batch_rows * config.row_bytes / stream.total_bytes
+    print(
+        f"entropy model: {parameters:,} parameters, window {config.max_seq_len} bytes | "
+        f"training text {stream.total_bytes:,} bytes, {epochs:.2f} epochs"
+    )
     print(f"leak gate passed: largest difference {leak_gate(model, None, np.concatenate(validation[:8])):.1e} nats")
 
     run_dir = Path(config.output).with_suffix("").as_posix() + "_run"
@@ -157,13 +161,16 @@ def main(config):
     metadata = {
         "corpus": {"dataset": config.dataset, "sha256": corpus.hash},
         "train_bytes": stream.total_bytes,
-        "val_bpb": result["best_val_bpb"],
+        "val_bpb": result["val_bpb"],
         "val_bytes": result["val_bytes"],
         "bytes_per_second": result["bytes_per_second"],
     }
     save_entropy_model(model, config.output, metadata)
     training_curves(Path(run_dir) / "curves.png", run_dir)
-    print(f"entropy model: val {result['best_val_bpb']:.4f} bpb over {result['val_bytes']:,} bytes (document ends not scored) | {result['train_seconds']:.0f} s | {result['bytes_per_second'] / 1e3:.1f} kB/s")
+    print(
+        f"entropy model: val {result['val_bpb']:.4f} bpb over {result['val_bytes']:,} bytes (document ends not scored) | "
+        f"{result['train_seconds']:.0f} s | {result['bytes_per_second'] / 1e3:.1f} kB/s"
+    )
     print(f"wrote {config.output}, {Path(config.output).with_suffix('.json')}, {run_dir}/curves.png")
     print("next: python create_patches.py" + (f" --preset {' '.join(config.preset)}" if config.preset else ""))
 

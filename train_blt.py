@@ -134,7 +134,7 @@ def train_blt(model, patched_dataset, training_config):
     """Train a `BLTModel` on a `PatchedDataset`. The leak gate runs before the first step and stops a model that sees ahead.
 
     training_config: `TrainingConfig` (or any `RunConfig` with an `output` folder). Returns a dict with val_bpb, val_loss (nats
-    per target), val_accuracy, best_val_bpb, bytes_per_second, train_seconds, avg_patch_size and, of the padding in the
+    per target) and val_accuracy of the best weights, last_val_bpb, bytes_per_second, train_seconds, avg_patch_size and, of the padding in the
     training rows, byte_padding and patch_padding. The best weights are in output/best.pt and are in the model afterwards.
     """
     if not isinstance(patched_dataset, PatchedDataset):
@@ -147,7 +147,10 @@ def train_blt(model, patched_dataset, training_config):
     total_bytes = sum(len(document) for document in data.validation)
     size = total_bytes / patches
     warn_about_sizes(patches, total_bytes, len(data.validation), data.patcher.config.entropy_threshold)
-    print(f"rows: {len(data.train_rows):,} of {data.train_rows.row_bytes:,} bytes and {data.train_rows.patch_slots} patches | padding {byte_padding:.1%} of bytes, {patch_padding:.1%} of patches | {size:.2f} bytes a patch in validation")
+    print(
+        f"rows: {len(data.train_rows):,} of {data.train_rows.row_bytes:,} bytes and {data.train_rows.patch_slots} patches | "
+        f"padding {byte_padding:.1%} of bytes, {patch_padding:.1%} of patches | {size:.2f} bytes a patch in validation"
+    )
     result = fit(model, training_config, data.train_rows, data.validation_batches, training_config.output)
     model.load_state_dict(torch.load(Path(training_config.output) / "best.pt", weights_only=True))
     return {**result, "avg_patch_size": size, "byte_padding": byte_padding, "patch_padding": patch_padding}
@@ -265,7 +268,10 @@ def print_footer(result, validation, output):
     """The result beside gzip and xz, the files written and what to do next."""
     others = ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressors_bpb(validation).items())
     print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s | {result['avg_patch_size']:.2f} bytes a patch")
-    print(f"val {result['best_val_bpb']:.4f} bpb over {result['val_bytes']:,} bytes of held-out text (accuracy {result['val_accuracy']:.1%}); the same bytes by {others}")
+    print(
+        f"val {result['val_bpb']:.4f} bpb over {result['val_bytes']:,} bytes of held-out text "
+        f"(accuracy {result['val_accuracy']:.1%}); the same bytes by {others}"
+    )
     print(f"wrote {output}/best.pt, model.json, metrics.jsonl, curves.png")
     print(f"next: python generate.py --model {output} --prompt 'The history of'")
 

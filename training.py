@@ -422,7 +422,7 @@ def learning_rate_scale(step, config):
 
 
 def fit(model, config, train_rows, validation_batches, out_dir, metadata=None):
-    """Train: the one loop of the project. Returns the last evaluation with speed and the best val_bpb.
+    """Train: the one loop of the project. Returns the best evaluation (that of best.pt), last_val_bpb and the speed.
 
     train_rows: `TrainingRows`. validation_batches: list of `RowBatch`, scored every eval_every updates and at the end.
     Writes to out_dir: last.pt (everything to go on from), best.pt (weights of the best evaluation), metrics.jsonl.
@@ -436,9 +436,9 @@ def fit(model, config, train_rows, validation_batches, out_dir, metadata=None):
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     settings = dataclasses.asdict(config)
-    start, best_bpb, trained_bytes, result = 0, float("inf"), 0, {}
+    start, best, last, trained_bytes = 0, None, None, 0
     if config.resume:
-        start, best_bpb, trained_bytes = load_checkpoint(out_dir / "last.pt", model, optimizers, scaler, settings)
+        start, best, trained_bytes = load_checkpoint(out_dir / "last.pt", model, optimizers, scaler, settings)
         print(f"resumed {out_dir / 'last.pt'} at step {start}")
     metrics = Metrics(out_dir, config.tensorboard, start)
     use_compile = config.compile == "yes" or (config.compile == "auto" and device.type == "cuda")
@@ -505,22 +505,24 @@ def fit(model, config, train_rows, validation_batches, out_dir, metadata=None):
         bar.update(1)
         if done % config.eval_every == 0 or is_last:
             seconds += time.perf_counter() - tick  # evaluation is not training time
-            result = evaluate(model, validation_batches, device, precision)
-            bar.write(f"step {done:6d}/{config.steps} | val {result['val_bpb']:.4f} bpb over {result['val_bytes']:,} bytes | accuracy {result['val_accuracy']:.1%}")
-            metrics.write(step=done, bytes=trained_bytes, **result)
-            if result["val_bpb"] < best_bpb:
-                best_bpb = result["val_bpb"]
+            last = evaluate(model, validation_batches, device, precision)
+            bar.write(
+                f"step {done:6d}/{config.steps} | val {last['val_bpb']:.4f} bpb over {last['val_bytes']:,} bytes | "
+                f"accuracy {last['val_accuracy']:.1%}"
+            )
+            metrics.write(step=done, bytes=trained_bytes, **last)
+            if best is None or last["val_bpb"] < best["val_bpb"]:
+                best = last
                 save_weights(out_dir / "best.pt", model)
-            state = {"step": done, "best_bpb": best_bpb, "bytes": trained_bytes, "settings": settings, "metadata": metadata or {}}
+            state = {"step": done, "best": best, "bytes": trained_bytes, "settings": settings, "metadata": metadata or {}}
             save_checkpoint(out_dir / "last.pt", model, optimizers, scaler, state)
             tick = time.perf_counter()
     bar.close()
     loader.shutdown(cancel_futures=True)
     metrics.close()
-    if not result:  # resumed after the last step
-        result = evaluate(model, validation_batches, device, precision)
     speed = bytes_here / seconds if seconds else 0.0
-    return {**result, "best_val_bpb": min(best_bpb, result["val_bpb"]), "bytes_per_second": speed, "train_seconds": seconds}
+    last_bpb = (last or best)["val_bpb"]
+    return {**best, "last_val_bpb": last_bpb, "bytes_per_second": speed, "train_seconds": seconds}
 
 
 class Metrics:
@@ -580,7 +582,7 @@ FREE_TO_CHANGE = {"preset", "resume", "eval_every", "log_every", "tensorboard", 
 
 
 def load_checkpoint(path, model, optimizers, scaler, settings):
-    """Restore a `save_checkpoint` file into model and optimizers; returns (step, best val_bpb so far, bytes trained on)."""
+    """Restore a `save_checkpoint` file into model and optimizers; returns (step, best evaluation so far, bytes trained on)."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} not found: nothing to resume; run without --resume")
@@ -599,7 +601,7 @@ def load_checkpoint(path, model, optimizers, scaler, settings):
     torch.set_rng_state(state["random"])
     if state["random_cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["random_cuda"])
-    return state["step"], state["best_bpb"], state["bytes"]
+    return state["step"], state["best"], state["bytes"]
 
 
 def training_curves(path, out_dir):

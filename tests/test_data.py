@@ -357,7 +357,7 @@ def test_hub_dataset(opened, hub):
 
 def test_hub_dataset_needs_a_limit(opened, hub):
     calls = hub([])
-    with pytest.raises(ValueError, match="owner/name is on the Hugging Face hub .* pass --max_bytes"):
+    with pytest.raises(ValueError, match="owner/name is on the Hugging Face hub .* --corpus_bytes"):
         opened("owner/name")
     assert calls == []
 
@@ -421,7 +421,7 @@ def test_max_bytes_keeps_whole_documents(tmp_path, opened, max_bytes, count):
 def test_max_bytes_stops_at_the_first_that_does_not_fit(tmp_path, opened):
     path = write(tmp_path / "a.jsonl", json_lines(["aa", "bb", "cccccc", "d"]))
     assert contents(opened(path, max_bytes=7)) == [b"aa", b"bb"]
-    with pytest.raises(ValueError, match="the first has 2 bytes, above max_bytes"):
+    with pytest.raises(ValueError, match="the first has 2 bytes, above the limit"):
         opened(path, max_bytes=1)
 
 
