@@ -234,18 +234,21 @@ def run(config, make_patches=False):
     parts = model.parameters_by_part()
     print(f"BLT: {sum(parts.values()):,} parameters (" + ", ".join(f"{part} {count:,}" for part, count in parts.items()) + ")")
     rule = patcher.config
-    total = config.steps * config.accumulate * config.batch_rows * config.row_bytes
-    print(f"patches: {rule.method}, threshold {rule.entropy_threshold:.4f} | training text {data.train_rows.stream.total_bytes:,} bytes, {total / data.train_rows.stream.total_bytes:.2f} epochs")
+    train_bytes = data.train_rows.stream.total_bytes
+    epochs = config.steps * config.accumulate * config.batch_rows * config.row_bytes / train_bytes
+    print(f"patches: {rule.method}, threshold {rule.entropy_threshold:.4f} | training text {train_bytes:,} bytes, {epochs:.2f} epochs")
 
-    result = train_blt(model, data, config)
     record = {
         "model_config": asdict(model_config), "patch_config": asdict(rule), "precision": patcher.precision,
         "entropy_model_path": config.entropy_model_path,
         "entropy_model_sha256": load_entropy_model(config.entropy_model_path)[1]["sha256"] if cache is not None else None,
-        "corpus": {"dataset": config.dataset, "sha256": corpus.hash}, "settings": asdict(config), "result": result,
+        "corpus": {"dataset": config.dataset, "sha256": corpus.hash}, "settings": asdict(config),
     }  # fmt: skip
     output = Path(config.output)
-    write_json(output / "model.json", record)
+    if not config.resume:
+        write_json(output / "model.json", record)  # now, so that an interrupted run can be used too
+    result = train_blt(model, data, config)
+    write_json(output / "model.json", {**record, "result": result})
     training_curves(output / "curves.png", output)
     if config.sample_bytes:
         prompt = config.prompt.encode() if config.prompt else data.validation[0][:120].tobytes()

@@ -421,7 +421,7 @@ def learning_rate_scale(step, config):
 # The loop
 
 
-def fit(model, config, train_rows, validation_batches, out_dir, metadata=None):
+def fit(model, config, train_rows, validation_batches, out_dir):
     """Train: the one loop of the project. Returns the best evaluation (that of best.pt), last_val_bpb and the speed.
 
     train_rows: `TrainingRows`. validation_batches: list of `RowBatch`, scored every eval_every updates and at the end.
@@ -481,10 +481,12 @@ def fit(model, config, train_rows, validation_batches, out_dir, metadata=None):
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-        done, is_last = step + 1, step + 1 == config.steps
+        done = step + 1
+        is_last = done == config.steps
+        evaluate_now = done % config.eval_every == 0 or is_last
         bytes_here += sum(batch.bytes for batch in batches)
         trained_bytes += sum(batch.bytes for batch in batches)
-        if done % config.log_every == 0 or is_last:
+        if done % config.log_every == 0 or evaluate_now:  # a checkpoint is never written after an infinite loss
             loss_value = loss_nats.item()  # waits for the device, so the clock below is honest
             if not math.isfinite(loss_value):
                 raise ValueError(
@@ -501,9 +503,12 @@ def fit(model, config, train_rows, validation_batches, out_dir, metadata=None):
             )  # fmt: skip
             bar.set_postfix_str(f"{loss_value:.3f} nats, {speed / 1e3:.1f} kB/s", refresh=False)
             if bar.disable or is_last:
-                print(f"step {done:6d}/{config.steps} | loss {loss_value:.4f} nats | lr {config.lr * scale:.1e} | {step_ms:.0f} ms | {speed / 1e3:.1f} kB/s")
+                print(
+                    f"step {done:6d}/{config.steps} | loss {loss_value:.4f} nats | lr {config.lr * scale:.1e} | "
+                    f"{step_ms:.0f} ms | {speed / 1e3:.1f} kB/s"
+                )
         bar.update(1)
-        if done % config.eval_every == 0 or is_last:
+        if evaluate_now:
             seconds += time.perf_counter() - tick  # evaluation is not training time
             last = evaluate(model, validation_batches, device, precision)
             bar.write(
@@ -514,7 +519,7 @@ def fit(model, config, train_rows, validation_batches, out_dir, metadata=None):
             if best is None or last["val_bpb"] < best["val_bpb"]:
                 best = last
                 save_weights(out_dir / "best.pt", model)
-            state = {"step": done, "best": best, "bytes": trained_bytes, "settings": settings, "metadata": metadata or {}}
+            state = {"step": done, "best": best, "bytes": trained_bytes, "settings": settings}
             save_checkpoint(out_dir / "last.pt", model, optimizers, scaler, state)
             tick = time.perf_counter()
     bar.close()
