@@ -97,11 +97,12 @@ class EntropyCache:
     """
 
     def __init__(self, folder, corpus):
-        self.folder, self.corpus = Path(folder), corpus
+        self.folder = Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
         self.train, self.validation = (np.load(self.folder / f"{name}.npy") for name in ("train", "validation"))
         self.numbers = np.concatenate((self.train, self.validation))
-        self.ends = np.cumsum(np.diff(corpus.offsets)[self.numbers] + 1)
+        self.lengths = np.diff(corpus.offsets)[self.numbers] + 1
+        self.ends = np.cumsum(self.lengths)
         self.entropies = np.memmap(self.folder / "entropies.f16", dtype=np.float16, mode="r")
         if len(self.entropies) != self.ends[-1]:
             raise ValueError(f"{self.folder} is damaged: {len(self.entropies):,} entropies, not {self.ends[-1]:,}; delete it and run: python create_patches.py")
@@ -116,8 +117,7 @@ class EntropyCache:
     def document(self, place):
         """Entropies [N + 1] of the document at this place of `numbers`, float32."""
         end = int(self.ends[place])
-        length = int(np.diff(self.corpus.offsets)[self.numbers[place]]) + 1
-        return self.entropies[end - length : end].astype(np.float32)
+        return self.entropies[end - int(self.lengths[place]) : end].astype(np.float32)
 
     def of_training(self, count, block=1 << 22):
         """Entropies of the first `count` training documents in blocks of whole documents: yields (first, last + 1, float32)."""
@@ -243,9 +243,9 @@ def calibrate(patch_config, target_patch_size, sample):
     return replace(patch_config, entropy_threshold=threshold)
 
 
-def training_sample(cache, corpus, places=2_000_000):
+def training_sample(cache, places=2_000_000):
     """Entropies of the first training documents, about so many, with the flags of where documents begin."""
-    lengths = np.diff(corpus.offsets)[cache.train] + 1
+    lengths = cache.lengths[: len(cache.train)]
     count = int(np.searchsorted(np.cumsum(lengths), places)) + 1
     _, last, H = next(cache.of_training(min(count, len(lengths)), block=max(places, int(lengths[0]))))
     document_starts = np.zeros(len(H), dtype=bool)
@@ -275,7 +275,7 @@ def main(config):
         config.cache_dir, corpus, model, record, train, validation, precision, config.lanes, config.chunk_bytes
     )
 
-    sample = training_sample(cache, corpus)
+    sample = training_sample(cache)
     distribution = entropy_distribution(sample[0])
     print(f"entropy: mean {distribution['mean']:.3f}, std {distribution['std']:.3f}, from {distribution['min']:.3f} to {distribution['max']:.3f} nats")
     print("percentiles (nats): " + ", ".join(f"{level}% {value:.3f}" for level, value in distribution["percentiles"].items()))

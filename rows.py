@@ -300,11 +300,16 @@ def _evaluation_row(documents, is_start, pieces):
     """Join pieces (document, first input, end of inputs, scored from); the end of one document opens the next."""
     ids, starts, scored = [], [], []
     for number, begin, end, scored_from in pieces:
-        sequence = np.concatenate(([BOUNDARY], documents[number], [BOUNDARY])).astype(np.int64)
-        piece_starts = None if is_start is None else np.concatenate(([True], is_start[number]))[begin : end + 1].copy()
-        if piece_starts is not None:
-            piece_starts[:2] = True
-            starts.append(piece_starts if not ids else piece_starts[1:])
-        ids.append(sequence[begin : end + 1] if not ids else sequence[begin + 1 : end + 1])
+        first = begin if not ids else begin + 1  # place 0 of a document is its boundary, place t + 1 its byte t
+        piece = np.full(end + 1 - first, BOUNDARY, dtype=np.int64)
+        low, high = max(first, 1), min(end + 1, len(documents[number]) + 1)
+        piece[low - first : high - first] = documents[number][low - 1 : high - 1]
+        if is_start is not None:
+            piece_starts = np.ones(len(piece), dtype=bool)
+            piece_starts[low - first :] = is_start[number][low - 1 : end]
+            if not ids:
+                piece_starts[:2] = True
+            starts.append(piece_starts)
+        ids.append(piece)
         scored.append(np.arange(begin, end) >= scored_from)
     return np.concatenate(ids), np.concatenate(starts) if starts else None, np.concatenate(scored)

@@ -208,7 +208,7 @@ def open_patches(config, corpus, device, make=False):
     model, record = load_entropy_model(config.entropy_model_path, device)
     if make:
         train, validation = corpus.documents("train", config.max_bytes), corpus.documents("validation", config.val_bytes)
-        precision = choose_precision("auto", device)
+        precision = choose_precision(config.precision, device)
         cache = make_entropies(config.patch_cache, corpus, model, record, train, validation, precision)
     else:
         cache = open_entropies(config.patch_cache, corpus, record, config.entropy_model_path)
@@ -216,7 +216,7 @@ def open_patches(config, corpus, device, make=False):
         patch_config = PatchConfig(method, config.entropy_threshold or 1.0, cache_dir=config.patch_cache)
         if config.entropy_threshold is None:
             target = config.target_patch_size or DEFAULT_PATCH_SIZE
-            patch_config = calibrate(patch_config, target, training_sample(cache, corpus))
+            patch_config = calibrate(patch_config, target, training_sample(cache))
     return EntropyPatcher(model, patch_config, precision=cache.manifest["precision"]), cache
 
 
@@ -241,7 +241,7 @@ def run(config, make_patches=False):
     record = {
         "model_config": asdict(model_config), "patch_config": asdict(rule), "precision": patcher.precision,
         "entropy_model_path": config.entropy_model_path,
-        "entropy_model_sha256": load_entropy_model(config.entropy_model_path)[1]["sha256"] if cache is not None else None,
+        "entropy_model_sha256": cache.manifest["entropy_model_sha256"] if cache is not None else None,
         "corpus": {"dataset": config.dataset, "sha256": corpus.hash}, "settings": asdict(config),
     }  # fmt: skip
     output = Path(config.output)

@@ -305,6 +305,17 @@ def test_long_documents_are_scored_once_each():
     for row_bytes in (64, 100, 999, 1000, 1001):
         batches = list(evaluation_batches([document], None, row_bytes))
         assert sum(batch.bytes for batch in batches) == 1000 and sum(batch.targets for batch in batches) == 1001
+        scored = torch.cat([batch.ids[:, 1:][batch.is_scored] for batch in batches])  # row by row, in the document's order
+        assert scored.tolist() == [*document.tolist(), 256]
+        is_start = np.random.default_rng(1).random(1001) < 0.2
+        is_start[0] = True
+        patched = list(evaluation_batches([document], [is_start], row_bytes))
+        for batch, with_patches in zip(batches, patched):
+            assert torch.equal(batch.ids, with_patches.ids)
+        row, begin = patched[-1], max(0, 1001 - row_bytes)  # the last window: its patches are the document's from its third id on
+        made = np.zeros(row_bytes + 2, dtype=bool)
+        made[np.concatenate(([0], row.patch_lengths[-1].cumsum(0).numpy()))] = True
+        assert made[2 : 1002 - begin].tolist() == is_start[begin + 1 :].tolist()
 
 
 def test_gradients_reach_every_parameter(entropy_model):

@@ -237,9 +237,9 @@ def test_process_data_and_its_cache(entropy_model, tmp_path):
     assert stats["min_patch_size"] == min(sizes) and stats["max_patch_size"] == max(sizes)
     assert sum(stats["patch_size_histogram"].values()) == len(sizes) and 0 < stats["avg_entropy"] < np.log(256)
     again = EntropyPatcher(entropy_model, config)
-    again.entropy_model.forward = None  # a second call reads what the first one kept
+    again.entropy_model.stream = None  # a second call reads what the first one kept
     assert again.process_data(sequences, cache_key="corpus") == (patches, stats)
-    del again.entropy_model.forward
+    del again.entropy_model.stream
     with pytest.raises(ValueError, match="another sequences|delete it"):
         patcher.process_data(sequences[:1], cache_key="corpus")
     torch.manual_seed(1)

@@ -134,7 +134,8 @@ def test_a_loss_that_is_no_number_stops_with_advice(tmp_path):
     original, module.leak_gate = module.leak_gate, lambda *args: 0.0
     try:
         with pytest.raises(ValueError, match="lower --lr"):
-            train_blt(blt, data, config(tmp_path))
+            train_blt(blt, data, config(tmp_path, eval_every=1, log_every=100))
+        assert not (tmp_path / "run" / "last.pt").exists()  # no checkpoint of a broken model
     finally:
         module.leak_gate = original
 
