@@ -26,6 +26,7 @@ from rows import check_patch_lengths  # noqa: F401, the contract of this model's
 from training import check, check_positive
 
 HASH_PRIME = 1_000_000_007  # base of the rolling polynomial hash
+DENSE_HASH_ROWS = 65536  # tables of more rows get sparse gradients and `optimizers.RowWiseAdam`
 HASH_BYTE_OFFSET, HASH_BOUNDARY, HASH_NOTHING = 4, 1, 0  # ids as the released hash numbers them
 
 
@@ -36,7 +37,7 @@ class BLTConfig:
     encoder_dim: int = 256  # width of the byte states
     encoder_heads: int | None = None  # attention heads; None: heads of about 64 channels
     ngram_sizes: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])  # bytes in the hashed n-grams
-    hash_rows: int = 16384  # rows of each n-gram size's table
+    hash_rows: int = 16384  # rows of each n-gram size's table; above 65,536 only the rows that occur are updated
     pooling: str = "max"  # how a patch's bytes start its query: max or mean
     cross_attn_k: int = 2  # vectors of encoder_dim that make up a patch
     cross_attn_all_layers_encoder: bool = False  # cross-attention after every encoder layer, not the last only
@@ -151,17 +152,28 @@ def _wrapped_power(exponent):
 
 
 class HashEmbedding(nn.Module):
-    """Sum of an embedding per n-gram size, all sizes' tables in one weight [sizes * rows, D], read in one fused lookup."""
+    """Sum of an embedding per n-gram size, all sizes' tables in one weight [sizes * rows, D], read in one fused lookup.
+
+    Large tables have sparse gradients: a step then costs what the bytes of the batch cost, not what the tables do.
+    """
 
     def __init__(self, sizes, rows, dim):
         super().__init__()
         self.sizes, self.rows = tuple(sizes), rows
-        self.tables = nn.EmbeddingBag(len(self.sizes) * rows, dim, mode="sum")
+        self.tables = nn.EmbeddingBag(len(self.sizes) * rows, dim, mode="sum", sparse=rows > DENSE_HASH_ROWS)
         self.register_buffer("first_row", torch.arange(len(self.sizes)) * rows, persistent=False)
 
     def forward(self, ids_BT, documents_BT):
         indices = hash_ngrams(ids_BT, documents_BT, self.sizes, self.rows) + self.first_row
-        return self.tables(indices.flatten(0, 1)).unflatten(0, ids_BT.shape)
+        look_up = _look_up_uncompiled if self.tables.sparse else _look_up
+        return look_up(self.tables, indices)
+
+
+def _look_up(tables, indices_BTn):
+    return tables(indices_BTn.flatten(0, 1)).unflatten(0, indices_BTn.shape[:2])
+
+
+_look_up_uncompiled = torch.compiler.disable(_look_up)  # torch.compile does not know sparse gradients: the graph breaks here
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,32 +201,93 @@ class EncoderCrossAttention(CrossAttention):
 
     def forward(self, patches_BPkD, bytes_BTD, patch_map):
         q, key, value = self.project(patches_BPkD, bytes_BTD)
-        B, P, k, H, K = q.shape
         # Every byte meets the k queries of its own patch; a left-out byte those of a row of zeros.
-        q = F.pad(q.flatten(2), (0, 0, 0, 1)).flatten(0, 1).index_select(0, patch_map.pool).view(-1, k, H, K)
-        key, value = key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None].float()
-        scores = (q * key).sum(-1, dtype=torch.float32).flatten(1) * K**-0.5  # [B * T, k * H]
-        highest = patch_map.max(scores.detach()).index_select(0, patch_map.pool)
-        weights = (scores - highest).exp()
-        total = patch_map.sum(weights)
-        summed = patch_map.sum((weights.view(-1, k, H, 1) * value).flatten(1))
-        attended = summed.view(-1, k, H, K) / total.view(-1, k, H, 1).clamp(min=1e-30)
-        attended = patch_map.drop_left_out(attended).flatten(3)
-        return 2 * patches_BPkD + self.wo(attended.to(key.dtype))
+        q_MkHK = F.pad(q, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
+        attended_MkHK = SegmentAttention.apply(q_MkHK, key.flatten(0, 1), value.flatten(0, 1), patch_map)
+        return 2 * patches_BPkD + self.wo(patch_map.drop_left_out(attended_MkHK).flatten(3))
 
 
 class DecoderCrossAttention(CrossAttention):
     """Each byte attends to the k vectors of the newest complete patch: a gather and a softmax over k."""
 
     def forward(self, bytes_BTD, patches_BPkD, patch_map):
-        q, key, value = self.project(bytes_BTD, patches_BPkD)
-        B, T, H, K = q.shape
-        key, value = (
-            x.flatten(2).flatten(0, 1).index_select(0, patch_map.read).view(B, T, -1, H, K) for x in (key, value)
+        q, key, value = (x.flatten(0, 1) for x in self.project(bytes_BTD, patches_BPkD))
+        attended_NHK = GatherAttention.apply(q, key, value, patch_map.read)
+        return 2 * bytes_BTD + self.wo(attended_NHK.flatten(1).unflatten(0, bytes_BTD.shape[:2]))
+
+
+# Both keep their inputs and the weights, a number per byte, vector and head; what is as wide as the bytes is gathered again
+# in the backward pass. N = B * T bytes, M patches. Loops over the k vectors keep every operation on whole rows of memory.
+
+
+class SegmentAttention(torch.autograd.Function):
+    """Attention of each patch's k queries to the bytes that `patch_map.pool` puts into it; softmax and sums in fp32."""
+
+    @staticmethod
+    def forward(ctx, q_MkHK, key_NHK, value_NHK, patch_map):
+        k, scale = q_MkHK.shape[1], key_NHK.shape[-1] ** -0.5
+        q_NkHK = gather_rows(q_MkHK, patch_map.pool)
+        scores_NkH = torch.stack([(q_NkHK[:, i] * key_NHK).sum(-1) for i in range(k)], dim=1).float() * scale
+        highest = patch_map.max(scores_NkH.flatten(1))
+        weights_NkH = (scores_NkH - gather_rows(highest, patch_map.pool).view_as(scores_NkH)).exp()
+        total = patch_map.sum(weights_NkH.flatten(1)).clamp(min=1e-30)
+        weights_NkH = weights_NkH / gather_rows(total, patch_map.pool).view_as(weights_NkH)
+        value = value_NHK.float()
+        attended = patch_map.sum(torch.stack([weights_NkH[:, i, :, None] * value for i in range(k)], dim=1).flatten(1))
+        ctx.save_for_backward(q_MkHK, key_NHK, value_NHK, weights_NkH)
+        ctx.patch_map = patch_map
+        return attended.to(value_NHK.dtype).view_as(q_MkHK)
+
+    @staticmethod
+    def backward(ctx, d_MkHK):
+        q_MkHK, key, value, weights_NkH = ctx.saved_tensors
+        patch_map, k, scale = ctx.patch_map, q_MkHK.shape[1], key.shape[-1] ** -0.5
+        d_NkHK, q_NkHK = gather_rows(d_MkHK, patch_map.pool), gather_rows(q_MkHK, patch_map.pool)
+        d_value = sum(weights_NkH[:, i, :, None].to(value.dtype) * d_NkHK[:, i] for i in range(k))
+        d_weights = torch.stack([(d_NkHK[:, i] * value).sum(-1) for i in range(k)], dim=1).float()
+        mean = patch_map.sum((weights_NkH * d_weights).flatten(1))
+        d_scores = weights_NkH * (d_weights - gather_rows(mean, patch_map.pool).view_as(d_weights)) * scale
+        d_key = sum(d_scores[:, i, :, None].to(key.dtype) * q_NkHK[:, i] for i in range(k))
+        key = key.float()
+        d_q = patch_map.sum(torch.stack([d_scores[:, i, :, None] * key for i in range(k)], dim=1).flatten(1))
+        return d_q.to(q_MkHK.dtype).view_as(q_MkHK), d_key, d_value, None
+
+
+class GatherAttention(torch.autograd.Function):
+    """Attention of each byte to the k vectors of patch read_N[byte]."""
+
+    @staticmethod
+    def forward(ctx, q_NHK, key_MkHK, value_MkHK, read_N):
+        k, scale = key_MkHK.shape[1], q_NHK.shape[-1] ** -0.5
+        key, value = gather_rows(key_MkHK, read_N), gather_rows(value_MkHK, read_N)
+        scores_NkH = torch.stack([(q_NHK * key[:, i]).sum(-1) for i in range(k)], dim=1).float() * scale
+        weights_NkH = scores_NkH.softmax(dim=1)
+        ctx.save_for_backward(q_NHK, key_MkHK, value_MkHK, weights_NkH, read_N)
+        return sum(weights_NkH[:, i, :, None].to(value.dtype) * value[:, i] for i in range(k))
+
+    @staticmethod
+    def backward(ctx, d_NHK):
+        q, key_MkHK, value_MkHK, weights_NkH, read_N = ctx.saved_tensors
+        k, scale = key_MkHK.shape[1], q.shape[-1] ** -0.5
+        key, value = gather_rows(key_MkHK, read_N), gather_rows(value_MkHK, read_N)
+        d_weights = torch.stack([(d_NHK * value[:, i]).sum(-1) for i in range(k)], dim=1).float()
+        mean = (weights_NkH * d_weights).sum(1, keepdim=True)
+        d_scores = (weights_NkH * (d_weights - mean) * scale).to(q.dtype)
+        weights = weights_NkH.to(q.dtype)
+        d_q = sum(d_scores[:, i, :, None] * key[:, i] for i in range(k))
+        d_key, d_value = (
+            torch.zeros_like(key_MkHK)
+            .flatten(1)
+            .index_add_(0, read_N, torch.stack([x[:, i, :, None] * rows for i in range(k)], dim=1).flatten(1))
+            .view_as(key_MkHK)
+            for x, rows in ((d_scores, q), (weights, d_NHK))
         )
-        scores = (q[:, :, None] * key).sum(-1, dtype=torch.float32) * K**-0.5  # [B, T, k, H]
-        weights = scores.softmax(dim=2).to(value.dtype)
-        return 2 * bytes_BTD + self.wo((weights[..., None] * value).sum(2).flatten(2))
+        return d_q, d_key, d_value, None
+
+
+def gather_rows(x, index):
+    """x[index] along the first axis, read in whole rows."""
+    return x.flatten(1).index_select(0, index).unflatten(1, x.shape[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

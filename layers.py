@@ -31,8 +31,13 @@ def rotary_angles(positions_T, head_dim, theta):
 
 def rotate(x_BTHK, cos, sin):
     """Turn each pair (x0, x1), (x2, x3), ... of a head by its position's angles: the released BLT's interleaved layout."""
-    even, odd = x_BTHK.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BTHK.dtype)
+    pairs = x_BTHK.float().unflatten(-1, (-1, 2))
+    if x_BTHK.device.type == "cpu":  # complex numbers: several times faster there, but torch.compile cannot fuse them
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    else:
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x_BTHK.dtype)
 
 
 class CausalPlan:
@@ -40,8 +45,11 @@ class CausalPlan:
 
     Position i attends to j iff j is in i's document and i - window < j <= i (window None: any j <= i).
 
-    With a window the row is cut into blocks of half a window; a block's queries see their own block and the two before it.
-    Time and memory are linear in the row, and the mask is a band of window + block columns, never row by row.
+    The same attention is computed by whichever of three ways is fast where it runs; time and memory are linear in the row
+    when there is a window, and no mask has row by row entries:
+        on a CPU      `BandAttention`: one block of queries after another, each with the keys it can see
+        CUDA graphs   FlexAttention, under torch.compile on cards from compute capability 8.0 on
+        elsewhere     scaled_dot_product_attention over blocks of half a window, each with the two before it
 
     documents_BT: int, the document number of each position, rising along the row.
     past_documents_BW: document numbers of the `carry` positions before the row, when their keys and values are passed
@@ -49,81 +57,161 @@ class CausalPlan:
     """
 
     def __init__(self, documents_BT, head_dim, theta, window=None, past_documents_BW=None):
-        B, T = documents_BT.shape
-        device = documents_BT.device
-        self.length, self.window, self.bias = T, window, None
-        has_past = past_documents_BW is not None
-        if window is None:
-            self.carry = 0
-            same_document = documents_BT[:, :, None] == documents_BT[:, None, :]
-            self.mask = (same_document & torch.ones(T, T, dtype=torch.bool, device=device).tril())[:, None]
-        else:
-            if not has_past and T <= window:
-                self.block, self.before = T, 0
-            else:
-                self.block, self.before = self.block_and_blocks_before(window)
-            self.carry = self.before * self.block
-            self.n_blocks = -(-T // self.block)
-            self.fill = self.n_blocks * self.block - T
-            if not has_past:
-                past_documents_BW = documents_BT.new_full((B, self.carry), NO_DOCUMENT)
-            keys_BS = torch.cat((past_documents_BW, F.pad(documents_BT, (0, self.fill), value=AFTER_ROW)), dim=1)
-            width = self.carry + self.block
-            key_documents = keys_BS.unfold(1, width, self.block)[:, :, None, :]
-            query_documents = keys_BS[:, self.carry :].unflatten(1, (self.n_blocks, self.block))[..., None]
-            query_place = torch.arange(self.carry, width, device=device)[:, None]
-            distance = query_place - torch.arange(width, device=device)[None, :]
-            mask = (key_documents == query_documents) & (distance >= 0) & (distance < window)
-            self.mask = mask.flatten(0, 1)[:, None]
-        positions = torch.arange(-self.carry if has_past else 0, T, device=device)
-        self.cos, self.sin = rotary_angles(positions, head_dim, theta)
-
-    @staticmethod
-    def block_and_blocks_before(window):
-        """Positions in a block and how many blocks before its own a query may look into: window 512 gives 256 and 2."""
-        block = max(1, window // 2)
-        return block, -(-(window - 1) // block)
+        T, device = documents_BT.shape[1], documents_BT.device
+        self.documents, self.past_documents = documents_BT, past_documents_BW
+        self.length, self.window = T, window
+        self.past = 0 if past_documents_BW is None else past_documents_BW.shape[1]
+        self.bands = self.blocks = self.flex_mask = None
+        self.cos, self.sin = rotary_angles(torch.arange(-self.past, T, device=device), head_dim, theta)
 
     @classmethod
     def carry_length(cls, window):
         """How many positions' keys and values a stream read in chunks hands from chunk to chunk."""
-        block, before = cls.block_and_blocks_before(window)
+        block, before = Blocks.size_and_number_before(window)
         return block * before
 
     def attend(self, q_BTHK, k_BTHK, v_BTHK, past=None, dropout=0.0):
         """Softmax attention under this plan. past: keys and values [B, carry, H, K] before the row, keys not rotated."""
-        q = rotate(q_BTHK, self.cos[-self.length :], self.sin[-self.length :])
-        if self.window is None:
-            k = rotate(k_BTHK, self.cos, self.sin)
-            return self._softmax(q, k, v_BTHK, dropout)
         if past is not None:
-            k, v = (torch.cat((old.to(new.dtype), new), dim=1) for old, new in zip(past, (k_BTHK, v_BTHK)))
-            k = rotate(k, self.cos, self.sin)
-        else:
-            k = rotate(k_BTHK, self.cos[-self.length :], self.sin[-self.length :])
-            k, v = (F.pad(x, (0, 0, 0, 0, self.carry, 0)) for x in (k, v_BTHK))
-        out = self._softmax(self._query_blocks(q), self._key_blocks(k), self._key_blocks(v), dropout)
-        return out.unflatten(0, (-1, self.n_blocks)).flatten(1, 2)[:, : self.length]
+            k_BTHK, v_BTHK = (torch.cat((old.to(new.dtype), new), dim=1) for old, new in zip(past, (k_BTHK, v_BTHK)))
+        q = rotate(q_BTHK, self.cos[self.past :], self.sin[self.past :])
+        k = rotate(k_BTHK, self.cos, self.sin)
+        if q.device.type == "cpu" and not dropout:
+            return self._by_bands(q, k, v_BTHK)
+        if not dropout and past is None and runs_flex_attention(q.device):
+            return self._by_flex_attention(q, k, v_BTHK)
+        if self.blocks is None:
+            self.blocks = Blocks(self.documents, self.window, self.past_documents)
+        return self.blocks.attend(q, k, v_BTHK, dropout)
 
-    def _query_blocks(self, x_BTHK):
-        """[B, T, H, K] -> [B * blocks, block, H, K]."""
-        return F.pad(x_BTHK, (0, 0, 0, 0, 0, self.fill)).unflatten(1, (self.n_blocks, self.block)).flatten(0, 1)
-
-    def _key_blocks(self, x_BSHK):
-        """[B, carry + T, H, K] -> [B * blocks, carry + block, H, K]: each block together with those before it."""
-        blocks = F.pad(x_BSHK, (0, 0, 0, 0, 0, self.fill)).unflatten(1, (-1, self.block))
-        shifted = [blocks[:, i : i + self.n_blocks] for i in range(self.before + 1)]
-        return torch.cat(shifted, dim=2).flatten(0, 1)
-
-    def _softmax(self, q, k, v, dropout):
+    def _by_bands(self, q, k, v):
+        if self.bands is None or self.bands[0][-1].dtype != q.dtype:
+            self.bands = self._make_bands(q.shape[2], q.dtype)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if q.device.type == "cpu" and v.dtype == torch.bfloat16:
-            # On CPUs that multiply in bf16 plain products train 1.7 to 3 times faster than the fused kernel.
-            if self.bias is None:
-                self.bias = torch.zeros_like(self.mask, dtype=v.dtype).masked_fill_(~self.mask, -torch.inf)
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-            return (F.dropout(scores.add_(self.bias).softmax(-1), dropout) @ v).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout).transpose(1, 2)
+        return BandAttention.apply(q, k, v, self.bands).transpose(1, 2)
+
+    def _make_bands(self, heads, dtype):
+        """[(first query, last + 1, first key, last + 1, bias [B, 1, queries, keys]), ...] covering the row."""
+        B, T, past = self.documents.shape[0], self.length, self.past
+        keys_BS = self.documents if not past else torch.cat((self.past_documents, self.documents), dim=1)
+        seen = T // 2 if self.window is None else self.window  # keys of a query, about
+        # Blocks for which the scores stay in a core's cache, and large enough for fast products.
+        block = 64 if self.window else 128
+        while block < T and B * heads * 2 * block * (seen + 2 * block) <= BAND_SCORES:
+            block *= 2
+        bands = []
+        for first in range(0, T, block):
+            last = min(T, first + block)
+            first_key = 0 if self.window is None else max(0, past + first - self.window + 1) // 64 * 64  # aligned for the products
+            distance = torch.arange(past + first, past + last)[:, None] - torch.arange(first_key, past + last)
+            visible = (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
+            visible = visible & (keys_BS[:, past + first : past + last, None] == keys_BS[:, None, first_key : past + last])
+            bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
+            bands.append((first, last, first_key, past + last, bias))
+        return bands
+
+    def _by_flex_attention(self, q, k, v):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        if self.flex_mask is None:
+            documents, window, T = self.documents, self.window, self.length
+
+            def visible(row, head, query, key):
+                same = documents[row, query] == documents[row, key]
+                return same & (query >= key) & (query - key < (T if window is None else window))
+
+            self.flex_mask = create_block_mask(visible, documents.shape[0], None, T, T, device=q.device)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flex_attention(q, k, v, block_mask=self.flex_mask).transpose(1, 2)
+
+
+BAND_SCORES = 1 << 19  # attention scores computed at once on a CPU
+
+
+def runs_flex_attention(device):
+    """Whether this is code under torch.compile for a CUDA device whose Triton kernels FlexAttention supports."""
+    return torch.compiler.is_compiling() and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class BandAttention(torch.autograd.Function):
+    """Attention for CPUs, block of queries by block of queries. The backward pass makes the scores again: none are kept."""
+
+    @staticmethod
+    def forward(ctx, q_BHTK, k_BHSK, v_BHSK, bands):
+        out_BHTK = torch.empty_like(q_BHTK)
+        for first, last, first_key, last_key, bias in bands:
+            weights = BandAttention.weights(q_BHTK[:, :, first:last], k_BHSK[:, :, first_key:last_key], bias)
+            out_BHTK[:, :, first:last] = weights @ v_BHSK[:, :, first_key:last_key]
+        ctx.save_for_backward(q_BHTK, k_BHSK, v_BHSK)
+        ctx.bands = bands
+        return out_BHTK
+
+    @staticmethod
+    def weights(q, k, bias):
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).add_(bias).softmax(-1)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q_BHTK, k_BHSK, v_BHSK = ctx.saved_tensors
+        scale = q_BHTK.shape[-1] ** -0.5
+        dq, dk, dv = torch.empty_like(q_BHTK), torch.zeros_like(k_BHSK), torch.zeros_like(v_BHSK)
+        for first, last, first_key, last_key, bias in ctx.bands:
+            q, k, v = q_BHTK[:, :, first:last], k_BHSK[:, :, first_key:last_key], v_BHSK[:, :, first_key:last_key]
+            d = d_out[:, :, first:last]
+            weights = BandAttention.weights(q, k, bias)
+            dv[:, :, first_key:last_key].add_(weights.transpose(-1, -2) @ d)
+            d_scores = torch.ops.aten._softmax_backward_data(d @ v.transpose(-1, -2), weights, -1, weights.dtype)
+            dq[:, :, first:last] = d_scores @ k
+            dk[:, :, first_key:last_key].add_(d_scores.transpose(-1, -2) @ q)
+        return dq.mul_(scale), dk.mul_(scale), dv, None
+
+
+class Blocks:
+    """Attention over blocks of half a window by scaled_dot_product_attention: a band of 1.5 windows for each block of queries.
+
+    window None: one block, the whole row, with a mask of row by row.
+    """
+
+    def __init__(self, documents_BT, window, past_documents_BW=None):
+        B, T = documents_BT.shape
+        has_past = past_documents_BW is not None
+        if not has_past and (window is None or T <= window):
+            self.block, before = T, 0
+        else:
+            self.block, before = self.size_and_number_before(window)
+        self.length, self.before, self.carry = T, before, before * self.block
+        self.number = -(-T // self.block)
+        self.fill = self.number * self.block - T
+        if not has_past:
+            past_documents_BW = documents_BT.new_full((B, self.carry), NO_DOCUMENT)
+        self.missing = self.carry if not has_past else 0  # keys to be filled in before the row
+        keys_BS = torch.cat((past_documents_BW, F.pad(documents_BT, (0, self.fill), value=AFTER_ROW)), dim=1)
+        width = self.carry + self.block
+        key_documents = keys_BS.unfold(1, width, self.block)[:, :, None, :]
+        query_documents = keys_BS[:, self.carry :].unflatten(1, (self.number, self.block))[..., None]
+        device = documents_BT.device
+        distance = torch.arange(self.carry, width, device=device)[:, None] - torch.arange(width, device=device)
+        mask = (key_documents == query_documents) & (distance >= 0)
+        if window is not None:
+            mask = mask & (distance < window)
+        self.mask = mask.flatten(0, 1)[:, None]
+
+    @staticmethod
+    def size_and_number_before(window):
+        """Positions in a block and how many blocks before its own a query may look into: window 512 gives 256 and 2."""
+        block = max(1, window // 2)
+        return block, -(-(window - 1) // block)
+
+    def attend(self, q_BTHK, k_BSHK, v_BSHK, dropout):
+        queries = F.pad(q_BTHK, (0, 0, 0, 0, 0, self.fill)).unflatten(1, (self.number, self.block)).flatten(0, 1)
+        q, k, v = (x.transpose(1, 2) for x in (queries, self._keys(k_BSHK), self._keys(v_BSHK)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout).transpose(1, 2)
+        return out.unflatten(0, (-1, self.number)).flatten(1, 2)[:, : self.length]
+
+    def _keys(self, x_BSHK):
+        """[B, S, H, K] -> [B * blocks, carry + block, H, K]: each block together with those before it."""
+        blocks = F.pad(x_BSHK, (0, 0, 0, 0, self.missing, self.fill)).unflatten(1, (-1, self.block))
+        return torch.cat([blocks[:, i : i + self.number] for i in range(self.before + 1)], dim=2).flatten(0, 1)
 
 
 def documents_of(ids_BT, boundary):
@@ -145,10 +233,48 @@ def default_heads(dim):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm computed in fp32 whatever the precision of its input, as the released code does."""
+    """RMSNorm computed in fp32 whatever the precision of its input, as the released code does.
+
+    Under autocast the output has autocast's precision: it feeds a matrix product, which would round it anyway.
+    """
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__(dim, eps)
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).to(x.dtype)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return _rms_norm(x, self.weight, self.eps, dtype)
+
+
+def _rms_norm(x, weight, eps, dtype):
+    if x.device.type != "cpu":
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)
+    return _CPURMSNorm.apply(x, weight, eps, dtype)
+
+
+class _CPURMSNorm(torch.autograd.Function):
+    """RMSNorm with its backward pass by hand: torch has no kernel for it on the CPU, and composes it of a dozen passes.
+
+    y = x * s * w with s = 1 / rms(x);   dx = s * w * dy - x * s^3 / D * sum(w * dy * x);   dw = sum over rows of s * x * dy
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, scale = ctx.saved_tensors
+        dy, dim = dy.float(), x.shape[-1]
+        product = (dy * x).view(-1, dim)
+        d_weight = (scale.view(1, -1) @ product)[0]
+        back = (product @ weight.float()).view_as(scale).mul_(scale**3).div_(-dim)
+        dx = (dy * weight).mul_(scale).addcmul_(x.float(), back)
+        return dx.to(x.dtype), d_weight, None, None
 
 
 class SelfAttention(nn.Module):
@@ -179,7 +305,25 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return _GatedLinear.apply(self.w1(x), self.w3(x), self.w2.weight)
+
+
+class _GatedLinear(torch.autograd.Function):
+    """(silu(gate) * up) @ weight.T, keeping gate and up only: the gated states are made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight):
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate) * up, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up, weight = ctx.saved_tensors
+        activated = F.silu(gate)
+        d_weight = dy.flatten(0, -2).T @ (activated * up).flatten(0, -2)
+        d_gated = dy @ weight.to(dy.dtype)
+        d_gate = torch.ops.aten.silu_backward(d_gated * up, gate)
+        return d_gate, d_gated * activated, d_weight.to(weight.dtype)
 
 
 class Block(nn.Module):
@@ -209,6 +353,7 @@ def init_weights(module):
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Embedding, nn.EmbeddingBag)):
             std = child.weight.shape[1] ** -0.5
-            nn.init.trunc_normal_(child.weight, std=std, a=-3 * std, b=3 * std)
+            for rows in child.weight.split(1 << 16):  # trunc_normal_ needs three times the memory of what it fills
+                nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std)
         elif isinstance(child, nn.RMSNorm):
             nn.init.ones_(child.weight)

@@ -7,7 +7,6 @@ Documents follow each other as ids, a boundary before each and one at the very e
 A row is T + 1 neighbouring ids: the first T are inputs, the last T are targets.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -170,6 +169,9 @@ def check_patch_lengths(patch_lengths_BP, n_ids):
         raise ValueError(f"patch lengths must sum to {n_ids}, all ids of a row with its last target, not to {sums.tolist()}")
 
 
+MAX_PATCH_PADDING = 0.045  # share of patch slots
+
+
 class TrainingRows:
     """The training stream cut into rows of row_bytes + 1 ids; neighbours share one id, so each id is a target just once.
 
@@ -199,12 +201,15 @@ class TrainingRows:
             yield begin, np.flatnonzero(self.is_start.read(begin, min(begin + block, len(self.stream)))) + begin
 
     def _choose_slots(self):
-        """Slots that half a standard deviation above the mean of patches per row fit into (rows fuller than that end early)."""
+        """The most slots of which less than MAX_PATCH_PADDING stay empty. Rows with more patches end early, and pad bytes."""
         counts = np.zeros(-(-len(self.stream) // self.row_bytes))
         for _, starts in self._blocks():
             np.add.at(counts, starts // self.row_bytes, 1)
         counts = counts[:-1] if len(counts) > 1 else counts
-        return 8 * math.ceil((counts.mean() + counts.std() / 2 + 3) / 8)
+        counts += 2  # the patches that a row opens itself
+        slots = np.arange(8, counts.max() + 16, 8)
+        empty = np.array([np.maximum(n - counts, 0).mean() / n for n in slots])
+        return int(slots[max(0, np.searchsorted(empty, MAX_PATCH_PADDING) - 1)])
 
     def _cut(self):
         begins, sizes, at, last = [], [], 0, len(self.stream) - 1

@@ -24,11 +24,11 @@ from typing import Literal, get_type_hints
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import BOUNDARY, open_corpus
+from optimizers import clip_gradients, coalesce_gradients, learning_rate_scale, make_optimizers
 from rows import evaluation_batches
 
 
@@ -386,38 +386,6 @@ def leak_gate(model, patcher, text, places=6):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizers and schedule
-
-
-def make_optimizers(model, config):
-    """Muon for the matrices of the layers, AdamW for embeddings, head and norms; every parameter in exactly one group.
-
-    Muon's step is scaled to the RMS of an AdamW step (adjust_lr_fn="match_rms_adamw"), so both rates are of one kind.
-    """
-    is_matrix = {
-        id(module.weight): module is not model.head for module in model.modules() if isinstance(module, nn.Linear)
-    }
-    matrices = [p for p in model.parameters() if is_matrix.get(id(p), False)]
-    others = [p for p in model.parameters() if not is_matrix.get(id(p), False)]
-    assert len(matrices) + len(others) == len(list(model.parameters()))
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    return [
-        torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=fused),
-    ]
-
-
-def learning_rate_scale(step, config):
-    """Factor of the peak learning rates at an update, 0 to 1."""
-    warmup = max(1, round(config.warmup * config.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
-    return min(1.0, (config.steps - step) / max(1, config.cooldown * config.steps))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -471,10 +439,11 @@ def fit(model, config, train_rows, validation_batches, out_dir):
                 nats, _ = row_nats(step_model, batch.to(device))
                 loss = nats.sum() / targets
             scaler.scale(loss).backward()
+            coalesce_gradients(model)
             loss_nats += loss.detach()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        gradient_norm = clip_gradients(model, config.clip)
         for optimizer in optimizers:
             scaler.step(optimizer)
         scaler.update()

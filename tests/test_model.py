@@ -10,7 +10,7 @@ import blt_model
 from blt_model import BLTConfig, BLTModel, PatchMap, hash_ngrams
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher, PatchConfig
-from layers import CausalPlan, documents_of, rotary_angles, rotate
+from layers import Blocks, CausalPlan, RMSNorm, documents_of, rotate
 from rows import check_patch_lengths, evaluation_batches, make_batch
 from training import bits_per_byte, leak_gate, row_nats
 
@@ -104,13 +104,11 @@ def test_leak_gate_sees_patches_that_look_ahead(entropy_model):
 def test_leak_gate_sees_attention_to_the_future(entropy_model, monkeypatch):
     patcher = EntropyPatcher(entropy_model, threshold=4, method="static")
     model = make("qk norm, window beyond the row")
-    original = CausalPlan.__init__
 
-    def unmasked(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.mask = torch.ones_like(self.mask)
+    def unmasked(self, heads, dtype):
+        return [(0, self.length, 0, self.length, torch.zeros(1, dtype=dtype))]
 
-    monkeypatch.setattr(CausalPlan, "__init__", unmasked)
+    monkeypatch.setattr(CausalPlan, "_make_bands", unmasked)
     with pytest.raises(ValueError, match="leak"):
         leak_gate(model, patcher, random_bytes(70))
 
@@ -210,20 +208,74 @@ def test_cross_attention_equals_a_loop_over_patches():
         begin += length
 
 
-@pytest.mark.parametrize("T, window", [(5, 8), (8, 8), (9, 8), (40, 8), (41, 7), (30, 1), (23, 2)])
-def test_windowed_attention_equals_a_dense_mask(T, window):
+@pytest.mark.parametrize("way", ["bands", "blocks", "flex"])
+@pytest.mark.parametrize("T, window", [(5, 8), (8, 8), (9, 8), (40, 8), (41, 7), (30, 1), (23, 2), (300, 70), (150, 400), (300, None)])
+def test_every_way_of_attention_equals_a_dense_mask(way, T, window):
     torch.manual_seed(0)
-    B, H, K = 2, 2, 4
-    q, k, v = (torch.randn(B, T, H, K) for _ in range(3))
+    B, H, K = 2, 2, 16
+    q, k, v = (torch.randn(B, T, H, K, requires_grad=True) for _ in range(3))
     documents = torch.cat((torch.zeros(B, T // 3), torch.ones(B, T - T // 3)), 1).long()
-    got = CausalPlan(documents, K, 100.0, window).attend(q, k, v)
-    cos, sin = rotary_angles(torch.arange(T), K, 100.0)
+    plan = CausalPlan(documents, K, 100.0, window)
+    q_rotated, k_rotated = (rotate(x, plan.cos, plan.sin) for x in (q, k))
+    if way == "bands":
+        got = plan.attend(q, k, v)
+        assert T < 300 or len(plan.bands) > 1
+    elif way == "blocks":
+        got = Blocks(documents, window).attend(q_rotated, k_rotated, v, dropout=0.0)
+    else:
+        with torch.no_grad():  # FlexAttention has no backward pass on a CPU
+            got = plan._by_flex_attention(q_rotated.detach(), k_rotated.detach(), v.detach())
     place = torch.arange(T)
     distance = place[:, None] - place[None, :]
-    mask = (distance >= 0) & (distance < window) & (documents[:, :, None] == documents[:, None, :])[:, None]
-    scores = torch.einsum("bihk,bjhk->bhij", rotate(q, cos, sin), rotate(k, cos, sin)) / K**0.5
+    mask = (distance >= 0) & (distance < (window or T)) & (documents[:, :, None] == documents[:, None, :])[:, None]
+    scores = torch.einsum("bihk,bjhk->bhij", q_rotated, k_rotated) / K**0.5
     want = torch.einsum("bhij,bjhk->bihk", scores.masked_fill(~mask, -math.inf).softmax(-1), v)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    if way != "flex":
+        weight = torch.randn_like(v)
+        gradients, wanted = (torch.autograd.grad((x * weight).sum(), (q, k, v), retain_graph=True) for x in (got, want))
+        torch.testing.assert_close(gradients, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [8, 7, 100])
+def test_a_stream_in_chunks_sees_what_the_row_sees(window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 60, 2, 8) for _ in range(3))
+    documents = (torch.arange(60) > 25).long()[None]
+    whole = CausalPlan(documents, 8, 100.0, window).attend(q, k, v)
+    carry = CausalPlan.carry_length(window)
+    past, past_documents, got = (torch.zeros(1, carry, 2, 8),) * 2, torch.full((1, carry), -1), {"bands": [], "blocks": []}
+    for first, last in ((0, 20), (20, 29), (29, 30), (30, 60)):
+        for way, out in got.items():
+            plan = CausalPlan(documents[:, first:last], 8, 100.0, window, past_documents)
+            if way == "bands":
+                out.append(plan.attend(*(x[:, first:last] for x in (q, k, v)), past))
+            else:
+                keys, values = (torch.cat((old, x[:, first:last]), 1) for old, x in zip(past, (k, v)))
+                rotated = rotate(q[:, first:last], plan.cos[carry:], plan.sin[carry:]), rotate(keys, plan.cos, plan.sin)
+                out.append(Blocks(plan.documents, window, past_documents).attend(*rotated, values, 0.0))
+        past = tuple(torch.cat((old, x[:, first:last]), 1)[:, last - first :] for old, x in zip(past, (k, v)))
+        past_documents = torch.cat((past_documents, documents[:, first:last]), 1)[:, last - first :]
+    for out in got.values():
+        torch.testing.assert_close(torch.cat(out, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_equals_its_definition(dtype):
+    torch.manual_seed(0)
+    norm = RMSNorm(24, eps=1e-5)
+    norm.weight.data.normal_()
+    x = torch.randn(5, 7, 24).to(dtype).requires_grad_()
+    got = norm(x)
+    want = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight
+    assert got.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, want.to(dtype), atol=tolerance, rtol=tolerance)
+    weight = torch.randn(5, 7, 24)
+    gradients, wanted = (torch.autograd.grad((y.float() * weight).sum(), (x, norm.weight)) for y in (got, want))
+    torch.testing.assert_close(gradients, wanted, atol=10 * tolerance, rtol=tolerance)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x.float()).dtype == torch.bfloat16
 
 
 def test_hash_does_not_look_across_a_boundary():
