@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import llm
 import template_llm
 from blt_model import BLTConfig, BLTModel
+from data import open_corpus
 from entropy_patcher import train_tokenizer
 from layers import CausalPlan, SelfAttention
 from rows import BYTES, DocumentStream, TrainingRows, evaluation_batches, make_batch
@@ -34,6 +35,7 @@ from template_llm import (
     load_template,
     train_template,
 )
+from train_blt import load_blt
 from training import RunConfig, bits_per_byte, evaluate, leak_gate, make_optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -377,27 +379,28 @@ def test_errors(model, vocabulary, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
-TINY = (
-    "--dim 32 --n_layers 1 --row_bytes 128 --batch_rows 4 --steps 12 --eval_every 6 --val_bytes 20000 --max_bytes 60000 --vocab_size 400 --device cpu"
-).split()
+TINY = dict(dim=32, n_layers=1, row_bytes=128, batch_rows=4, steps=12, eval_every=6, val_bytes=20000, max_bytes=60000, vocab_size=400, device="cpu")
 
 
 def run(folder, *flags, ok=True):
+    """The script as its user runs it; stdout, or stderr if it must fail."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    command = [sys.executable, ROOT / "template_llm.py", *map(str, flags)]
+    command = [sys.executable, ROOT / "template_llm.py", *flags]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
     if ok:
         assert done.returncode == 0 and "Warning" not in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
-    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("error:") == 1, done.stderr[-2000:]
+    assert done.returncode != 0 and "Traceback" not in done.stderr and done.stderr.count("error:") == 1, done.stderr[-2000:]
     return done.stderr
 
 
 @pytest.mark.parametrize("kind", ["flat", "bpe"])
-def test_script(kind, tmp_path_factory):
+def test_script(kind, tmp_path_factory, monkeypatch, capsys):
     folder = tmp_path_factory.getbasetemp() / "template"
     folder.mkdir(exist_ok=True)
-    out = run(folder, "--model", kind, "--preset", "cpu", *TINY)
+    monkeypatch.chdir(folder)
+    settings_ = dict(model=kind, **{**template_llm.PRESETS["cpu"], **TINY})
+    out = run(folder, "--model", kind, "--preset", "cpu", *(part for name, value in TINY.items() for part in (f"--{name}", str(value))))
     assert "leak gate passed" in out and ("bytes a token" in out) == (kind == "bpe")
     assert re.search(r"val \d\.\d+ bpb over [\d,]+ bytes of held-out text .*gzip -9 \d\.\d+, xz -9 \d\.\d+", out)
     output = folder / f"checkpoints_{kind}"
@@ -406,21 +409,21 @@ def test_script(kind, tmp_path_factory):
     assert record["model"] == kind and len(record["corpus"]["sha256"]) == 64 and record["settings"]["vocab_size"] == 400
     assert (output / "tokenizer.json").exists() == (kind == "bpe")
 
-    from data import open_corpus
-
-    corpus = open_corpus("sample", cache_dir=str(folder / "data_cache"))
+    corpus = open_corpus("sample", cache_dir="data_cache")
     validation = [corpus.document(number) for number in corpus.documents("validation", 20000)]
     model, loaded = load_template(output)
     assert loaded == record and not model.training
-    bpb = bits_per_byte(model, None, validation, record["settings"]["row_bytes"], precision=record["settings"]["precision"].replace("auto", "fp32"))
+    bpb = bits_per_byte(model, None, validation, record["settings"]["row_bytes"])
     assert bpb == pytest.approx(record["result"]["val_bpb"], rel=2e-3)  # fp32 here, perhaps bf16 there
     assert record["result"]["val_bytes"] == sum(map(len, validation))
 
-    assert "at step 12" in run(folder, "--model", kind, "--preset", "cpu", *TINY, "--resume")
-    assert "dim: 32 then, 48 now" in run(folder, "--model", kind, "--preset", "cpu", *TINY, "--dim", 48, "--resume", ok=False)
-    assert "without --resume" in run(folder, "--model", kind, *TINY, "--output", "none", "--resume", ok=False)
-
-    from train_blt import load_blt
+    capsys.readouterr()
+    template_llm.main(TemplateConfig(**settings_, resume=True))
+    assert "at step 12" in capsys.readouterr().out and json.loads((output / "model.json").read_text())["result"]["val_bpb"] == record["result"]["val_bpb"]
+    with pytest.raises(ValueError, match="dim: 32 then, 48 now"):
+        template_llm.main(TemplateConfig(**{**settings_, "dim": 48}, resume=True))
+    with pytest.raises(FileNotFoundError, match="without --resume"):
+        template_llm.main(TemplateConfig(**settings_, resume=True, output="none"))
 
     with pytest.raises(ValueError, match="load_template"):
         load_blt(output)
@@ -430,3 +433,7 @@ def test_script(kind, tmp_path_factory):
     (output / "model.json").write_text(json.dumps({"patch_config": {}}))
     with pytest.raises(ValueError, match="load_blt"):
         load_template(output)
+
+
+def test_a_mistake_gets_one_line(tmp_path):
+    assert "vocab_size is 3" in run(tmp_path, "--model", "bpe", "--vocab_size", "3", ok=False)
