@@ -7,6 +7,7 @@ Reads   a corpus (the bundled sample by default)
 Writes  checkpoints_flat/ or checkpoints_bpe/: best.pt (weights), model.json (config, result), tokenizer.json (bpe), last.pt,
         metrics.jsonl, curves.png
 Run     python template_llm.py --model flat | bpe [--preset [tiny | small | medium] [cpu | colab_t4 | rtx4090 | h200]] [--field value ...]
+Time    --preset cpu: about 4 minutes on 2 cores of an AMD EPYC with AVX512-bf16, for either model
 
 The settings below are the medium size. A training byte costs as much computation as in llm.py of the same preset (`SIZES`), and
 rows, updates, rates and data are llm.py's.
