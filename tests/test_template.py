@@ -125,7 +125,19 @@ def test_row_alone_equals_row_in_a_batch(model):
         n = len(row[0]) - 1
         alone = make_batch([row], row_bytes=n, vocabulary=model.vocabulary)
         torch.testing.assert_close(model(alone.ids[:, :-1])[0], batched[r, :n], atol=1e-4, rtol=0)
-    assert together.bytes == 60 + 9 + 33
+    assert together.bytes == 60 + 9 + 33 and together.ids[1, len(rows[1][0]) :].unique().tolist() == [boundary]  # padding
+
+
+@torch.no_grad()
+def test_window():
+    """One layer with a window of 8 bytes sees the input itself and 7 before it."""
+    torch.manual_seed(0)
+    model = FlatByteTransformer(FlatConfig(dim=32, n_layers=1, window=8)).eval()
+    ids = row_of(model, any_bytes(40) // 2)
+    other = ids.clone()
+    other[0, 20] += 1
+    differs = (model(ids) - model(other))[0].abs().amax(-1) > 1e-5
+    assert differs.nonzero().flatten().tolist() == list(range(20, 28))
 
 
 def test_document_alone_equals_document_among_others(model):
@@ -350,6 +362,7 @@ def test_runs_are_those_of_llm_py(preset):
 def test_settings():
     assert (TemplateConfig().dim, TemplateConfig().window, TemplateConfig().output) == (320, 512, "checkpoints_flat")
     bpe = TemplateConfig(model="bpe", size="small")
+    assert BPEConfig().window is None and BPEConfig(512, 10) == BPEConfig() and FlatConfig(320, 7) == FlatConfig()
     assert (bpe.dim, bpe.n_layers, bpe.window, bpe.output) == (384, 8, None, "checkpoints_bpe")
     assert TemplateConfig(dim=64, n_layers=2, window=9, output="x").dim == 64  # what is given stays
     for changes, words in (
