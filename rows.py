@@ -16,15 +16,38 @@ import torch
 from data import BOUNDARY
 
 
+class Vocabulary:
+    """What ids stand for, here bytes: ids 0..255 are themselves, `boundary` opens and ends documents and stands for no byte.
+
+    A model over other ids carries its own in `.vocabulary` (template_llm.BPEVocabulary); one without is a byte model.
+    bytes_of_id: int64 [boundary + 1], raw bytes that each id stands for. bytes_per_id: their mean in text.
+    """
+
+    boundary, bytes_per_id = BOUNDARY, 1.0
+    bytes_of_id = np.append(np.ones(BOUNDARY, dtype=np.int64), 0)
+
+    def encode(self, document):
+        """A uint8 document as an array of ids."""
+        return document
+
+    def row_ids(self, row_bytes):
+        """Ids in a row that holds about row_bytes bytes of text: for bytes as many."""
+        return max(1, round(row_bytes / self.bytes_per_id))
+
+
+BYTES = Vocabulary()
+
+
 class DocumentStream:
     """Documents as one sequence of ids, read piece by piece from the byte store (nothing is copied until it is asked for).
 
     flat_bytes: uint8 array or memory map; begins, lengths: int64 [documents], where each document lies in it.
     len(stream) counts ids: one boundary and the bytes of each document, and the last boundary.
+    vocabulary: what the ids stand for; if not bytes, flat_bytes holds these ids.
     """
 
-    def __init__(self, flat_bytes, begins, lengths):
-        self.flat_bytes, self.begins, self.lengths = flat_bytes, np.asarray(begins), np.asarray(lengths)
+    def __init__(self, flat_bytes, begins, lengths, vocabulary=BYTES):
+        self.flat_bytes, self.begins, self.lengths, self.vocabulary = flat_bytes, np.asarray(begins), np.asarray(lengths), vocabulary
         self.ends = np.cumsum(self.lengths + 1)
 
     @classmethod
@@ -33,22 +56,24 @@ class DocumentStream:
         return cls(corpus.bytes, corpus.offsets[numbers], np.diff(corpus.offsets)[numbers])
 
     @classmethod
-    def of_documents(cls, documents):
-        """The stream of a list of uint8 arrays."""
+    def of_documents(cls, documents, vocabulary=BYTES):
+        """The stream of a list of uint8 arrays (or arrays of a vocabulary's ids)."""
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
         flat = np.concatenate([*documents, np.empty(0, np.uint8)])
-        return cls(flat, np.cumsum(lengths) - lengths, lengths)
+        return cls(flat, np.cumsum(lengths) - lengths, lengths, vocabulary)
 
     def __len__(self):
         return int(self.ends[-1]) + 1
 
     @property
     def total_bytes(self):
-        return int(self.lengths.sum())
+        if self.vocabulary is BYTES:
+            return int(self.lengths.sum())
+        return sum(int(self.vocabulary.bytes_of_id[self.flat_bytes[b : b + n]].sum()) for b, n in zip(self.begins, self.lengths))
 
     def ids(self, begin, end):
         """Ids begin to end (not included) of the stream, int64; places after the last boundary are boundaries too."""
-        out = np.full(end - begin, BOUNDARY, dtype=np.int64)
+        out = np.full(end - begin, self.vocabulary.boundary, dtype=np.int64)
         number = int(np.searchsorted(self.ends, begin, side="right"))
         while number < len(self.ends):
             first = int(self.ends[number]) - int(self.lengths[number])  # where the document's first byte stands
@@ -97,7 +122,7 @@ class RowBatch:
     is_scored: torch.Tensor  # bool [B, T]
     patch_lengths: torch.Tensor | None  # int64 [B, P], the sum of each row is T + 1; None for models without patches
     targets: int  # targets that count
-    bytes: int  # of them bytes, not document ends
+    bytes: int  # raw bytes that they stand for; a document's end stands for none
 
     def to(self, device):
         """The same on a device; from pinned memory the copy runs beside the computation."""
@@ -110,15 +135,15 @@ class RowBatch:
         return RowBatch(*pinned, self.targets, self.bytes)
 
 
-def make_batch(rows, row_bytes, patch_slots=None, score_ends=True):
+def make_batch(rows, row_bytes, patch_slots=None, score_ends=True, vocabulary=BYTES):
     """Put rows of different fill into one batch of equal shape.
 
     rows: list of (ids int64 [n], is_start bool [n] or None, is_scored bool [n - 1]), n <= row_bytes + 1. Missing ids are
     filled with boundaries that all lie in one last patch and count nowhere. score_ends=False leaves document ends
-    unscored, for models without a class for them.
+    unscored, for models without a class for them. vocabulary: what the ids stand for.
     """
     T = row_bytes
-    ids = np.full((len(rows), T + 1), BOUNDARY, dtype=np.int64)
+    ids = np.full((len(rows), T + 1), vocabulary.boundary, dtype=np.int64)
     is_scored = np.zeros((len(rows), T), dtype=bool)
     lengths = []
     for r, (row_ids, is_start, row_scored) in enumerate(rows):
@@ -129,9 +154,8 @@ def make_batch(rows, row_bytes, patch_slots=None, score_ends=True):
             if len(row_ids) < T + 1:
                 starts = np.append(starts, len(row_ids))
             lengths.append(np.diff(starts, append=T + 1))
-    is_byte = ids[:, 1:] != BOUNDARY
     if not score_ends:
-        is_scored &= is_byte
+        is_scored &= ids[:, 1:] != vocabulary.boundary
     patch_lengths_BP = None
     if lengths:
         patch_slots = patch_slots or max(len(row) for row in lengths)
@@ -145,7 +169,7 @@ def make_batch(rows, row_bytes, patch_slots=None, score_ends=True):
         torch.from_numpy(is_scored),
         patch_lengths_BP,
         targets=int(is_scored.sum()),
-        bytes=int((is_scored & is_byte).sum()),
+        bytes=int(vocabulary.bytes_of_id[ids[:, 1:][is_scored]].sum()),
     )
 
 
@@ -240,7 +264,7 @@ class TrainingRows:
                 is_start = self.is_start.read(begin, begin + size)
                 is_start[:2] = True
             rows.append((self.stream.ids(begin, begin + size), is_start, np.ones(size - 1, dtype=bool)))
-        return make_batch(rows, self.row_bytes, self.patch_slots, self.score_ends)
+        return make_batch(rows, self.row_bytes, self.patch_slots, self.score_ends, self.stream.vocabulary)
 
     def shuffled_batch(self, position, batch_rows, seed):
         """Batch number `position` of an endless pass in random order, each epoch a new one; a pure function of its arguments."""
@@ -264,13 +288,13 @@ def _epoch_order(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, score_ends=True):
+def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, score_ends=True, vocabulary=BYTES):
     """Rows that score every byte of whole documents once, each from its boundary on: yields `RowBatch`es.
 
     documents: list of uint8 arrays; is_start: list of bool [N + 1] (the last one for the document's end), or None.
     Documents of up to row_bytes - 1 bytes are scored whole, several to a row (the model keeps them apart). A longer one is
     read in windows of row_bytes ids, half a window apart, and each byte is scored in the first window that holds it: it has
-    at least half a window of context.
+    at least half a window of context. With a vocabulary other than bytes, documents are arrays of its ids and row_bytes counts ids.
     """
     rows, short = [], []
     for number, document in enumerate(documents):
@@ -297,16 +321,16 @@ def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, s
     if is_start is not None:
         slots = max((sum(2 + int(is_start[n][b:e].sum()) for n, b, e, _ in row) + 1 for row in rows), default=0)
     for begin in range(0, len(rows), batch_rows):
-        made = [_evaluation_row(documents, is_start, row) for row in rows[begin : begin + batch_rows]]
-        yield make_batch(made, row_bytes, slots, score_ends)
+        made = [_evaluation_row(documents, is_start, row, vocabulary.boundary) for row in rows[begin : begin + batch_rows]]
+        yield make_batch(made, row_bytes, slots, score_ends, vocabulary)
 
 
-def _evaluation_row(documents, is_start, pieces):
+def _evaluation_row(documents, is_start, pieces, boundary):
     """Join pieces (document, first input, end of inputs, scored from); the end of one document opens the next."""
     ids, starts, scored = [], [], []
     for number, begin, end, scored_from in pieces:
         first = begin if not ids else begin + 1  # place 0 of a document is its boundary, place t + 1 its byte t
-        piece = np.full(end + 1 - first, BOUNDARY, dtype=np.int64)
+        piece = np.full(end + 1 - first, boundary, dtype=np.int64)
         low, high = max(first, 1), min(end + 1, len(documents[number]) + 1)
         piece[low - first : high - first] = documents[number][low - 1 : high - 1]
         if is_start is not None:

@@ -167,6 +167,8 @@ def load_blt(folder, device="cpu"):
         if not file.exists():
             raise FileNotFoundError(f"{file} not found; run: python llm.py --output {folder}")
     record = json.loads((folder / "model.json").read_text())
+    if "patch_config" not in record:
+        raise ValueError(f"{folder} holds no BLT but a baseline without patches; read it with template_llm.load_template")
     model = BLTModel(BLTConfig(**record["model_config"])).to(device)
     model.load_state_dict(torch.load(folder / "best.pt", map_location=device, weights_only=True))
     patch_config = PatchConfig(**record["patch_config"])
@@ -267,14 +269,19 @@ def compressors_bpb(documents):
     }
 
 
-def print_footer(result, validation, output):
-    """The result beside gzip and xz, the files written and what to do next."""
+def result_line(result, validation):
+    """One line: bits per byte of the best weights beside gzip's and xz's on the same documents."""
     others = ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressors_bpb(validation).items())
-    print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s | {result['avg_patch_size']:.2f} bytes a patch")
-    print(
+    return (
         f"val {result['val_bpb']:.4f} bpb over {result['val_bytes']:,} bytes of held-out text "
         f"(accuracy {result['val_accuracy']:.1%}); the same bytes by {others}"
     )
+
+
+def print_footer(result, validation, output):
+    """The result beside gzip and xz, the files written and what to do next."""
+    print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s | {result['avg_patch_size']:.2f} bytes a patch")
+    print(result_line(result, validation))
     print(f"wrote {output}/best.pt, model.json, metrics.jsonl, curves.png")
     print(f"next: python generate.py --model {output} --prompt 'The history of'")
 

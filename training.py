@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import BOUNDARY, open_corpus
+from data import open_corpus
 from optimizers import clip_gradients, coalesce_gradients, learning_rate_scale, make_optimizers
-from rows import evaluation_batches
+from rows import BYTES, evaluation_batches
 
 
 @dataclass
@@ -326,21 +326,28 @@ def bits_per_byte(model, patcher, documents, row_bytes=4096, batch_rows=8, preci
     patcher: makes each document's patches from what stands before each byte; None for a model without patches.
     documents: bytes-like or uint8 arrays, each scored from its boundary on; one longer than row_bytes - 1 bytes is read in
     windows of row_bytes ids, half a window apart (`evaluation_batches`). A model with 256 classes (the entropy model) has
-    no way to end a document: its ends are left out, the bytes are not.
+    no way to end a document: its ends are left out, the bytes are not. A model over other ids (`.vocabulary`, BPE tokens) pays
+    for the ids that its vocabulary makes of a document, in rows of about row_bytes bytes; the bytes counted stay the raw ones.
     """
     documents = [np.frombuffer(bytes(document), dtype=np.uint8) for document in documents]
     if not sum(len(document) for document in documents):
         raise ValueError("bits per byte need at least one byte of text")
     is_start = None if patcher is None else [patcher.starts(document) for document in documents]
     device = next(model.parameters()).device
-    score_ends = predicts_document_ends(model)
-    batches = evaluation_batches(documents, is_start, row_bytes, batch_rows, score_ends)
+    score_ends, vocabulary = predicts_document_ends(model), vocabulary_of(model)
+    ids = [vocabulary.encode(document) for document in documents]
+    batches = evaluation_batches(ids, is_start, vocabulary.row_ids(row_bytes), batch_rows, score_ends, vocabulary)
     return evaluate(model, batches, device, precision)["val_bpb"]
 
 
 def predicts_document_ends(model):
     """Whether the model has a class for the document's end (257 classes) or bytes only (256)."""
-    return getattr(model, "_orig_mod", model).n_classes > BOUNDARY
+    return getattr(model, "_orig_mod", model).n_classes > vocabulary_of(model).boundary
+
+
+def vocabulary_of(model):
+    """What a model's ids stand for (`rows.Vocabulary`): bytes, unless the model carries a vocabulary of its own."""
+    return getattr(getattr(model, "_orig_mod", model), "vocabulary", BYTES)
 
 
 @torch.no_grad()
@@ -350,6 +357,10 @@ def leak_gate(model, patcher, text, places=6):
     For some places t of the text: (1) other bytes from t on must leave the logits of bytes 0 to t as they are, and
     (2) the text cut off at t must give the last logit of the cut the value it has in the whole text. The patches are made
     anew by the patcher each time. patcher None: a model without patches. Returns the largest difference seen, in nats.
+
+    A model over BPE tokens is held to the same with tokens in place of bytes: the text is tokenised once, and tokens are changed and
+    cut. (Bytes cannot be: other bytes from t on may change a token that began before t. That is the tokenizer's looking ahead, not
+    the model's; the tokens still restore the text, so their cost is an honest one.)
     """
     if patcher is not None and not patcher.is_causal:
         raise ValueError(
@@ -359,13 +370,14 @@ def leak_gate(model, patcher, text, places=6):
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    text = np.frombuffer(bytes(text), dtype=np.uint8)[:512]
+    vocabulary = vocabulary_of(model)
+    text = vocabulary.encode(np.frombuffer(bytes(text), dtype=np.uint8)[:512])
     if len(text) < 2:
-        raise ValueError("the leak gate needs a text of at least 2 bytes")
+        raise ValueError(f"the leak gate needs a text of at least 2 {'bytes' if vocabulary is BYTES else 'tokens'}")
 
     def log_probabilities(document):
         is_start = None if patcher is None else [patcher.starts(document)]
-        (batch,) = evaluation_batches([document], is_start, row_bytes=len(document) + 1, batch_rows=1)
+        (batch,) = evaluation_batches([document], is_start, len(document) + 1, batch_rows=1, vocabulary=vocabulary)
         batch = batch.to(device)
         logits = model(batch.ids[:, :-1]) if is_start is None else model(batch.ids[:, :-1], batch.patch_lengths)
         return logits[0].float().log_softmax(-1)
@@ -374,7 +386,7 @@ def leak_gate(model, patcher, text, places=6):
     generator = np.random.default_rng(0)
     for t in np.unique(np.linspace(1, len(text) - 1, places).astype(int)):
         changed = text.copy()
-        changed[t:] = generator.integers(0, 256, len(text) - t, dtype=np.uint8)
+        changed[t:] = generator.integers(0, vocabulary.boundary, len(text) - t, dtype=text.dtype)
         future = (log_probabilities(changed)[: t + 1] - whole[: t + 1]).abs().max().item()
         prefix = (log_probabilities(text[:t])[-1] - whole[t]).abs().max().item()
         for difference, what in ((future, f"changing bytes from {t} on changes logits before"), (prefix, f"cutting the text at {t} changes its last logit")):
@@ -578,12 +590,15 @@ def load_checkpoint(path, model, optimizers, scaler, settings):
     return state["step"], state["best"], state["bytes"]
 
 
-def training_curves(path, out_dir):
-    """Draw metrics.jsonl as a picture: loss of each logged batch and validation, both in bits per byte, against bytes seen."""
+def training_curves(path, out_dir, bytes_per_id=1.0):
+    """Draw metrics.jsonl as a picture: loss of each logged batch and validation, both in bits per byte, against bytes seen.
+
+    bytes_per_id: mean bytes that a target stands for, to turn a loss in nats per BPE token into bits per byte.
+    """
     from pictures import draw_curves
 
     lines = read_metrics(Path(out_dir) / "metrics.jsonl")
-    train = [(line["bytes"] / 1e6, line["loss"] / math.log(2)) for line in lines if "loss" in line]
+    train = [(line["bytes"] / 1e6, line["loss"] / math.log(2) / bytes_per_id) for line in lines if "loss" in line]
     val = [(line["bytes"] / 1e6, line["val_bpb"]) for line in lines if "val_bpb" in line]
     curves = {"training batches": zip(*train), "validation": zip(*val)}
     curves = {name: tuple(np.array(axis) for axis in pairs) for name, pairs in curves.items()}
