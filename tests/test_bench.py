@@ -1,10 +1,5 @@
 """bench.py and flops.py: FLOPs against torch's counter, the textbook model against the fast one, the script as its user runs it."""
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
