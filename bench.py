@@ -4,7 +4,7 @@ Reads   the bundled sample (real text; weights are random)
 Writes  bench.json; with --scaling also bench_scaling.png
 Run     python bench.py [--models NAME ...] [--against transformers flat loop] [--scaling] [--field value ...]
 
-    python bench.py                                          without a GPU: llm.py's cpu preset, about 3 minutes on 2 cores; with one:
+    python bench.py                                          without a GPU: llm.py's cpu preset, 1 minute on 2 cores; with one:
                                                              llm.py and llm_large.py
     python bench.py --models llm:small llm_large:h200 --patches static:4.5
     python bench.py --models custom --global_layers 4 --hash_rows 500002 --row_bytes 16384 --batch_rows 1 --against transformers
@@ -52,7 +52,7 @@ from training import make_optimizers, row_nats, run_script, set_seed, write_json
 SCRIPTS = {"llm": (LLMConfig, LLM_PRESETS), "llm_large": (LLMLargeConfig, LLM_LARGE_PRESETS)}
 AGAINST = ("transformers", "flat", "loop")
 PHASES = {"forward_ms": "forward", "forward_backward_ms": "forward + backward", "step_ms": "whole step"}
-TEXT_BYTES = 4_000_000  # of the sample's training text, for rows and patching
+TEXT_BYTES = 2_000_000  # of the sample's training text, for rows and patching
 BATCHES = 8  # different batches, taken in turn
 LOGITS_TOLERANCE = 1e-3  # ours against transformers', fp32
 TINY = BLTConfig(encoder_dim=32, global_dim=32, global_layers=1, decoder_dim=32, decoder_layers=1, hash_rows=16, window=16)
@@ -377,7 +377,7 @@ def reset_peak(device):
 
 
 def serve(pipe, job):
-    """A process's whole life: make the `Runner`, answer questions (method, arguments) until the pipe closes."""
+    """A process's whole life: make the `Runner`, send its facts, answer questions (method, *arguments) until the pipe closes."""
     try:
         torch.set_num_threads(job.threads)
         if job.device == "cpu":  # a tiny model's step first: what libraries load at their first use is not the model's memory
@@ -385,7 +385,7 @@ def serve(pipe, job):
         runner = Runner(job)
         pipe.send((True, runner.facts))
         while True:
-            method, arguments = pipe.recv()
+            method, *arguments = pipe.recv()
             pipe.send((True, getattr(runner, method)(*arguments)))
     except (EOFError, KeyboardInterrupt):
         pass  # the parent has all it wanted
@@ -397,14 +397,17 @@ class Worker:
     """The parent's end of a process that runs a job. `with Worker(job) as worker: worker.ask("step", 0)`."""
 
     def __init__(self, job):
-        context = multiprocessing.get_context("spawn")
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(["torch._dynamo"])  # a clean process that only imports torch; workers begin as copies of it
         self.job, (self.pipe, theirs) = job, context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, job), daemon=True)
         self.process.start()
         theirs.close()
 
     def __enter__(self):
-        self.facts = self._answer()
+        self.facts = self.ask()
         return self
 
     def __exit__(self, *exception):
@@ -413,14 +416,13 @@ class Worker:
         if self.process.is_alive():
             self.process.kill()
 
-    def ask(self, method, *arguments):
-        self.pipe.send((method, arguments))
-        return self._answer()
-
-    def _answer(self):
+    def ask(self, *question):
+        """Send (method, arguments), unless the answer is under way already as at the start, and wait for the answer."""
         try:
+            if question:
+                self.pipe.send(question)
             is_good, answer = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise ValueError(f"the process of {self.job.name} ({self.job.kind}) was ended, as when memory runs out; lower --batch_rows, --row_bytes or --hash_rows") from None
         if not is_good:
             raise ValueError(f"{self.job.name} ({self.job.kind}): {answer}")
@@ -500,7 +502,7 @@ def bench_against(kind, job, bytes_per_patch, config, peak):
     flops_ratio = sum(their_flops.values()) / sum(flops.values())
     return {
         "kind": kind, "ours": describe(ours, a, flops, peak), "theirs": describe(theirs, b, their_flops, peak), "time_ratio": ratios,
-        "memory_ratio": b["memory"]["peak_bytes"] / a["memory"]["peak_bytes"], "logits_difference": difference, "flat_shape": theirs.flat_shape,
+        "memory_ratio": b["memory"]["peak_bytes"] / a["memory"]["peak_bytes"] if a["memory"]["peak_bytes"] > 0 else None, "logits_difference": difference, "flat_shape": theirs.flat_shape,
         "flops_ratio": flops_ratio, "mfu_ratio": spread(b["seconds"][:, 2] / a["seconds"][:, 2] / flops_ratio) if kind == "flat" else None,
     }  # fmt: skip
 
@@ -551,6 +553,12 @@ def bench_patching(config):
     return out
 
 
+def log_slope(x, y):
+    """Slope of the line through log y by log x: 1 for y proportional to x, 2 for its square; None if there is no such line."""
+    is_line = len(set(x)) > 1 and min(y) > 0
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if is_line else None
+
+
 def bench_scaling(job, config, peak):
     """Sweeps of one model: row length (at equal bytes a step, and one row alone), patch size, width; slopes of log time by log length."""
     known, factors = {}, config.scaling_widths
@@ -575,16 +583,12 @@ def bench_scaling(job, config, peak):
         "width_factors": factors, "widths": [point(job.row_bytes, job.batch_rows, width=factor) for factor in factors],
     }  # fmt: skip
 
-    def slope(values):
-        values = np.array(values)
-        return float(np.polyfit(np.log(rows), np.log(values), 1)[0]) if len(rows) > 1 and (values > 0).all() else None
-
     one_row, rows_in_step = out["one_row"], [config.scaling_bytes // n for n in rows]
     out["slopes"] = {  # 1: linear in the row's length, 2: quadratic
-        "step time of one row": slope([p["step_ms"]["median"] for p in one_row]),
-        "forward and backward of one row": slope([p["forward_backward_ms"]["median"] for p in one_row]),
-        "time a row, at equal bytes a step": slope([p["step_ms"]["median"] / n for p, n in zip(out["equal_bytes"], rows_in_step)]),
-        "peak memory of one row without weights and optimizers": slope([p["activation_bytes"] for p in one_row]),
+        "step time of one row": log_slope(rows, [p["step_ms"]["median"] for p in one_row]),
+        "forward and backward of one row": log_slope(rows, [p["forward_backward_ms"]["median"] for p in one_row]),
+        "time a row, at equal bytes a step": log_slope(rows, [p["step_ms"]["median"] / n for p, n in zip(out["equal_bytes"], rows_in_step)]),
+        "peak memory of one row without weights and optimizers": log_slope(rows, [p["activation_bytes"] for p in one_row]),
     }
     return out
 
@@ -647,7 +651,7 @@ def print_against(r):
     rows = []
     for key, phase in PHASES.items():
         rows.append([phase, f"{ms(a[key])} ms", f"{ms(b[key])} ms", between(r["time_ratio"][key])])
-    rows.append(["peak memory", f"{a['peak_bytes'] / 1e6:,.0f} MB", f"{b['peak_bytes'] / 1e6:,.0f} MB", f"{r['memory_ratio']:.2f}"])
+    rows.append(["peak memory", f"{a['peak_bytes'] / 1e6:,.0f} MB", f"{b['peak_bytes'] / 1e6:,.0f} MB", "-" if r["memory_ratio"] is None else f"{r['memory_ratio']:.2f}"])
     if kind == "flat":
         dim, layers = r["flat_shape"]
         rows.append(["MFU of a step", f"{a['mfu']:.1%}", f"{b['mfu']:.1%}", between(r["mfu_ratio"]) + " (ours / flat)"])

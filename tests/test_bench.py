@@ -1,5 +1,11 @@
 """bench.py and flops.py: FLOPs against torch's counter, the textbook model against the fast one, the script as its user runs it."""
 
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +15,7 @@ from plain_blt import plain_logits
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import TINY, BenchConfig, Job, ModelFlags, Runner, bench_patching, find_model, log_slope, memory, reset_peak, serve, spread
 from blt_model import BLTConfig, BLTModel
 from data import BOUNDARY
 from entropy_llm import EntropyConfig, MinimalLLM
@@ -20,7 +27,6 @@ from flops import (
     listed_peak,
     mean_places,
     measured_peak,
-    peak_flops,
     transformer_flops,
 )
 from rows import check_patch_lengths
@@ -177,4 +183,158 @@ def test_peaks():
         assert listed_peak(other, "bf16") is None
     peak = measured_peak(torch.device("cpu"), "fp32", shapes=[(256, 256, 256)], seconds=0.02)
     assert 1e8 < peak < 1e14
-    assert "measured" in peak_flops(torch.device("cpu"), "fp32")[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+def job(folder, kind="ours", **changes):
+    config = BenchConfig(data_cache=str(folder / "data_cache"), compile="no", repeats=1, warmup=1)
+    made = Job(kind, "tiny", TINY, 64, 2, "static:4", config, "cpu", "fp32", 1, one_document=kind == "transformers", flat_shape=(32, 1))
+    return replace(made, **changes)
+
+
+def test_contestants_compute_the_same_model(folder):
+    ours = Runner(job(folder, one_document=True))
+    for kind in ("transformers", "loop"):
+        other = Runner(job(folder, kind, one_document=True, precision="fp32"))
+        assert np.abs(ours.logits() - other.logits()).max() < 1e-4
+        assert other.facts["bytes_per_patch"] == ours.facts["bytes_per_patch"]
+        (forward, backward, update), loss = other.step(0)
+        assert min(forward, backward, update) > 0
+        assert loss == pytest.approx(Runner(job(folder, one_document=True)).step(0)[1], rel=0.05)  # theirs has 3 classes more
+    assert ours.logits().shape == (64, 257)
+    stranger = Runner(job(folder, one_document=True, config=replace(ours.job.config, seed=1)))
+    assert np.abs(ours.logits() - stranger.logits()).max() > 0.1
+
+
+def test_flat_contestant(folder):
+    pytest.importorskip("template_llm")
+    _, loss = Runner(job(folder, "flat")).step(0)
+    assert 3 < loss < 9
+
+
+def test_settings_are_tried_and_the_fastest_is_taken(folder):
+    runner = Runner(job(folder, "transformers", precision="auto", config=replace(job(folder).config, precision="auto")))
+    works = {name: s for name, s in runner.facts["tried"].items() if isinstance(s, float)}
+    assert {"fp32, eager", "fp32, sdpa"} <= set(works) and runner.facts["setting"] == min(works, key=works.get)
+
+
+def test_rows_and_what_is_said_of_them(folder):
+    for patches, size in (("static:4", 4), ("random", 4.5)):
+        facts = Runner(job(folder, row_bytes=512, patches=patches)).facts
+        assert facts["bytes_per_patch"] == pytest.approx(size, rel=0.06)
+        assert 0 <= facts["padding"]["bytes"] < 0.2 and 0 <= facts["padding"]["patches"] < 0.3
+        assert 900 < facts["step_bytes"] <= 1024
+
+
+def test_a_process_answers_and_reports_its_errors(folder):
+    for model, wanted in ((TINY, (True, "tiny")), (replace(TINY, qk_norm=True), (False, "BLTConfig.qk_norm is True"))):
+        ours, theirs = multiprocessing.Pipe()
+        ours.send(("memory",))
+        ours.send(("no_such_method",))
+        serve(theirs, job(folder, "transformers", model=model))
+        is_good, answer = ours.recv()
+        assert is_good == wanted[0] and (is_good or wanted[1] in answer)
+        if is_good:
+            assert answer["kind"] == "transformers" and ours.recv()[1]["state_bytes"] >= 4 * answer["parameters"]
+            assert ours.recv() == (False, "AttributeError: 'Runner' object has no attribute 'no_such_method'")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_peak_memory_is_seen_and_forgotten():
+    cpu = torch.device("cpu")
+    before = memory(cpu)
+    large = torch.ones(50_000_000)
+    del large
+    assert 150e6 < memory(cpu, peak=True) - before < 400e6
+    reset_peak(cpu)
+    assert memory(cpu, peak=True) - before < 100e6
+
+
+def test_models_by_name(folder):
+    assert {f.name for f in fields(BLTConfig)} <= {f.name for f in fields(ModelFlags)}, "every field of BLTConfig needs a flag"
+    config = BenchConfig(hash_rows=123, row_bytes=77)
+    model, row_bytes, batch_rows = find_model("llm:small:cpu", config)
+    assert (model.global_dim, model.hash_rows, row_bytes, batch_rows) == (256, 123, 77, 4)  # cpu beats small, a flag beats both
+    assert find_model("custom", config)[0] == BLTConfig(hash_rows=123)
+    assert find_model("llm_large", config)[0].global_layers == 20
+    record = folder / "model.json"
+    record.write_text(json.dumps({"model_config": {"global_dim": 64}, "settings": {"row_bytes": 99, "batch_rows": 3, **{f.name: getattr(TINY, f.name) for f in fields(TINY)}}}))
+    assert find_model(str(record), BenchConfig()) == (replace(TINY, global_dim=64), 99, 3)
+
+
+def test_mistakes_are_named():
+    for change, message in (
+        (dict(against=["cuda"]), "against is .*transformers, flat, loop"), (dict(patches="static:x"), "patches is"), (dict(patches="global"), "patches is"),
+        (dict(repeats=0), "repeats is 0"), (dict(scaling_rows=[64], scaling_bytes=32), "scaling_rows is"), (dict(output="x.txt"), "output is"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            BenchConfig(**change)
+    for name, message in (("llm:huge", "no preset 'huge'"), ("gpt", "'gpt'; it must be llm, llm_large")):
+        with pytest.raises(ValueError, match=message):
+            find_model(name, BenchConfig())
+    with pytest.raises(FileNotFoundError, match="nowhere.json not found"):
+        find_model("nowhere.json", BenchConfig())
+    with pytest.raises(ValueError, match="encoder_dim is 36"):
+        find_model("custom", BenchConfig(encoder_dim=36, encoder_heads=8))
+
+
+def test_median_and_quartiles():
+    assert spread([4, 1, 2, 3, 5]) == {"median": 3.0, "q1": 2.0, "q3": 4.0, "n": 5}
+
+
+def test_slope():
+    assert log_slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2) and log_slope([1, 2, 4], [5, 10, 20]) == pytest.approx(1)
+    assert log_slope([8], [1]) is None and log_slope([1, 2], [-1, 2]) is None
+
+
+def test_patching_rules_are_timed(folder):
+    speeds = bench_patching(job(folder).config)
+    assert set(speeds) == {"global", "monotonic", "both", "static", "space", "cumulative"}
+    assert all(1e5 < speed["median"] < 1e11 for speed in speeds.values()) and speeds["global"]["median"] > speeds["cumulative"]["median"]
+
+
+def run(folder, *flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    return subprocess.run([sys.executable, ROOT / "bench.py", *map(str, flags)], cwd=folder, capture_output=True, encoding="utf-8", timeout=300, env=environment)
+
+
+def test_the_script(folder):
+    tiny = [x for name, value in vars(TINY).items() if value not in (None, []) and not isinstance(value, (bool, list)) for x in (f"--{name}", value)]
+    flags = [
+        "--models", "custom", *tiny, "--row_bytes", 64, "--batch_rows", 2, "--patches", "static:2", "--repeats", 2, "--warmup", 1, "--no_entropy_pass", "--no_repatching",
+        "--against", "transformers", "loop", "--scaling", "--scaling_rows", 64, 128, "--scaling_bytes", 128, "--scaling_patches", 2, "--scaling_widths", 1, "--precision", "fp32",
+    ]  # fmt: skip
+    done = run(folder, *flags)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout[-1000:] + done.stderr[-2000:]
+    out = json.loads((folder / "bench.json").read_text())
+    (model,), (against, loop), scaling = out["models"], out["against"], out["scaling"]
+    assert out["precision"] == "fp32" and out["threads"] == 1 and 1e9 < out["peak_flops"] < 1e13
+    assert 0 < model["forward_ms"]["median"] < model["forward_backward_ms"]["median"] < model["step_ms"]["median"]
+    assert model["step_ms"]["q1"] <= model["step_ms"]["median"] <= model["step_ms"]["q3"] and model["step_ms"]["n"] == 2
+    assert model["bytes_per_second"] == pytest.approx(1000 * model["step_bytes"] / model["step_ms"]["median"])
+    flops = sum(model["flops_per_byte"].values())
+    assert flops == pytest.approx(sum(blt_flops(TINY, model["bytes_per_patch"], 64).values()))
+    assert model["mfu"] == pytest.approx(3 * flops * model["bytes_per_second"] / out["peak_flops"]) and 0 < model["mfu"] < 1
+    assert model["parameters"] == sum(p.numel() for p in BLTModel(TINY).parameters()) and model["compile_s"] is None
+    assert loop["kind"] == "loop" and loop["time_ratio"]["step_ms"]["n"] == 2 and "measured" in out["peak_source"]
+    assert against["logits_difference"] < 1e-3 and against["theirs"]["kind"] == "transformers"
+    assert set(against["theirs"]["tried"]) == {"fp32, eager", "fp32, sdpa"}
+    assert 0.02 < against["time_ratio"]["step_ms"]["median"] < 100
+    assert [p["row_bytes"] for p in scaling["equal_bytes"]] == [64, 128] and [p["batch_rows"] for p in scaling["equal_bytes"]] == [2, 1]
+    assert [p["batch_rows"] for p in scaling["one_row"]] == [1, 1] and -1 < scaling["slopes"]["step time of one row"] < 2
+    assert (folder / "bench_scaling.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for text in ("train custom", "FLOPs/byte", "custom against transformers", "custom against loop", "slope of log", "wrote bench.json"):
+        assert text in done.stdout
+
+
+def test_a_mistake_on_the_command_line_is_one_line(folder):
+    done = run(folder, "--models", "llm:huge")
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "no preset 'huge'" in done.stderr
