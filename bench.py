@@ -11,6 +11,8 @@ Run     python bench.py [--models NAME ...] [--against transformers flat loop] [
     python bench.py --against transformers flat loop         ratios, each contestant taking its step in turn
     python bench.py --scaling                                against row length, patch size and width
 
+Flags of the model (--encoder_dim, --window, --row_bytes, ...) change every model named; those left out (None) are as that model has them.
+
 How it is measured
 - A step is that of training.fit: rows to the device, `autocast`, `row_nats`, backward, clipping, the optimizers of `make_optimizers`;
   on CUDA under torch.compile. The clock is read after the device is done. Warm-up steps do not count; medians with quartiles do.
@@ -662,6 +664,7 @@ def print_against(r):
 def draw_scaling(path, s, name):
     """Three panels: step time by row length (both sweeps), speed by patch size, step time by width."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
     from pictures import BLUE, GREY, ORANGE, _bare, _save
 
@@ -680,11 +683,17 @@ def draw_scaling(path, s, name):
     flops = [sum(p["flops_per_byte"].values()) / 1e6 for p in s["widths"]]
     widths.loglog(flops, step(s["widths"]), "o-", color=ORANGE, label="measured")
     for factor, at, y in zip(s["width_factors"], flops, step(s["widths"])):
-        widths.annotate(f"width x {factor:g}", (at, y), (5, -10), textcoords="offset points", fontsize=8, color=GREY)
+        widths.annotate(f"width x {factor:g}", (at, y), (6, -3), textcoords="offset points", fontsize=8, color=GREY)
     widths.set_xlabel("forward FLOPs per byte (millions)")
     widths.set_ylabel("training step (ms)")
     for axes in (rows, patches, widths):
         axes.grid(alpha=0.3)
+    for axis in (rows.xaxis, rows.yaxis, widths.xaxis, widths.yaxis):  # plain numbers, not powers
+        axis.set_major_formatter(StrMethodFormatter("{x:,.4g}"))
+        axis.set_minor_formatter(NullFormatter())
+    for axis, values in ((rows.xaxis, x), (widths.xaxis, flops), (widths.yaxis, step(s["widths"]))):
+        axis.set_ticks([float(f"{value:.3g}") for value in values] if axis is not rows.xaxis else values)
+        axis.set_minor_locator(NullLocator())
     rows.legend(frameon=False)
     figure.suptitle(f"{name}: time against row length, patch size and width", parse_math=False)
     return _save(path, figure)
