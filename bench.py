@@ -664,7 +664,7 @@ def print_against(r):
 def draw_scaling(path, s, name):
     """Three panels: step time by row length (both sweeps), speed by patch size, step time by width."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     from pictures import BLUE, GREY, ORANGE, _bare, _save
 
@@ -689,7 +689,7 @@ def draw_scaling(path, s, name):
     for axes in (rows, patches, widths):
         axes.grid(alpha=0.3)
     for axis in (rows.xaxis, rows.yaxis, widths.xaxis, widths.yaxis):  # plain numbers, not powers
-        axis.set_major_formatter(StrMethodFormatter("{x:,.4g}"))
+        axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
         axis.set_minor_formatter(NullFormatter())
     for axis, values in ((rows.xaxis, x), (widths.xaxis, flops), (widths.yaxis, step(s["widths"]))):
         axis.set_ticks([float(f"{value:.3g}") for value in values] if axis is not rows.xaxis else values)
