@@ -47,9 +47,10 @@ from llm import PRESETS as LLM_PRESETS
 from llm import LLMConfig
 from llm_large import PRESETS as LLM_LARGE_PRESETS
 from llm_large import LLMLargeConfig
+from optimizers import apply_gradients, coalesce_gradients, make_optimizers
 from rows import BitArray, DocumentStream, TrainingRows
 from training import RunConfig, autocast, check, check_positive, choose_device, choose_precision, git_commit
-from training import make_optimizers, row_nats, run_script, set_seed, write_json
+from training import row_nats, run_script, set_seed, write_json
 
 SCRIPTS = {"llm": (LLMConfig, LLM_PRESETS), "llm_large": (LLMLargeConfig, LLM_LARGE_PRESETS)}
 AGAINST = ("transformers", "flat", "loop")
@@ -327,16 +328,10 @@ class Runner:
             loss = self._loss(batch, targets)
             lap(0)
             self.scaler.scale(loss).backward()
+            coalesce_gradients(self.model)
             total = total + loss.detach()
             lap(1)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run_config.clip)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        apply_gradients(self.model, self.optimizers, self.scaler, self.run_config.clip)
         lap(2)
         return seconds, total.item()
 

@@ -131,6 +131,22 @@ def clip_gradients(model, max_norm):
     return norm
 
 
+def apply_gradients(model, optimizers, scaler, max_norm):
+    """One update from the gradients that backward passes left: unscale, clip, step, clear. Returns the gradient's norm.
+
+    Waits for the device with fp16 only (the scaler has to know whether a gradient overflowed).
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = clip_gradients(model, max_norm)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def learning_rate_scale(step, config):
     """Factor of the peak learning rates at an update, 0 to 1."""
     warmup = max(1, round(config.warmup * config.steps))

@@ -50,7 +50,7 @@ from training import (
 #   size      llm.py   flat    bpe
 #   tiny        2.14   2.05   2.22
 #   small       5.50   5.55   5.39
-#   medium     11.71  11.98  11.78
+#   medium     11.72  11.98  11.78
 #   cpu         2.76   2.81   2.67
 SIZES = {
     "flat": {"tiny": (160, 4), "small": (256, 5), "medium": (320, 7), "cpu": (224, 3)},

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import open_corpus
-from optimizers import clip_gradients, coalesce_gradients, learning_rate_scale, make_optimizers
+from optimizers import apply_gradients, coalesce_gradients, learning_rate_scale, make_optimizers
 from rows import BYTES, evaluation_batches
 
 
@@ -453,14 +453,7 @@ def fit(model, config, train_rows, validation_batches, out_dir):
             scaler.scale(loss).backward()
             coalesce_gradients(model)
             loss_nats += loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        gradient_norm = clip_gradients(model, config.clip)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-        scaler.update()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        gradient_norm = apply_gradients(model, optimizers, scaler, config.clip)
 
         done = step + 1
         is_last = done == config.steps

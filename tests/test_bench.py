@@ -209,7 +209,8 @@ def test_contestants_compute_the_same_model(folder):
         (forward, backward, update), loss = other.step(0)
         assert min(forward, backward, update) > 0
         assert loss == pytest.approx(Runner(job(folder, one_document=True)).step(0)[1], rel=0.05)  # theirs has 3 classes more
-    assert ours.logits().shape == (64, 257)
+    places, classes = ours.logits().shape
+    assert 50 <= places <= 64 and classes == 257
     stranger = Runner(job(folder, one_document=True, config=replace(ours.job.config, seed=1)))
     assert np.abs(ours.logits() - stranger.logits()).max() > 0.1
 

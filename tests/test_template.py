@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
+
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llm
 import template_llm
-from blt_model import BLTConfig, BLTModel
 from data import open_corpus
 from entropy_patcher import train_tokenizer
-from layers import CausalPlan, SelfAttention
+from flops import blt_flops, transformer_flops
+from layers import CausalPlan
+from optimizers import make_optimizers
 from rows import BYTES, DocumentStream, TrainingRows, evaluation_batches, make_batch
 from template_llm import (
     SIZES,
@@ -36,7 +37,7 @@ from template_llm import (
     train_template,
 )
 from train_blt import load_blt
-from training import RunConfig, bits_per_byte, evaluate, leak_gate, make_optimizers
+from training import RunConfig, bits_per_byte, evaluate, leak_gate
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = b"the cat sat on the mat and the dog ate the food that the cat had left on the mat. ".split()
@@ -306,48 +307,19 @@ def test_parameters_and_their_optimizers(model):
 # ---------------------------------------------------------------------------------------------------- sizes and presets
 
 
-def multiply_adds(model, *inputs):
-    """Multiply-adds of a forward pass: matrix products with weights, and causal attention within full rows. Computes no numbers."""
-    total = 0
-
-    def linear(module, given, out):
-        nonlocal total
-        total += out.numel() * module.in_features
-
-    def attention(module, given, out):
-        nonlocal total
-        (B, T, D), window = given[0].shape, given[1].window
-        window = min(window or T, T)
-        total += 2 * B * D * (window * (window + 1) // 2 + (T - window) * window)
-
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(linear)
-        elif isinstance(module, SelfAttention):
-            module.register_forward_hook(attention)
-    model(*inputs)
-    return total
-
-
 @pytest.mark.parametrize("size", SIZES["flat"])
 def test_a_byte_costs_what_it_costs_in_llm_py(size):
-    ours = open(template_llm.__file__).read()
-    row = re.search(rf"#   {size} +([\d.]+) +([\d.]+) +([\d.]+)", ours)
-    settings_ = llm.LLMConfig(**llm.PRESETS[size])
-    T, tokens = settings_.row_bytes, round(settings_.row_bytes / 3.57)
-    ids = lambda n: torch.zeros(1, n, dtype=torch.int64, device="meta")  # noqa: E731
-    big = BPEVocabulary.__new__(BPEVocabulary)
-    big.boundary = 4096
-    with torch.device("meta"):
-        blt = BLTModel(BLTConfig(**{f.name: getattr(settings_, f.name) for f in fields(BLTConfig)}))
-        models = [(blt, (ids(T), ids(round(T / 4.5))))]
-        for kind, cls, n in (("flat", FlatConfig, T), ("bpe", BPEConfig, tokens)):
-            config = TemplateConfig(model=kind, size=size)
-            config = cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
-            models.append((FlatByteTransformer(config) if kind == "flat" else BPETransformer(config, big), (ids(n),)))
-        costs = [multiply_adds(m, *inputs) / T / 1e6 for m, inputs in models]
+    row = re.search(rf"#   {size} +([\d.]+) +([\d.]+) +([\d.]+)", open(template_llm.__file__).read())
+    settings_, bytes_per_token = llm.LLMConfig(**llm.PRESETS[size]), 3.57
+    flat, bpe = (TemplateConfig(model=kind, size=size) for kind in ("flat", "bpe"))
+    T = settings_.row_bytes
+    costs = [
+        sum(blt_flops(settings_, 4.5, T).values()),
+        sum(transformer_flops(flat.dim, flat.n_layers, 257, T, flat.window).values()),
+        sum(transformer_flops(bpe.dim, bpe.n_layers, 4097, T / bytes_per_token).values()) / bytes_per_token,
+    ]
     assert all(abs(cost / costs[0] - 1) < 0.05 for cost in costs), costs
-    assert [f"{cost:.2f}" for cost in costs] == list(row.groups())  # the table in the file
+    assert [f"{cost / 2e6:.2f}" for cost in costs] == list(row.groups()), costs  # the table in the file
 
 
 @pytest.mark.parametrize("preset", [None, *llm.PRESETS])

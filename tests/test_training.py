@@ -12,10 +12,11 @@ from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
 from generate import generate
+from optimizers import learning_rate_scale, make_optimizers
 from rows import BitArray, DocumentStream, TrainingRows, check_patch_lengths, evaluation_batches
 from save_entropy_model import load_entropy_model, model_hash, save_entropy_model
 from train_blt import PatchedDataset, TrainingConfig, train_blt
-from training import RunConfig, bits_per_byte, field_comments, learning_rate_scale, make_optimizers, read_metrics, write_aside
+from training import RunConfig, bits_per_byte, field_comments, read_metrics, write_aside
 
 TINY = dict(encoder_dim=32, global_dim=48, decoder_dim=32, global_layers=1, decoder_layers=1, hash_rows=64, window=16)
 WORDS = b"the cat sat on the mat and the dog ate the food that the cat had left on the mat. ".split()
