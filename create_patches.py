@@ -42,8 +42,8 @@ from training import DataConfig, check, check_positive, choose_device, choose_pr
 class CreatePatchesConfig(DataConfig):
     # entropies
     entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
-    lanes: int = 8  # documents read side by side
-    chunk_bytes: int = 2048  # bytes of each read at once
+    lanes: int = 4  # places of the text read side by side; more on a GPU (the presets)
+    chunk_bytes: int = 1024  # bytes of each read at once
     # patches
     method: Literal["global", "monotonic", "both", "static", "space", "cumulative", "bpe"] = "global"  # the rule
     target_patch_size: float | None = None  # find the threshold that gives so many bytes a patch (4.5 if no threshold is given)
@@ -79,9 +79,9 @@ DEFAULT_PATCH_SIZE = 4.5  # bytes a patch where neither a threshold nor a size i
 
 PRESETS = {
     "cpu": dict(max_bytes=2_200_000, val_bytes=200_000),
-    "colab_t4": dict(lanes=64),
-    "rtx4090": dict(lanes=256),
-    "h200": dict(lanes=512),
+    "colab_t4": dict(lanes=64, chunk_bytes=2048),
+    "rtx4090": dict(lanes=256, chunk_bytes=2048),
+    "h200": dict(lanes=512, chunk_bytes=2048),
 }
 
 
@@ -155,7 +155,7 @@ def open_entropies(cache_dir, corpus, model_record, entropy_model_path):
     )
 
 
-def make_entropies(cache_dir, corpus, model, model_record, train, validation, precision, lanes=8, chunk_bytes=2048):
+def make_entropies(cache_dir, corpus, model, model_record, train, validation, precision, lanes=4, chunk_bytes=1024):
     """Compute and store the entropies of these documents, or open them if they are there already."""
     folder = cache_folder(cache_dir, corpus, model_record)
     if folder.exists():

@@ -221,24 +221,22 @@ def entropy_of(logits_BTV):
 
 
 @torch.no_grad()
-def stream_entropies(model, stream, lanes=8, chunk_bytes=2048, precision="fp32", progress=None, out=None):
+def stream_entropies(model, stream, lanes=4, chunk_bytes=1024, precision="fp32", progress=None, out=None):
     """Entropies of every place of a `DocumentStream` but its last boundary: N + 1 numbers per document, in its order.
 
-    Whole documents are dealt to `lanes` parallel streams, which the model reads in chunks, handing its window on from chunk
-    to chunk: every byte is computed once, with the same left context as in one pass over its document, whatever the number
-    of lanes and the size of the chunks. out: array to write to (float32 by default). Entropies as in the paper's equation 1.
+    The stream is cut into `lanes` equal shares, read side by side in chunks; the model hands its window on from chunk to
+    chunk. A lane begins as far before its share as the model can see, so every number is what one pass over its document
+    gives, whatever the number of lanes and the size of the chunks. Short streams get fewer lanes, that little is read twice.
+    out: array to write to (float32 by default). Entropies as in the paper's equation 1.
     """
     device = next(model.parameters()).device
-    lengths = stream.lengths + 1
-    total = int(lengths.sum())
+    total = len(stream) - 1
     out = np.empty(total, dtype=np.float32) if out is None else out
-    ends = np.cumsum(lengths)
-    # Lane i holds the documents that end in its share of the places.
-    cuts = np.searchsorted(ends, np.arange(1, lanes) * total / lanes, side="left") + 1
-    bounds = np.unique(np.concatenate(([0], ends[np.minimum(cuts, len(ends)) - 1], [total])))
-    begins, finishes = bounds[:-1], bounds[1:]
-    state = None
-    longest = int((finishes - begins).max())
+    sight = model.config.n_layers * (model.config.max_seq_len - 1)  # places before a byte that its entropy depends on
+    lanes = max(1, min(lanes, total // (4 * sight + 1)))
+    shares = np.linspace(0, total, lanes + 1).astype(np.int64)
+    begins, starts, finishes = np.maximum(shares[:-1] - sight, 0), shares[:-1], shares[1:]
+    state, longest = None, int((finishes - begins).max())
     was_training = model.training
     model.eval()
     for offset in range(0, longest, chunk_bytes):
@@ -247,12 +245,14 @@ def stream_entropies(model, stream, lanes=8, chunk_bytes=2048, precision="fp32",
         with autocast(device, precision):
             logits, state = model.stream(torch.from_numpy(ids).to(device), state)
         H = entropy_of(logits).cpu().numpy()
-        for lane, (begin, finish) in enumerate(zip(begins, finishes)):
-            count = int(min(width, finish - begin - offset))
-            if count > 0:
-                out[begin + offset : begin + offset + count] = H[lane, :count]
-                if progress is not None:
-                    progress.update(count)
+        done = 0
+        for lane, (begin, start, finish) in enumerate(zip(begins + offset, starts, finishes)):
+            low, high = max(begin, start), min(begin + width, finish)
+            if low < high:
+                out[low:high] = H[lane, low - begin : high - begin]
+                done += high - low
+        if progress is not None:
+            progress.update(int(done))
     model.train(was_training)
     return out
 
