@@ -57,6 +57,7 @@ AGAINST = ("transformers", "flat", "loop")
 PHASES = {"forward_ms": "forward", "forward_backward_ms": "forward + backward", "step_ms": "whole step"}
 TEXT_BYTES = 2_000_000  # of the sample's training text, for rows and patching
 BATCHES = 8  # different batches, taken in turn
+EAGER_SCORES = 1 << 29  # bytes of one layer's attention scores up to which transformers' eager attention is tried
 LOGITS_TOLERANCE = 1e-3  # ours against transformers', fp32
 TINY = BLTConfig(encoder_dim=32, global_dim=32, global_layers=1, decoder_dim=32, decoder_layers=1, hash_rows=16, window=16)
 
@@ -107,7 +108,7 @@ class BenchConfig(ModelFlags):
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     repeats: int = 7  # timed steps, or rounds
     warmup: int = 2  # steps before them; the first of them compiles
-    lanes: int | None = None  # streams side by side in the entropy pass; None: 8 on a CPU, 256 elsewhere
+    lanes: int | None = None  # streams side by side in the entropy pass; None: 4 on a CPU, 256 elsewhere
     seed: int = 1337  # weights, rows, random patches
     # scaling
     scaling_rows: list[int] = field(default_factory=lambda: [2**n for n in range(10, 16)])  # row lengths in bytes
@@ -275,9 +276,12 @@ class Runner:
             self.model.forward = torch.compile(forward) if compiled else forward
 
         self.nats = nats
+        # Its eager attention keeps several row-by-row matrices a layer: beyond this it only runs out of memory.
+        scores_bytes = 4 * self.job.batch_rows * self.job.model.heads("decoder") * self.job.row_bytes**2
+        attentions = ("sdpa", "eager") if scores_bytes < EAGER_SCORES else ("sdpa",)
         return {
             f"{precision}, {attention}" + (", compiled" if compiled else ""): (precision, lambda a=attention, c=compiled: prepare(a, c))
-            for precision in precisions for attention in ("eager", "sdpa") for compiled in sorted({False, is_compiled})
+            for precision in precisions for attention in attentions for compiled in sorted({False, is_compiled})
         }  # fmt: skip
 
     def _choose(self, settings):
@@ -506,7 +510,7 @@ def bench_against(kind, job, bytes_per_patch, config, peak):
 
 def bench_entropy_pass(config, device, precision, peak):
     """Bytes a second of `stream_entropies`: documents of equal length, one a lane, so that no lane waits; the best-filled case."""
-    lanes = config.lanes or (8 if device.type == "cpu" else 256)
+    lanes = config.lanes or (4 if device.type == "cpu" else 256)
     length = 2048 * (2 if device.type == "cpu" else 8) - 1  # with the place of its end whole chunks
     text = np.concatenate(sample_documents(config.data_cache))
     stream = DocumentStream.of_documents([np.roll(text, -i * length)[:length] for i in range(lanes)])

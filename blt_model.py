@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import BOUNDARY
-from layers import Block, CausalPlan, RMSNorm, default_heads, documents_of, init_weights
+from layers import Block, CausalPlan, RMSNorm, default_heads, documents_of, init_weights, run_block
 from rows import check_patch_lengths  # noqa: F401, the contract of this model's second argument
 from training import check, check_positive
 
@@ -56,6 +56,7 @@ class BLTConfig:
     norm_eps: float = 1e-5  # RMSNorm's epsilon
     qk_norm: bool = False  # RMSNorm of queries and keys in self-attention
     dropout: float = 0.0  # dropout rate
+    recompute: bool = False  # keep only each layer's input for the backward pass: about half the memory, a third more compute
 
     def __post_init__(self):
         check_positive(self, "encoder_layers", "encoder_dim", "global_layers", "global_dim", "decoder_layers", "decoder_dim")
@@ -318,7 +319,7 @@ class LocalEncoder(nn.Module):
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         patches_BPkD, first_cross = None, len(self.blocks) - len(self.cross_attentions)
         for layer, block in enumerate(self.blocks):
-            x_BTD, _ = block(x_BTD, plan)
+            x_BTD = run_block(block, x_BTD, plan, self.config.recompute)
             if layer >= first_cross:
                 if patches_BPkD is None:
                     pooled_BPD = self._pool(x_BTD, patch_map)
@@ -340,7 +341,7 @@ class LatentTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         G, patch_dim = config.global_dim, config.cross_attn_k * config.encoder_dim
-        self.head_dim, self.theta = G // config.heads("global"), config.rope_theta
+        self.head_dim, self.theta, self.recompute = G // config.heads("global"), config.rope_theta, config.recompute
         self.widen = nn.Linear(patch_dim, G, bias=False) if patch_dim != G else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
@@ -353,7 +354,7 @@ class LatentTransformer(nn.Module):
         plan = CausalPlan(documents_BP, self.head_dim, self.theta)
         x_BPG = self.dropout(self.widen(patches_BPkD.flatten(2)))
         for block in self.blocks:
-            x_BPG, _ = block(x_BPG, plan)
+            x_BPG = run_block(block, x_BPG, plan, self.recompute)
         return x_BPG
 
 
@@ -363,7 +364,7 @@ class LocalDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, k, heads = config.decoder_dim, config.cross_attn_k, config.heads("decoder")
-        self.k, self.dropout = k, nn.Dropout(config.dropout)
+        self.k, self.dropout, self.recompute = k, nn.Dropout(config.dropout), config.recompute
         self.from_encoder = nn.Linear(config.encoder_dim, D, bias=False) if config.encoder_dim != D else nn.Identity()
         self.patch_vectors = nn.Linear(config.global_dim, k * D, bias=False)
         n_cross = config.decoder_layers if config.cross_attn_all_layers_decoder else 1
@@ -380,7 +381,7 @@ class LocalDecoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             if layer < len(self.cross_attentions):
                 x_BTD = self.cross_attentions[layer](x_BTD, patches_BPkD, patch_map)
-            x_BTD, _ = block(x_BTD, plan)
+            x_BTD = run_block(block, x_BTD, plan, self.recompute)
         return self.norm(x_BTD)
 
 

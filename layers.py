@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 NO_DOCUMENT = -1  # document number of the empty places before a row: equals no real one, so nobody attends to them
 AFTER_ROW = -2  # document number of the places that fill up a row's last block: they attend to each other only
@@ -342,6 +343,13 @@ class Block(nn.Module):
         attended, keys_values = self.attention(self.attention_norm(x_BTD), plan, past)
         x_BTD = x_BTD + self.dropout(attended)
         return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD))), keys_values
+
+
+def run_block(block, x_BTD, plan, recompute=False):
+    """block(x) without its keys and values. recompute: keep nothing but x, and run the block again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(lambda x: block(x, plan)[0], x_BTD, use_reentrant=False)
+    return block(x_BTD, plan)[0]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from typing import Literal, get_type_hints
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -448,7 +449,10 @@ def fit(model, config, train_rows, validation_batches, out_dir):
         loss_nats = torch.zeros((), device=device)
         for batch in batches:
             with autocast(device, precision):
-                nats, _ = row_nats(step_model, batch.to(device))
+                batch = batch.to(device)
+                nats, _ = row_nats(step_model, batch)
+                if step == start and step_model is not model:
+                    check_compiled(model, batch, nats)
                 loss = nats.sum() / targets
             scaler.scale(loss).backward()
             coalesce_gradients(model)
@@ -502,6 +506,20 @@ def fit(model, config, train_rows, validation_batches, out_dir):
     speed = bytes_here / seconds if seconds else 0.0
     last_bpb = (last or best)["val_bpb"]
     return {**best, "last_val_bpb": last_bpb, "bytes_per_second": speed, "train_seconds": seconds}
+
+
+@torch.no_grad()
+def check_compiled(model, batch, compiled_nats):
+    """Stop with ValueError if the compiled model's losses are not the model's: the leak gate has looked at the latter only."""
+    random = torch.get_rng_state()
+    difference = (row_nats(model, batch)[0] - compiled_nats).abs()
+    torch.set_rng_state(random)
+    drops = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+    if not drops and not difference.mean() < 0.02:
+        raise ValueError(
+            f"the compiled model is wrong here: its losses differ by {difference.mean():.2g} nats on average; "
+            "run with --compile no, and please report this with your torch and GPU"
+        )
 
 
 class Metrics:

@@ -377,3 +377,24 @@ def test_gradients_reach_every_parameter(entropy_model):
         (batch,) = evaluation_batches([document], [patcher.starts(document)], 256)
         row_nats(model, batch)[0].sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), variant
+
+
+def test_recomputing_layers_changes_nothing():
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = BLTModel(BLTConfig(**TINY, recompute=recompute))
+        ids, lengths = torch.randint(0, 256, (2, 20)), torch.tensor([[1] + [4] * 5] * 2)
+        kept = 0
+
+        def keep(x):
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(ids, lengths).logsumexp(-1).square().mean()
+        loss.backward()
+        results.append((kept, [p.grad for p in model.parameters()]))
+    assert results[1][0] < 0.7 * results[0][0]
+    torch.testing.assert_close(results[1][1], results[0][1])

@@ -16,7 +16,7 @@ from optimizers import learning_rate_scale, make_optimizers
 from rows import BitArray, DocumentStream, TrainingRows, check_patch_lengths, evaluation_batches
 from save_entropy_model import load_entropy_model, model_hash, save_entropy_model
 from train_blt import PatchedDataset, TrainingConfig, train_blt
-from training import RunConfig, bits_per_byte, field_comments, read_metrics, write_aside
+from training import RunConfig, bits_per_byte, check_compiled, field_comments, read_metrics, row_nats, write_aside
 
 TINY = dict(encoder_dim=32, global_dim=48, decoder_dim=32, global_layers=1, decoder_layers=1, hash_rows=64, window=16)
 WORDS = b"the cat sat on the mat and the dog ate the food that the cat had left on the mat. ".split()
@@ -315,3 +315,13 @@ def test_bits_per_byte_of_a_model_without_patches():
     assert bits_per_byte(entropy_model, None, [b"hello", b"you"]) == pytest.approx(8.0)  # 256 classes, ends left out
     with pytest.raises(ValueError, match="at least one byte"):
         bits_per_byte(entropy_model, None, [b""])
+
+
+def test_a_wrong_compiled_model_stops_the_run():
+    model = BLTModel(BLTConfig(encoder_dim=16, global_dim=16, decoder_dim=16, global_layers=1, decoder_layers=1, hash_rows=16, window=8))
+    document = np.arange(40, dtype=np.uint8)
+    (batch,) = evaluation_batches([document], [np.arange(41) % 4 == 0], 64)
+    nats, _ = row_nats(model, batch)
+    check_compiled(model, batch, nats)
+    with pytest.raises(ValueError, match="--compile no"):
+        check_compiled(model, batch, nats + 0.1)
