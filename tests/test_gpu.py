@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
 from blt_model import BLTConfig, BLTModel
 from entropy_patcher import EntropyPatcher
+from optimizers import apply_gradients, make_optimizers
 from rows import evaluation_batches
 from train_blt import PatchedDataset, TrainingConfig, train_blt
-from training import leak_gate
+from training import autocast, leak_gate, row_nats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CONFIG = dict(encoder_dim=64, global_dim=64, decoder_dim=64, global_layers=2, decoder_layers=2, hash_rows=64, window=16)
@@ -37,3 +39,30 @@ def test_training_on_the_gpu(tmp_path, precision, compile):
     config = TrainingConfig(row_bytes=256, batch_rows=4, steps=20, eval_every=10, precision=precision, compile=compile, output=str(tmp_path))
     torch.manual_seed(0)
     assert train_blt(BLTModel(BLTConfig(**CONFIG)).cuda(), data, config)["val_bpb"] < 6
+
+
+def test_compiled_steps_wait_for_nothing():
+    """After the first steps no step of the compiled model makes the CPU wait for the GPU, in fp32 and bf16, and none compiles."""
+    data = PatchedDataset.from_documents(documents(20), documents(1), EntropyPatcher(None, threshold=4, method="static"), 256, 4)
+    config = TrainingConfig(row_bytes=256, batch_rows=4)
+    for precision in ("fp32", "bf16"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        model = BLTModel(BLTConfig(**CONFIG)).cuda()
+        compiled, optimizers, scaler = torch.compile(model, fullgraph=True), make_optimizers(model, config), torch.amp.GradScaler("cuda", enabled=False)
+        batches = [data.train_rows.shuffled_batch(step, config.batch_rows, config.seed).pin() for step in range(6)]
+        try:
+            for step, batch in enumerate(batches):
+                if step == 3:
+                    torch.cuda.synchronize()
+                    torch.cuda.set_sync_debug_mode("error")
+                with torch.compiler.set_stance("default" if step < 3 else "fail_on_recompile"):
+                    with autocast(torch.device("cuda"), precision):
+                        nats, _ = row_nats(compiled, batch.to("cuda"))
+                        loss = nats.sum() / batch.targets
+                    loss.backward()
+                    apply_gradients(model, optimizers, scaler, config.clip)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
