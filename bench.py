@@ -85,6 +85,7 @@ class ModelFlags:
     norm_eps: float | None = None  # RMSNorm's epsilon
     qk_norm: bool | None = None  # RMSNorm of queries and keys in self-attention
     dropout: float | None = None  # dropout rate
+    recompute: bool | None = None  # keep only each layer's input for the backward pass
     row_bytes: int | None = None  # ids in a row
     batch_rows: int | None = None  # rows in one forward and backward pass
 
