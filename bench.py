@@ -47,10 +47,10 @@ from llm import PRESETS as LLM_PRESETS
 from llm import LLMConfig
 from llm_large import PRESETS as LLM_LARGE_PRESETS
 from llm_large import LLMLargeConfig
-from optimizers import apply_gradients, coalesce_gradients, make_optimizers
+from optimizers import add_gradients, apply_gradients, make_optimizers
 from rows import BitArray, DocumentStream, TrainingRows
 from training import RunConfig, autocast, check, check_positive, choose_device, choose_precision, git_commit
-from training import row_nats, run_script, set_seed, write_json
+from training import print_header, row_nats, run_script, set_seed, write_json
 
 SCRIPTS = {"llm": (LLMConfig, LLM_PRESETS), "llm_large": (LLMLargeConfig, LLM_LARGE_PRESETS)}
 AGAINST = ("transformers", "flat", "loop")
@@ -286,7 +286,10 @@ class Runner:
         }  # fmt: skip
 
     def _choose(self, settings):
-        """Take the only setting, or the fastest: each runs forward and backward twice, and the second counts."""
+        """Take the only setting, or the fastest: each runs forward and backward twice, and the second counts.
+
+        A setting whose first run takes 1.5 times the best so far and is not compiled is given up after it.
+        """
         tried, self.model = {}, self.model.train()
         for name, (self.precision, prepare) in settings.items() if len(settings) > 1 else ():
             try:
@@ -298,6 +301,9 @@ class Runner:
                     synchronize(self.device)
                     tried[name] = time.perf_counter() - tick
                     self.model.zero_grad(set_to_none=True)
+                    others = [seconds for other, seconds in tried.items() if other != name and not isinstance(seconds, str)]
+                    if "compiled" not in name and others and tried[name] > 1.5 * min(others):
+                        break
             except Exception as error:  # whatever a setting fails with, another may work
                 tried[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 self.model.zero_grad(set_to_none=True)
@@ -332,8 +338,7 @@ class Runner:
         for batch in batches:
             loss = self._loss(batch, targets)
             lap(0)
-            self.scaler.scale(loss).backward()
-            coalesce_gradients(self.model)
+            add_gradients(self.model, loss, self.scaler)
             total = total + loss.detach()
             lap(1)
         apply_gradients(self.model, self.optimizers, self.scaler, self.run_config.clip)
@@ -510,7 +515,7 @@ def bench_against(kind, job, bytes_per_patch, config, peak):
 
 
 def bench_entropy_pass(config, device, precision, peak):
-    """Bytes a second of `stream_entropies`: documents of equal length, one a lane, so that no lane waits; the best-filled case."""
+    """Bytes a second of `stream_entropies`: documents of equal length, one a lane, so that no lane reads anything twice."""
     lanes = config.lanes or (4 if device.type == "cpu" else 256)
     length = 2048 * (2 if device.type == "cpu" else 8) - 1  # with the place of its end whole chunks
     text = np.concatenate(sample_documents(config.data_cache))
@@ -708,9 +713,7 @@ def main(config):
         model, row_bytes, batch_rows = find_model(name, config)
         jobs.append(Job("ours", name, model, row_bytes, batch_rows, config.patches, config, str(device), precision, threads))
     machine = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    print(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    print(f"commit {git_commit()} | torch {torch.__version__} | {machine} | {threads} threads | {precision}")
-    print("config " + " ".join(f"{key}={value}" for key, value in asdict(config).items() if value is not None))
+    print_header(config, device, precision)
     peak, source = peak_flops(device, precision)
     print(f"peak {peak / 1e12:.3g} TFLOP/s in {precision}: {source}")
     out = {

@@ -166,15 +166,15 @@ class HashEmbedding(nn.Module):
 
     def forward(self, ids_BT, documents_BT):
         indices = hash_ngrams(ids_BT, documents_BT, self.sizes, self.rows) + self.first_row
-        look_up = _look_up_uncompiled if self.tables.sparse else _look_up
-        return look_up(self.tables, indices)
+        return self.tables(indices.flatten(0, 1)).unflatten(0, ids_BT.shape)
 
 
-def _look_up(tables, indices_BTn):
-    return tables(indices_BTn.flatten(0, 1)).unflatten(0, indices_BTn.shape[:2])
+def embed_ngrams(embedding, ids_BT, documents_BT):
+    return embedding(ids_BT, documents_BT)
 
 
-_look_up_uncompiled = torch.compiler.disable(_look_up)  # torch.compile does not know sparse gradients: the graph breaks here
+# torch.compile does not know sparse gradients. BLTModel.forward calls this itself: each caller between would be cut in two as well.
+embed_ngrams_uncompiled = torch.compiler.disable(embed_ngrams)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,11 +311,11 @@ class LocalEncoder(nn.Module):
         n_cross = config.encoder_layers if config.cross_attn_all_layers_encoder else 1
         self.cross_attentions = nn.ModuleList(EncoderCrossAttention(D, heads, config.norm_eps) for _ in range(n_cross))
 
-    def forward(self, ids_BT, documents_BT, plan, patch_map):
-        """Returns byte states [B, T, D] and patch vectors [B, P, k, D]."""
+    def forward(self, ids_BT, ngrams_BTD, plan, patch_map):
+        """ngrams_BTD: the ids' n-gram hash embeddings, or None. Returns byte states [B, T, D] and patch vectors [B, P, k, D]."""
         x_BTD = self.byte_embedding(ids_BT)
-        if self.hash_embedding is not None:
-            x_BTD = x_BTD + self.hash_embedding(ids_BT, documents_BT)
+        if ngrams_BTD is not None:
+            x_BTD = x_BTD + ngrams_BTD
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         patches_BPkD, first_cross = None, len(self.blocks) - len(self.cross_attentions)
         for layer, block in enumerate(self.blocks):
@@ -411,13 +411,17 @@ class BLTModel(nn.Module):
         """
         if ids_BT.dim() != 2 or patch_lengths_BP.dim() != 2 or ids_BT.shape[0] != patch_lengths_BP.shape[0]:
             raise ValueError(f"ids must be [B, T] and patch lengths [B, P], not {list(ids_BT.shape)} and {list(patch_lengths_BP.shape)}")
-        config = self.config
+        config, hash_embedding = self.config, self.encoder.hash_embedding
         documents_BT = documents_of(ids_BT, BOUNDARY)
+        ngrams_BTD = None
+        if hash_embedding is not None:
+            embed = embed_ngrams_uncompiled if hash_embedding.tables.sparse else embed_ngrams
+            ngrams_BTD = embed(hash_embedding, ids_BT, documents_BT)
         patch_map = PatchMap(patch_lengths_BP, documents_BT)
         encoder_head_dim = config.encoder_dim // config.heads("encoder")
         decoder_head_dim = config.decoder_dim // config.heads("decoder")
         plan = CausalPlan(documents_BT, encoder_head_dim, config.rope_theta, config.window)
-        bytes_BTD, patches_BPkD = self.encoder(ids_BT, documents_BT, plan, patch_map)
+        bytes_BTD, patches_BPkD = self.encoder(ids_BT, ngrams_BTD, plan, patch_map)
         latents_BPG = self.latent(patches_BPkD, patch_map.documents_BP)
         if decoder_head_dim != encoder_head_dim:
             plan = CausalPlan(documents_BT, decoder_head_dim, config.rope_theta, config.window)

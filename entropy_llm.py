@@ -25,6 +25,7 @@ from training import (
     choose_precision,
     fit,
     leak_gate,
+    load_weights,
     print_header,
     run_script,
     set_seed,
@@ -157,7 +158,7 @@ def main(config):
 
     run_dir = Path(config.output).with_suffix("").as_posix() + "_run"
     result = fit(model, config, train_rows, validation_batches, run_dir)
-    model.load_state_dict(torch.load(Path(run_dir) / "best.pt", weights_only=True))
+    load_weights(Path(run_dir) / "best.pt", model)
     metadata = {
         "corpus": {"dataset": config.dataset, "sha256": corpus.hash},
         "train_bytes": stream.total_bytes,

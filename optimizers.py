@@ -38,11 +38,7 @@ class GroupedMuon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self):
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
@@ -52,7 +48,6 @@ class GroupedMuon(torch.optim.Muon):
                 together = max(1, MUON_STACK // shape.numel())
                 for first in range(0, len(params), together):
                     self._update(params[first : first + together], group)
-        return loss
 
     def _update(self, params, group):
         gradients = [p.grad for p in params]
@@ -88,18 +83,14 @@ class RowWiseAdam(torch.optim.Optimizer):
 
     A row's step is its gradient over the root of the decayed mean of its squared RMS, bias-corrected by the row's own number of
     updates; there is no first moment and no weight decay. State: two numbers a row, against two a weight of AdamW. Gradients
-    must be sparse and coalesced (`clip_gradients` leaves them so).
+    must be sparse and coalesced (`add_gradients` leaves them so).
     """
 
     def __init__(self, params, lr=1e-3, beta=0.95, eps=1e-8):
         super().__init__(params, dict(lr=lr, beta=beta, eps=eps))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -113,11 +104,11 @@ class RowWiseAdam(torch.optim.Optimizer):
                 state["count"][rows], state["square"][rows] = count, square
                 rms = (square / (1 - group["beta"] ** count)).sqrt()
                 p.index_add_(0, rows, values * (-group["lr"] / (rms + group["eps"]))[:, None])
-        return loss
 
 
-def coalesce_gradients(model):
-    """Sum the parts of sparse gradients row by row: after each backward pass, so that accumulation stays small."""
+def add_gradients(model, loss, scaler):
+    """The backward pass: add the loss's gradients to those there are. Sparse ones are summed row by row, so that they stay small."""
+    scaler.scale(loss).backward()
     for p in model.parameters():
         if p.grad is not None and p.grad.is_sparse:
             p.grad = p.grad.coalesce()

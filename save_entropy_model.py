@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from entropy_llm import EntropyConfig, MinimalLLM
-from training import save_weights, write_json
+from training import load_weights, save_weights, write_json
 
 
 def save_entropy_model(model, path="entropy_model.pth", metadata=None):
@@ -32,10 +32,7 @@ def load_entropy_model(path="entropy_model.pth", device="cpu"):
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path.with_suffix('.json')} is no record of an entropy model ({error}); run entropy_llm.py again") from None
     model = MinimalLLM(config)
-    try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many kinds for a file that is no state dict of this shape
-        raise ValueError(f"{path} does not hold the model that {path.with_suffix('.json')} describes: {str(error).splitlines()[0]}") from None
+    load_weights(path, model)
     if record.get("sha256") != model_hash(model):
         raise ValueError(f"{path} and {path.with_suffix('.json')} belong to different models; run entropy_llm.py again")
     return model.eval().requires_grad_(False).to(device), record

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 import torch.nn as nn
 from tqdm import tqdm
 
@@ -37,6 +36,7 @@ from training import (
     choose_precision,
     fit,
     leak_gate,
+    load_weights,
     print_header,
     run_script,
     set_seed,
@@ -234,9 +234,6 @@ class BPETransformer(PlainTransformer):
     are few and learned from the training text, so that nothing but that text stands behind the number.
     """
 
-    def __init__(self, config, vocabulary):
-        super().__init__(config, vocabulary)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -260,7 +257,7 @@ def train_template(model, stream, validation, config):
     unit, padding = "bytes" if vocabulary is BYTES else "tokens", train_rows.padding()[0]
     print(f"rows: {len(train_rows):,} of {row_ids:,} {unit} | padding {padding:.1%}")
     result = fit(model, config, train_rows, batches, config.output)
-    model.load_state_dict(torch.load(Path(config.output) / "best.pt", weights_only=True))
+    load_weights(Path(config.output) / "best.pt", model)
     return {**result, "byte_padding": padding}
 
 
@@ -310,11 +307,7 @@ def load_template(folder, device="cpu"):
     else:
         tokenizer = read_tokenizer(folder, f"run: python template_llm.py --model bpe --output {folder}")
         model = BPETransformer(BPEConfig(**record["model_config"]), BPEVocabulary(tokenizer, record["bytes_per_token"]))
-    try:
-        model.load_state_dict(torch.load(folder / "best.pt", map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many kinds for a file that is no state dict of this shape
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder}/best.pt does not hold the model that model.json describes: {reason}; train it again") from None
+    load_weights(folder / "best.pt", model)
     return model.to(device).eval(), record
 
 

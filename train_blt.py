@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from blt_model import BLTConfig, BLTModel
 from create_patches import (
@@ -37,6 +36,7 @@ from training import (
     choose_precision,
     fit,
     leak_gate,
+    load_weights,
     print_header,
     run_script,
     set_seed,
@@ -152,7 +152,7 @@ def train_blt(model, patched_dataset, training_config):
         f"padding {byte_padding:.1%} of bytes, {patch_padding:.1%} of patches | {size:.2f} bytes a patch in validation"
     )
     result = fit(model, training_config, data.train_rows, data.validation_batches, training_config.output)
-    model.load_state_dict(torch.load(Path(training_config.output) / "best.pt", weights_only=True))
+    load_weights(Path(training_config.output) / "best.pt", model)
     return {**result, "avg_patch_size": size, "byte_padding": byte_padding, "patch_padding": patch_padding}
 
 
@@ -170,7 +170,7 @@ def load_blt(folder, device="cpu"):
     if "patch_config" not in record:
         raise ValueError(f"{folder} holds no BLT but a baseline without patches; read it with template_llm.load_template")
     model = BLTModel(BLTConfig(**record["model_config"])).to(device)
-    model.load_state_dict(torch.load(folder / "best.pt", map_location=device, weights_only=True))
+    load_weights(folder / "best.pt", model)
     patch_config = PatchConfig(**record["patch_config"])
     entropy_model = None
     if patch_config.method in NEEDS_ENTROPIES:

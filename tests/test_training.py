@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,13 +11,13 @@ import torch
 
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import EntropyPatcher
+from entropy_patcher import EntropyPatcher, PatchConfig
 from generate import generate
 from optimizers import learning_rate_scale, make_optimizers
 from rows import BitArray, DocumentStream, TrainingRows, check_patch_lengths, evaluation_batches
 from save_entropy_model import load_entropy_model, model_hash, save_entropy_model
-from train_blt import PatchedDataset, TrainingConfig, train_blt
-from training import RunConfig, bits_per_byte, check_compiled, field_comments, read_metrics, row_nats, write_aside
+from train_blt import PatchedDataset, TrainingConfig, load_blt, train_blt
+from training import RunConfig, bits_per_byte, check_compiled, field_comments, read_metrics, row_nats, save_weights, write_aside
 
 TINY = dict(encoder_dim=32, global_dim=48, decoder_dim=32, global_layers=1, decoder_layers=1, hash_rows=64, window=16)
 WORDS = b"the cat sat on the mat and the dog ate the food that the cat had left on the mat. ".split()
@@ -278,6 +279,21 @@ def test_entropy_model_round_trip(tmp_path):
         load_entropy_model(path)
     with pytest.raises(FileNotFoundError, match="python entropy_llm.py"):
         load_entropy_model(tmp_path / "none.pth")
+
+
+def test_a_damaged_blt_gets_an_error_that_says_what_to_do(tmp_path):
+    config = BLTConfig(encoder_dim=16, global_dim=16, global_layers=1, decoder_dim=16, decoder_layers=1, hash_rows=16, window=8)
+    record = {"model_config": asdict(config), "patch_config": asdict(PatchConfig("static", 4.0)), "precision": "fp32"}
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    torch.manual_seed(0)
+    model = BLTModel(config)
+    save_weights(tmp_path / "best.pt", model)
+    loaded, patcher, _ = load_blt(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters())) and patcher.config.method == "static"
+    for damage in (b"junk", (tmp_path / "best.pt").read_bytes()[:-100]):
+        (tmp_path / "best.pt").write_bytes(damage)
+        with pytest.raises(ValueError, match="best.pt does not hold .* train it again"):
+            load_blt(tmp_path)
 
 
 def test_write_aside_keeps_the_old_file(tmp_path):
