@@ -62,8 +62,9 @@ def blt_flops(config, bytes_per_patch, row_bytes):
 
     This is the paper's equation in section 4.5, FLOPs per byte = latent / s + encoder + decoder + both cross-attentions, with its
     appendix's terms for projections and attention. Differences: the feed-forward is the SwiGLU that is computed (three matrices of
-    `feed_forward_width`), not two of width 4 d; a window costs the mean of min(t + 1, window) places, not a full window; the
-    projections between the widths and the query's, which the paper leaves out, are counted; the head has 257 classes.
+    `feed_forward_width`), not two of width 4 d; a window costs the mean of min(t + 1, window) places, where the paper halves it to
+    (window + 1) / 2; it also halves the cross-attentions' scores, though no query of theirs has keys it may not see; the projections
+    between the widths and the query's, which the paper leaves out, are counted; the head has 257 classes.
     """
     c, s, P = config, bytes_per_patch, row_bytes / bytes_per_patch
     D, D2, G, k = c.encoder_dim, c.decoder_dim, c.global_dim, c.cross_attn_k
@@ -130,10 +131,10 @@ PEAK_FLOPS = {
     r"NVIDIA A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe": ("NVIDIA A100 data sheet", {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12}),
     r"NVIDIA GeForce RTX 4090": ("NVIDIA Ada architecture paper", {"bf16": 165.2e12, "fp16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12}),
     r"NVIDIA GeForce RTX 5090": ("NVIDIA RTX Blackwell architecture paper", {"bf16": 209.5e12, "fp16": 209.5e12, "tf32": 104.8e12, "fp32": 104.8e12}),
-    r"NVIDIA H100 80GB HBM3": ("NVIDIA H100 SXM data sheet", {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}),
-    r"NVIDIA H100 PCIe": ("NVIDIA H100 PCIe data sheet", {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51.2e12}),
-    r"NVIDIA H200": ("NVIDIA H200 SXM data sheet", {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}),
-    r"NVIDIA B200": ("NVIDIA HGX B200 data sheet", {"bf16": 2250e12, "fp16": 2250e12}),
+    r"NVIDIA H100 80GB HBM3": ("NVIDIA Hopper architecture paper", {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}),
+    r"NVIDIA H100 PCIe": ("NVIDIA Hopper architecture paper", {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51.2e12}),
+    r"NVIDIA H200": ("NVIDIA Hopper architecture paper, of which the H200 has the same cores", {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}),
+    r"NVIDIA B200": ("NVIDIA HGX B200 data sheet", {"bf16": 2250e12, "fp16": 2250e12, "tf32": 1100e12}),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -152,8 +153,9 @@ def peak_flops(device, precision):
     precision: bf16, fp16 or fp32 (on CUDA the tf32 peak where torch.backends.cuda.matmul.allow_tf32 is on).
     """
     if device.type == "cuda":
-        unit = "tf32" if precision == "fp32" and torch.backends.cuda.matmul.allow_tf32 else precision
-        listed = listed_peak(torch.cuda.get_device_name(device), unit)
+        name = torch.cuda.get_device_name(device)
+        has_tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.cuda.get_device_capability(device) >= (8, 0)
+        listed = listed_peak(name, "tf32" if precision == "fp32" and has_tf32 else precision)
         if listed is not None:
             return listed
     return measured_peak(device, precision), "the fastest matrix product measured here"

@@ -177,7 +177,7 @@ def test_flat_shape_has_nearly_the_flops():
 
 
 def test_peaks():
-    assert listed_peak("NVIDIA H200", "bf16") == (989.4e12, "NVIDIA H200 SXM data sheet")
+    assert listed_peak("NVIDIA H200", "bf16") == (989.4e12, "NVIDIA Hopper architecture paper, of which the H200 has the same cores")
     assert listed_peak("Tesla T4", "fp16")[0] == 65e12 and listed_peak("Tesla T4", "bf16") is None
     for other in ("NVIDIA H200 NVL", "NVIDIA H200 MIG 1g.18gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"):
         assert listed_peak(other, "bf16") is None
