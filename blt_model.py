@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import BOUNDARY
-from layers import Block, CausalPlan, RMSNorm, default_heads, documents_of, init_weights, run_block
+from layers import Block, CausalPlan, RMSNorm, apply_function, default_heads, documents_of, init_weights, run_block
 from rows import check_patch_lengths  # noqa: F401, the contract of this model's second argument
 from training import check, check_positive
 
@@ -78,33 +78,14 @@ class BLTConfig:
 # Patches as segments
 
 
-class PatchMap:
-    """Which patch each byte is pooled into and which it reads: integer maps made once per forward.
+class Segments:
+    """Bytes as parts of patches. into_BT: int64, the patch 0..P-1 of its row that each byte is pooled into; P: into none."""
 
-    Worked example: lengths 1, 2, 3 over 6 ids, the last of them only a target. Patches of the ids: 0 1 1 2 2 2. The encoder
-    pools the inputs as 0 1 1 2 2; input t reads the newest patch that is complete before id t + 1: 0 0 1 1 1.
-
-    A boundary inside a row may stand at the end of the last document's patch (that the document ends there is nothing a
-    patch may tell). Such a patch then belongs to the new document: the bytes before the boundary are left out of it. No byte
-    of the old document reads it.
-    """
-
-    def __init__(self, patch_lengths_BP, documents_BT):
-        B, P = patch_lengths_BP.shape
-        T = documents_BT.shape[1]
-        self.P = P
-        ends_BP = patch_lengths_BP.cumsum(dim=1)
-        places = torch.arange(T + 1, device=ends_BP.device).expand(B, T + 1).contiguous()
-        patch_of_id = torch.searchsorted(ends_BP, places, right=True).clamp_(max=P - 1)
-        last_input_BP = (ends_BP - 1).clamp(0, T - 1)
-        self.documents_BP = documents_BT.gather(1, last_input_BP)
-        pooled_into = patch_of_id[:, :T]
-        is_left_out = self.documents_BP.gather(1, pooled_into) != documents_BT
+    def __init__(self, into_BT, n_patches):
+        self.P = n_patches
         # Slot P of each row takes the bytes that are left out, and is dropped.
-        row = torch.arange(B, device=ends_BP.device)[:, None]
-        self.pool = (pooled_into.masked_fill(is_left_out, P) + row * (P + 1)).flatten()
-        self.pool_slots = B * (P + 1)
-        self.read = ((patch_of_id[:, 1:] - 1).clamp_(min=0) + row * P).flatten()
+        self.pool = (into_BT + torch.arange(len(into_BT), device=into_BT.device)[:, None] * (n_patches + 1)).flatten()
+        self.pool_slots = len(into_BT) * (n_patches + 1)
 
     def sum(self, x_NF):
         """Sum over each patch's bytes: [B * T, F] -> [B * (P + 1), F]."""
@@ -121,6 +102,32 @@ class PatchMap:
         return x_NF.unflatten(0, (-1, self.P + 1))[:, :-1]
 
 
+class PatchMap(Segments):
+    """Which patch each byte is pooled into and which it reads: integer maps made once per forward.
+
+    Worked example: lengths 1, 2, 3 over 6 ids, the last of them only a target. Patches of the ids: 0 1 1 2 2 2. The encoder
+    pools the inputs as 0 1 1 2 2; input t reads the newest patch that is complete before id t + 1: 0 0 1 1 1.
+
+    A boundary inside a row may stand at the end of the last document's patch (that the document ends there is nothing a
+    patch may tell). Such a patch then belongs to the new document: the bytes before the boundary are left out of it. No byte
+    of the old document reads it.
+    """
+
+    def __init__(self, patch_lengths_BP, documents_BT):
+        B, P = patch_lengths_BP.shape
+        T = documents_BT.shape[1]
+        ends_BP = patch_lengths_BP.cumsum(dim=1)
+        places = torch.arange(T + 1, device=ends_BP.device).expand(B, T + 1).contiguous()
+        patch_of_id = torch.searchsorted(ends_BP, places, right=True).clamp_(max=P - 1)
+        last_input_BP = (ends_BP - 1).clamp(0, T - 1)
+        self.documents_BP = documents_BT.gather(1, last_input_BP)
+        pooled_into = patch_of_id[:, :T]
+        is_left_out = self.documents_BP.gather(1, pooled_into) != documents_BT
+        super().__init__(pooled_into.masked_fill(is_left_out, P), P)
+        row = torch.arange(B, device=ends_BP.device)[:, None]
+        self.read = ((patch_of_id[:, 1:] - 1).clamp_(min=0) + row * P).flatten()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Embeddings
 
@@ -132,24 +139,14 @@ def hash_ngrams(ids_BT, documents_BT, sizes, rows):
     numbered as in the released code (byte b as b + 4, the boundary as 1) and are 0 before the document's boundary.
     """
     numbered = torch.where(ids_BT == BOUNDARY, HASH_BOUNDARY, ids_BT + HASH_BYTE_OFFSET)
-    longest = max(sizes)
-    shifted = []  # shifted[j]: the id j places back, 0 outside the document
-    for back in range(longest):
+    total, hash_of_size = torch.zeros_like(ids_BT), {}
+    for back in range(max(sizes)):  # Horner's rule: an older id more, all others times the prime
         ids = F.pad(numbered, (back, 0), value=HASH_NOTHING)[:, : ids_BT.shape[1]]
         documents = F.pad(documents_BT, (back, 0), value=-1)[:, : ids_BT.shape[1]]
-        shifted.append(ids.masked_fill(documents != documents_BT, HASH_NOTHING))
-    hashes = []
-    for n in sizes:
-        total = torch.zeros_like(ids_BT)
-        for i in range(n):
-            total = total + shifted[n - 1 - i] * _wrapped_power(i)
-        hashes.append(total.remainder(rows))
-    return torch.stack(hashes, dim=-1)
-
-
-def _wrapped_power(exponent):
-    """HASH_PRIME ** exponent as a signed 64-bit number."""
-    return (HASH_PRIME**exponent + 2**63) % 2**64 - 2**63
+        total = total * HASH_PRIME + ids.masked_fill(documents != documents_BT, HASH_NOTHING)
+        if back + 1 in sizes:
+            hash_of_size[back + 1] = total.remainder(rows)
+    return torch.stack([hash_of_size[n] for n in sizes], dim=-1)
 
 
 class HashEmbedding(nn.Module):
@@ -200,20 +197,20 @@ class CrossAttention(nn.Module):
 class EncoderCrossAttention(CrossAttention):
     """Each patch's k vectors attend to the patch's own bytes: a softmax over segments."""
 
-    def forward(self, patches_BPkD, bytes_BTD, patch_map):
+    def forward(self, patches_BPkD, bytes_BTD, segments):
         q, key, value = self.project(patches_BPkD, bytes_BTD)
         # Every byte meets the k queries of its own patch; a left-out byte those of a row of zeros.
         q_MkHK = F.pad(q, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
-        attended_MkHK = SegmentAttention.apply(q_MkHK, key.flatten(0, 1), value.flatten(0, 1), patch_map)
-        return 2 * patches_BPkD + self.wo(patch_map.drop_left_out(attended_MkHK).flatten(3))
+        attended_MkHK = apply_function(SegmentAttention, q_MkHK, key.flatten(0, 1), value.flatten(0, 1), segments)
+        return 2 * patches_BPkD + self.wo(segments.drop_left_out(attended_MkHK).flatten(3))
 
 
 class DecoderCrossAttention(CrossAttention):
     """Each byte attends to the k vectors of the newest complete patch: a gather and a softmax over k."""
 
-    def forward(self, bytes_BTD, patches_BPkD, patch_map):
+    def forward(self, bytes_BTD, patches_BPkD, read_N):
         q, key, value = (x.flatten(0, 1) for x in self.project(bytes_BTD, patches_BPkD))
-        attended_NHK = GatherAttention.apply(q, key, value, patch_map.read)
+        attended_NHK = apply_function(GatherAttention, q, key, value, read_N)
         return 2 * bytes_BTD + self.wo(attended_NHK.flatten(1).unflatten(0, bytes_BTD.shape[:2]))
 
 
@@ -311,28 +308,36 @@ class LocalEncoder(nn.Module):
         n_cross = config.encoder_layers if config.cross_attn_all_layers_encoder else 1
         self.cross_attentions = nn.ModuleList(EncoderCrossAttention(D, heads, config.norm_eps) for _ in range(n_cross))
 
-    def forward(self, ids_BT, ngrams_BTD, plan, patch_map):
+    def forward(self, ids_BT, ngrams_BTD, plan, segments):
         """ngrams_BTD: the ids' n-gram hash embeddings, or None. Returns byte states [B, T, D] and patch vectors [B, P, k, D]."""
+        states = self.byte_states(ids_BT, ngrams_BTD, plan)
+        return states[-1], self.patch_vectors(states, segments)
+
+    def byte_states(self, ids_BT, ngrams_BTD, plan, pasts=None):
+        """Byte states [B, T, D] after each layer that a cross-attention reads; the last is the encoder's output."""
         x_BTD = self.byte_embedding(ids_BT)
         if ngrams_BTD is not None:
             x_BTD = x_BTD + ngrams_BTD
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
-        patches_BPkD, first_cross = None, len(self.blocks) - len(self.cross_attentions)
+        states = []
         for layer, block in enumerate(self.blocks):
-            x_BTD = run_block(block, x_BTD, plan, self.config.recompute)
-            if layer >= first_cross:
-                if patches_BPkD is None:
-                    pooled_BPD = self._pool(x_BTD, patch_map)
-                    patches_BPkD = self.patch_query(pooled_BPD).unflatten(-1, (self.config.cross_attn_k, -1))
-                patches_BPkD = self.cross_attentions[layer - first_cross](patches_BPkD, x_BTD, patch_map)
-        return x_BTD, patches_BPkD
+            x_BTD = run_block(block, x_BTD, plan, self.config.recompute, pasts and pasts[layer])
+            states.append(x_BTD)
+        return states[len(self.blocks) - len(self.cross_attentions) :]
 
-    def _pool(self, x_BTD, patch_map):
+    def patch_vectors(self, states, segments):
+        """The k vectors of each patch [B, P, k, D] from the `byte_states` of its bytes."""
+        patches_BPkD = self.patch_query(self._pool(states[0], segments)).unflatten(-1, (self.config.cross_attn_k, -1))
+        for cross_attention, x_BTD in zip(self.cross_attentions, states):
+            patches_BPkD = cross_attention(patches_BPkD, x_BTD, segments)
+        return patches_BPkD
+
+    def _pool(self, x_BTD, segments):
         x_ND = x_BTD.flatten(0, 1)
         if self.config.pooling == "max":
-            return patch_map.drop_left_out(patch_map.max(x_ND))
-        count = patch_map.sum(x_ND.new_ones(x_ND.shape[0], 1)).clamp(min=1)
-        return patch_map.drop_left_out(patch_map.sum(x_ND) / count)
+            return segments.drop_left_out(segments.max(x_ND))
+        count = segments.sum(x_ND.new_ones(x_ND.shape[0], 1)).clamp(min=1)
+        return segments.drop_left_out(segments.sum(x_ND) / count)
 
 
 class LatentTransformer(nn.Module):
@@ -341,7 +346,7 @@ class LatentTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         G, patch_dim = config.global_dim, config.cross_attn_k * config.encoder_dim
-        self.head_dim, self.theta, self.recompute = G // config.heads("global"), config.rope_theta, config.recompute
+        self.recompute = config.recompute
         self.widen = nn.Linear(patch_dim, G, bias=False) if patch_dim != G else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
@@ -349,12 +354,11 @@ class LatentTransformer(nn.Module):
             for _ in range(config.global_layers)
         )
 
-    def forward(self, patches_BPkD, documents_BP):
+    def forward(self, patches_BPkD, plan, pasts=None):
         """Returns latent states [B, P, G]."""
-        plan = CausalPlan(documents_BP, self.head_dim, self.theta)
         x_BPG = self.dropout(self.widen(patches_BPkD.flatten(2)))
-        for block in self.blocks:
-            x_BPG = run_block(block, x_BPG, plan, self.recompute)
+        for layer, block in enumerate(self.blocks):
+            x_BPG = run_block(block, x_BPG, plan, self.recompute, pasts and pasts[layer])
         return x_BPG
 
 
@@ -374,14 +378,14 @@ class LocalDecoder(nn.Module):
         )
         self.norm = RMSNorm(D, config.norm_eps)
 
-    def forward(self, bytes_BTD, latents_BPG, plan, patch_map):
-        """Returns states [B, T, D], normalised for the head."""
+    def forward(self, bytes_BTD, latents_BPG, plan, read_N, pasts=None):
+        """read_N: the patch that each byte reads, `PatchMap.read`. Returns states [B, T, D], normalised for the head."""
         patches_BPkD = self.patch_vectors(latents_BPG).unflatten(-1, (self.k, -1))
         x_BTD = self.dropout(self.from_encoder(bytes_BTD))
         for layer, block in enumerate(self.blocks):
             if layer < len(self.cross_attentions):
-                x_BTD = self.cross_attentions[layer](x_BTD, patches_BPkD, patch_map)
-            x_BTD = run_block(block, x_BTD, plan, self.recompute)
+                x_BTD = self.cross_attentions[layer](x_BTD, patches_BPkD, read_N)
+            x_BTD = run_block(block, x_BTD, plan, self.recompute, pasts and pasts[layer])
         return self.norm(x_BTD)
 
 
@@ -418,14 +422,13 @@ class BLTModel(nn.Module):
             embed = embed_ngrams_uncompiled if hash_embedding.tables.sparse else embed_ngrams
             ngrams_BTD = embed(hash_embedding, ids_BT, documents_BT)
         patch_map = PatchMap(patch_lengths_BP, documents_BT)
-        encoder_head_dim = config.encoder_dim // config.heads("encoder")
-        decoder_head_dim = config.decoder_dim // config.heads("decoder")
-        plan = CausalPlan(documents_BT, encoder_head_dim, config.rope_theta, config.window)
+        head_dims = {part: getattr(config, f"{part}_dim") // config.heads(part) for part in ("encoder", "global", "decoder")}
+        plan = CausalPlan(documents_BT, head_dims["encoder"], config.rope_theta, config.window)
         bytes_BTD, patches_BPkD = self.encoder(ids_BT, ngrams_BTD, plan, patch_map)
-        latents_BPG = self.latent(patches_BPkD, patch_map.documents_BP)
-        if decoder_head_dim != encoder_head_dim:
-            plan = CausalPlan(documents_BT, decoder_head_dim, config.rope_theta, config.window)
-        return self.head(self.decoder(bytes_BTD, latents_BPG, plan, patch_map))
+        latents_BPG = self.latent(patches_BPkD, CausalPlan(patch_map.documents_BP, head_dims["global"], config.rope_theta))
+        if head_dims["decoder"] != head_dims["encoder"]:
+            plan = CausalPlan(documents_BT, head_dims["decoder"], config.rope_theta, config.window)
+        return self.head(self.decoder(bytes_BTD, latents_BPG, plan, patch_map.read))
 
     def parameters_by_part(self):
         """{"hash embedding", "encoder", "latent", "decoder": number of parameters}; the parts sum to the whole."""

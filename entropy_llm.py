@@ -95,10 +95,13 @@ class MinimalLLM(nn.Module):
         """ids_BT: int64 in 0..256. Returns logits [B, T, 256]."""
         if ids_BT.dim() != 2:
             raise ValueError(f"ids must be [B, T], not {list(ids_BT.shape)}")
-        plan = self._plan(documents_of(ids_BT, BOUNDARY))
+        return self.read(ids_BT, self._plan(documents_of(ids_BT, BOUNDARY)), [None] * len(self.blocks))
+
+    def read(self, ids_BT, plan, pasts):
+        """Logits [B, T, 256] under a plan (layers.CausalPlan or incremental.CachePlan); pasts: for each layer, what the plan takes."""
         x_BTD = self.embedding(ids_BT)
-        for block in self.blocks:
-            x_BTD, _ = block(x_BTD, plan)
+        for block, past in zip(self.blocks, pasts):
+            x_BTD, _ = block(x_BTD, plan, past)
         return self.head(self.norm(x_BTD))
 
     def stream(self, ids_BT, state=None):

@@ -100,8 +100,7 @@ def patch_starts(
     elif method == "both":
         wanted = (H > threshold) & (_rise(H) > monotonic_threshold)
     elif method == "static":
-        place = np.arange(N) - _last_true(first)
-        wanted = place % int(threshold) == 0 if threshold == int(threshold) else place // threshold > (place - 1) // threshold
+        wanted = _is_static_start(np.arange(N) - _last_true(first), threshold)
     elif method == "space":
         wanted = _after_space(np.asarray(byte_values), first)
     elif method == "bpe":
@@ -114,6 +113,11 @@ def patch_starts(
         starts = wanted | first
         return starts | ((np.arange(N) - _last_true(starts)) % max_patch_size == 0)
     return _follow(_next_true(wanted), first, min_patch_size, max_patch_size)
+
+
+def _is_static_start(place, size):
+    """Whether these places, counted from the document's first, are multiples of a size that may be fractional."""
+    return place % int(size) == 0 if size == int(size) else place // size > (place - 1) // size
 
 
 def _rise(H):
@@ -165,18 +169,81 @@ def _follow(nexts, first, min_patch_size, max_patch_size, block=1 << 20):
     return starts
 
 
+IS_LETTER_OR_DIGIT = np.zeros(256, dtype=bool)  # or a UTF-8 continuation byte
+for _low, _high in ((48, 57), (65, 90), (97, 122), (0x80, 0xBF)):
+    IS_LETTER_OR_DIGIT[_low : _high + 1] = True
+
+
 def _after_space(byte_values, first):
     """Places after a space-like byte whose predecessor is none. byte_values may be one shorter per document's end."""
-    is_letter_or_digit = np.zeros(256, dtype=bool)
-    for low, high in ((48, 57), (65, 90), (97, 122), (0x80, 0xBF)):
-        is_letter_or_digit[low : high + 1] = True
-    is_space = ~is_letter_or_digit[byte_values]
+    is_space = ~IS_LETTER_OR_DIGIT[byte_values]
     before = np.roll(is_space, 1)
     before[first] = True  # the boundary
     ends_patch = is_space & ~before
     after = np.roll(ends_patch, 1)
     after[0] = False
     return after
+
+
+class OnlineStarts:
+    """`patch_starts` place by place, for rows of text that are still being written.
+
+    config: `PatchConfig`, any method that is causal. State is one number a row in each array of `state`; `reset` begins rows
+    anew. The same starts as `patch_starts` gives for the whole text.
+    """
+
+    def __init__(self, config, n_rows):
+        if config.method == "bpe":
+            raise ValueError("patch method 'bpe' looks ahead: it cannot follow a text that is being written")
+        self.config = config
+        self.state = {
+            "place": np.zeros(n_rows, np.int64),  # places so far, bytes and the coming one
+            "size": np.zeros(n_rows, np.int64),  # of the open patch, so far
+            "total": np.zeros(n_rows),  # its entropies' sum
+            "entropy": np.zeros(n_rows, np.float32),  # of the last place
+            "after_space": np.ones(n_rows, bool),  # whether the last byte was space-like
+        }
+        self.reset(slice(None))
+
+    def reset(self, rows):
+        for name, values in self.state.items():
+            values[rows] = name == "after_space"
+
+    def copy_state(self):
+        return {name: values.copy() for name, values in self.state.items()}
+
+    def step(self, entropies_B, last_bytes_B, is_active_B):
+        """Whether the next place of each row opens a patch: bool [B], False for rows that are not active.
+
+        entropies_B: float32, nats, of that place (None for static and space). last_bytes_B: the byte before it; for a document's
+        first place anything.
+        """
+        c, s = self.config, self.state
+        place, H, threshold = s["place"], entropies_B, c.entropy_threshold
+        is_space = ~IS_LETTER_OR_DIGIT[last_bytes_B & 255] & (place > 0)
+        if c.method == "global":
+            wanted = H > threshold
+        elif c.method == "monotonic":
+            wanted = H - s["entropy"] > threshold
+        elif c.method == "both":
+            wanted = (H > threshold) & (H - s["entropy"] > c.monotonic_threshold)
+        elif c.method == "cumulative":
+            wanted = s["total"] + H > threshold
+        elif c.method == "static":
+            wanted = _is_static_start(place, threshold)
+        else:
+            wanted = is_space & ~s["after_space"]
+        starts = wanted & (s["size"] >= c.min_patch_size)
+        if c.max_patch_size is not None:
+            starts |= s["size"] >= c.max_patch_size
+        starts |= place == 0
+        after = {
+            "place": place + 1, "size": np.where(starts, 1, s["size"] + 1), "total": s["total"] if H is None else np.where(starts, 0.0, s["total"]) + H,
+            "entropy": s["entropy"] if H is None else H, "after_space": is_space | (place == 0),
+        }  # fmt: skip
+        for name, values in after.items():
+            np.copyto(s[name], values, where=is_active_B)
+        return starts & is_active_B
 
 
 def threshold_for_patch_size(entropies, method, target, document_starts=None, **options):

@@ -1,4 +1,4 @@
-"""Optimizers: Muon for the layers' matrices, AdamW for the rest, a row-wise Adam for hash tables too large for either.
+"""Optimizers: Muon for the layers' matrices, a row-wise Adam for hash tables, AdamW for the rest.
 
 `make_optimizers` puts every parameter into exactly one of them.
 """
@@ -13,16 +13,16 @@ MUON_STACK = 1 << 26  # numbers orthogonalised together, at most
 
 
 def make_optimizers(model, config):
-    """[Muon, AdamW] or, with sparse tables, [Muon, AdamW, RowWiseAdam]. config: lr, adam_lr and weight_decay as in `RunConfig`.
+    """[Muon, AdamW] or, with hash tables, [Muon, AdamW, RowWiseAdam]. config: lr, adam_lr and weight_decay as in `RunConfig`.
 
     Muon's step is scaled to the RMS of an AdamW step (adjust_lr_fn="match_rms_adamw"), so all rates are of one kind. The output
     head is left to AdamW, as in the published Muon.
     """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not model.head}
-    sparse = {id(module.weight) for module in model.modules() if isinstance(module, nn.EmbeddingBag) and module.sparse}
+    hashed = {id(module.weight) for module in model.modules() if isinstance(module, nn.EmbeddingBag)}
     matrices = [p for p in model.parameters() if id(p) in linear]
-    tables = [p for p in model.parameters() if id(p) in sparse]
-    others = [p for p in model.parameters() if id(p) not in linear | sparse]
+    tables = [p for p in model.parameters() if id(p) in hashed]
+    others = [p for p in model.parameters() if id(p) not in linear | hashed]
     optimizers = [
         GroupedMuon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=others[0].device.type in ("cuda", "cpu")),
@@ -79,11 +79,11 @@ def orthogonalize(x_NRC, coefficients, steps, eps):
 
 
 class RowWiseAdam(torch.optim.Optimizer):
-    """Adam for large tables with sparse gradients: only rows that were looked up change, and a row has one second moment.
+    """Adam for lookup tables: only rows that were looked up change, and a row has one second moment.
 
     A row's step is its gradient over the root of the decayed mean of its squared RMS, bias-corrected by the row's own number of
-    updates; there is no first moment and no weight decay. State: two numbers a row, against two a weight of AdamW. Gradients
-    must be sparse and coalesced (`add_gradients` leaves them so).
+    updates; there is no first moment and no weight decay. State: two numbers a row, against two a weight of AdamW; the losses are
+    the same (LOG.md). Gradients are dense, or sparse and coalesced (`add_gradients` leaves them so), with the same updates.
     """
 
     def __init__(self, params, lr=1e-3, beta=0.95, eps=1e-8):
@@ -98,12 +98,18 @@ class RowWiseAdam(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["square"], state["count"] = (torch.zeros(p.shape[0], device=p.device) for _ in range(2))
-                rows, values = p.grad._indices()[0], p.grad._values()
-                count = state["count"][rows] + 1
-                square = torch.lerp(values.square().mean(1), state["square"][rows], group["beta"])
+                rows, values = (p.grad._indices()[0], p.grad._values()) if p.grad.is_sparse else (slice(None), p.grad)
+                mean_square = torch.linalg.vector_norm(values, dim=1).square() / p.shape[1]
+                is_used = mean_square > 0
+                count = state["count"][rows] + is_used
+                square = torch.where(is_used, torch.lerp(mean_square, state["square"][rows], group["beta"]), state["square"][rows])
                 state["count"][rows], state["square"][rows] = count, square
-                rms = (square / (1 - group["beta"] ** count)).sqrt()
-                p.index_add_(0, rows, values * (-group["lr"] / (rms + group["eps"]))[:, None])
+                rms = (square / (1 - group["beta"] ** count.clamp(min=1))).sqrt()
+                step = (-group["lr"] / (rms + group["eps"]))[:, None]
+                if p.grad.is_sparse:
+                    p.index_add_(0, rows, values * step)
+                else:
+                    p.addcmul_(values, step)
 
 
 def add_gradients(model, loss, scaler):

@@ -294,7 +294,8 @@ def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, s
     documents: list of uint8 arrays; is_start: list of bool [N + 1] (the last one for the document's end), or None.
     Documents of up to row_bytes - 1 bytes are scored whole, several to a row (the model keeps them apart). A longer one is
     read in windows of row_bytes ids, half a window apart, and each byte is scored in the first window that holds it: it has
-    at least half a window of context. With a vocabulary other than bytes, documents are arrays of its ids and row_bytes counts ids.
+    at least half a window of context (and the last window may not be full). A window thus begins where it would if the document were
+    still being written. With a vocabulary other than bytes, documents are arrays of its ids and row_bytes counts ids.
     """
     rows, short = [], []
     for number, document in enumerate(documents):
@@ -302,11 +303,12 @@ def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, s
         if inputs <= row_bytes:
             short.append(number)
             continue
-        begins = list(range(0, inputs - row_bytes, max(1, row_bytes // 2))) + [inputs - row_bytes]
         scored_to = 0
-        for begin in begins:
-            rows.append([(number, begin, begin + row_bytes, scored_to)])
-            scored_to = begin + row_bytes
+        for begin in range(0, inputs, max(1, row_bytes // 2)):
+            if scored_to < inputs:
+                end = min(inputs, begin + row_bytes)
+                rows.append([(number, begin, end, scored_to)])
+                scored_to = end
     short.sort(key=lambda number: len(documents[number]), reverse=True)
     low, high = 0, len(short) - 1
     while low <= high:  # the longest that is left, then as many of the shortest as fit

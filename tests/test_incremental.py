@@ -1,0 +1,176 @@
+"""A model read byte by byte gives what a full pass gives: every patching method, prompt length, window edge, document and batch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blt_model import BLTConfig, BLTModel
+from entropy_llm import EntropyConfig, MinimalLLM
+from entropy_patcher import NEEDS_ENTROPIES, EntropyPatcher, OnlineStarts, PatchConfig, patch_starts
+from incremental import CHUNK, IncrementalBLT
+from rows import make_batch
+
+RULES = {
+    "global": dict(entropy_threshold=2.93), "monotonic": dict(entropy_threshold=0.12), "both": dict(entropy_threshold=2.2, monotonic_threshold=0.1),
+    "cumulative": dict(entropy_threshold=9.1), "static": dict(entropy_threshold=4.5), "space": {},
+    "limits": dict(method="global", entropy_threshold=3.03, min_patch_size=2, max_patch_size=7), "never": dict(method="global", entropy_threshold=99.0),
+}  # fmt: skip
+CONFIGS = {
+    "plain": {}, "two encoder layers": dict(encoder_layers=2), "all encoder cross-attentions": dict(encoder_layers=2, cross_attn_all_layers_encoder=True),
+    "one decoder cross-attention, k 1, mean": dict(cross_attn_all_layers_decoder=False, cross_attn_k=1, pooling="mean"),
+    "qk norm, no hashes, widths": dict(qk_norm=True, ngram_sizes=[], decoder_dim=48), "same width": dict(global_dim=64),
+}  # fmt: skip
+TEXT = ("Ein Buch, two books; 3 bücher... " * 40 + "x" * 90 + "日本語 text\n\tand the rest of it. " * 20).encode()
+
+
+def patcher_of(rule):
+    options = {"method": rule, **RULES[rule]}
+    torch.manual_seed(1)
+    entropy_model = MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=2, max_seq_len=9)).eval()
+    with torch.no_grad():
+        entropy_model.head.weight.mul_(3)  # entropies that differ
+    return EntropyPatcher(entropy_model if options["method"] in NEEDS_ENTROPIES else None, PatchConfig(**options))
+
+
+def model_of(name="plain", window=12):
+    torch.manual_seed(0)
+    sizes = dict(encoder_dim=32, global_dim=48, global_layers=2, decoder_dim=32, decoder_layers=2, hash_rows=64, ngram_sizes=[3, 5], cross_attn_k=2, window=window)
+    return BLTModel(BLTConfig(**{**sizes, **CONFIGS[name]})).eval()
+
+
+@torch.no_grad()
+def full_logits(model, patcher, document, begin=0, end=None):
+    """Logits [n, 257] after ids begin to end of a document, by one pass over them."""
+    document = np.frombuffer(document, np.uint8)
+    end = len(document) + 1 if end is None else end
+    ids, starts = np.concatenate(([256], document, [256]))[begin : end + 1], np.concatenate(([True], patcher.starts(document)))[begin : end + 1]
+    starts[:2] = True
+    batch = make_batch([(ids, starts, np.ones(len(ids) - 1, bool))], len(ids) - 1)
+    return model(batch.ids[:, :-1], batch.patch_lengths)[0]
+
+
+def step_logits(reader, document, steps):
+    """Logits after each id of a boundary and a document, read in steps of these sizes (over and over)."""
+    ids, at, out, number = np.concatenate(([256], np.frombuffer(document, np.uint8))).astype(np.int64), 0, [], 0
+    while at < len(ids):
+        n = min(steps[number % len(steps)], len(ids) - at, int(reader.room()[0]))
+        out.append(reader.extend(ids[None, at : at + n])[0])
+        at, number = at + n, number + 1
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("steps", [[1], [3, 1, 20, 64]], ids=["bytes", "pieces"])
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_equal_the_full_pass_for_every_rule(rule, steps):
+    model, patcher, text = model_of(), patcher_of(rule), TEXT[1250:1500]
+    if rule not in ("never", "static", "space"):
+        assert 30 < patcher.starts(text).sum() < 200  # the rule does something here
+    reader = IncrementalBLT(model, patcher)
+    for document in (text, b"", b"a", text[100:130]):  # one after the other in the same row
+        torch.testing.assert_close(step_logits(reader, document, steps), full_logits(model, patcher, document), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_equal_the_full_pass_for_every_model(name):
+    model, patcher, text = model_of(name), patcher_of("limits"), TEXT[:200]
+    got = step_logits(IncrementalBLT(model, patcher), text, [1, 7])
+    torch.testing.assert_close(got, full_logits(model, patcher, text), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1])
+def test_window_edges(window):
+    model, patcher = model_of(window=window), patcher_of("space")
+    got = step_logits(IncrementalBLT(model, patcher), TEXT[:400], [CHUNK, 1, CHUNK])
+    torch.testing.assert_close(got, full_logits(model, patcher, TEXT[:400]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("context", [2, 7, 64, 300])
+def test_a_full_row_begins_anew_with_its_last_half(context):
+    model, patcher, text = model_of(), patcher_of("both"), TEXT[: min(40 * context, 700)]
+    got = step_logits(IncrementalBLT(model, patcher, context_bytes=context), text, [1, 5, 50])
+    scored, wanted = 0, []
+    for begin in range(0, len(text) + 1, context // 2):
+        end = min(begin + context, len(text) + 1)
+        if scored < end:
+            wanted.append(full_logits(model, patcher, text, begin, end)[scored - begin :])
+            scored = end
+    torch.testing.assert_close(got, torch.cat(wanted), atol=1e-4, rtol=0)
+
+
+def test_rows_do_not_meet():
+    model, patcher = model_of(), patcher_of("global")
+    texts = [TEXT[:333], b"", TEXT[50:57], TEXT[1300:1700]]
+    ids = [np.concatenate(([256], np.frombuffer(text, np.uint8))).astype(np.int64) for text in texts]
+    together = IncrementalBLT(model, patcher, n_rows=4, context_bytes=200)
+    logits = together.feed(ids)
+    more = np.array([[97, 98, 99]] * 4)
+    further = together.extend(more, np.array([3, 1, 0, 2]))
+    for row, text in enumerate(ids):
+        alone = IncrementalBLT(model, patcher, context_bytes=200)
+        torch.testing.assert_close(alone.feed([text])[0], logits[row], atol=1e-4, rtol=0)
+        n = [3, 1, 0, 2][row]
+        if n:
+            torch.testing.assert_close(alone.extend(more[:1, :n])[0], further[row, :n], atol=1e-4, rtol=0)
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_ids_taken_back_leave_no_trace(data):
+    rule, text = data.draw(st.sampled_from(sorted(RULES))), TEXT[1000:1120]
+    model, patcher = model_of(window=data.draw(st.sampled_from([3, 12]))), patcher_of(rule)
+    reader = IncrementalBLT(model, patcher)
+    ids = np.concatenate(([256], np.frombuffer(text, np.uint8))).astype(np.int64)
+    at, got = 0, []
+    while at < len(ids):
+        n = data.draw(st.integers(1, 20))
+        keep = min(data.draw(st.integers(1, n)), len(ids) - at)
+        drafted = np.concatenate((ids[at : at + keep], np.full(n - keep, 120)))[None, :n]
+        states, document_length, closes = [], reader.document_length.copy(), []
+        for i in range(n):  # the entropy model reads one by one, as when it drafts
+            close, _ = reader.find_closes(drafted[:, i : i + 1], np.array([1]))
+            closes.append(close)
+            states.append(reader.rule.copy_state())
+        counts = np.array([n])
+        logits = reader.advance(drafted, np.concatenate(closes, axis=1), counts)
+        reader.commit(np.array([keep]))
+        reader.take_back(document_length + keep, states[keep - 1])
+        got.append(logits[0, :keep])
+        at += keep
+    torch.testing.assert_close(torch.cat(got), full_logits(model, patcher, text), atol=1e-4, rtol=0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_online_starts_equal_patch_starts(data):
+    method = data.draw(st.sampled_from(["global", "monotonic", "both", "cumulative", "static", "space"]))
+    threshold = data.draw(st.sampled_from([1.0, 1.5, 2.0, 4.5, 7.3])) if method == "static" else data.draw(st.floats(-1, 3, width=32))
+    low = data.draw(st.integers(1, 4))
+    config = PatchConfig(method, threshold, data.draw(st.floats(-1, 1, width=32)), low, data.draw(st.none() | st.integers(low, 9)))
+    lengths = [data.draw(st.integers(0, 40)) for _ in range(3)]
+    generator = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    texts = [generator.choice(np.frombuffer(b"ab .\x80\xc3\n1", np.uint8), n) for n in lengths]
+    entropies = [generator.gamma(2, 0.5, n + 1).astype(np.float32) for n in lengths]
+    rule, got = OnlineStarts(config, 3), [[], [], []]
+    for place in range(max(lengths) + 1):
+        active = np.array([place <= n for n in lengths])
+        H = np.array([e[place] if a else 9.0 for e, a in zip(entropies, active)], np.float32)
+        last = np.array([t[place - 1] if a and place else 256 for t, a in zip(texts, active)])
+        for row, start in enumerate(rule.step(None if method in ("static", "space") else H, last, active)):
+            got[row] += [start] if active[row] else []
+    for text, e, starts in zip(texts, entropies, got):
+        np.testing.assert_array_equal(starts, patch_starts(e, **config.rule, byte_values=np.append(text, 0)))
+
+
+def test_wrong_use_gets_an_error():
+    model, patcher = model_of(), patcher_of("space")
+    reader = IncrementalBLT(model, patcher)
+    with pytest.raises(ValueError, match="begins with a boundary"):
+        reader.extend(np.array([[97]]))
+    with pytest.raises(ValueError, match="first id of its row"):
+        reader.extend(np.array([[256, 97, 256]]))
+    with pytest.raises(ValueError, match="do not fit"):
+        reader.extend(np.full((1, CHUNK + 1), 97))
+    with pytest.raises(ValueError, match="context_bytes"):
+        IncrementalBLT(model, patcher, context_bytes=1)
