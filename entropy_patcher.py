@@ -306,20 +306,20 @@ def stream_entropies(model, stream, lanes=4, chunk_bytes=1024, precision="fp32",
     state, longest = None, int((finishes - begins).max())
     was_training = model.training
     model.eval()
-    for offset in range(0, longest, chunk_bytes):
-        width = min(chunk_bytes, longest - offset)
-        ids = np.stack([stream.ids(begin + offset, begin + offset + width) for begin in begins])
-        with autocast(device, precision):
+    with autocast(device, precision):  # around the loop: it rounds each weight once
+        for offset in range(0, longest, chunk_bytes):
+            width = min(chunk_bytes, longest - offset)
+            ids = np.stack([stream.ids(begin + offset, begin + offset + width) for begin in begins])
             logits, state = model.stream(torch.from_numpy(ids).to(device), state)
-        H = entropy_of(logits).cpu().numpy()
-        done = 0
-        for lane, (begin, start, finish) in enumerate(zip(begins + offset, starts, finishes)):
-            low, high = max(begin, start), min(begin + width, finish)
-            if low < high:
-                out[low:high] = H[lane, low - begin : high - begin]
-                done += high - low
-        if progress is not None:
-            progress.update(int(done))
+            H = entropy_of(logits).cpu().numpy()
+            done = 0
+            for lane, (begin, start, finish) in enumerate(zip(begins + offset, starts, finishes)):
+                low, high = max(begin, start), min(begin + width, finish)
+                if low < high:
+                    out[low:high] = H[lane, low - begin : high - begin]
+                    done += high - low
+            if progress is not None:
+                progress.update(int(done))
     model.train(was_training)
     return out
 

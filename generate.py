@@ -1,90 +1,287 @@
-"""Continue a text, byte by byte, with a trained BLT.
+"""Continue texts, byte by byte, with a trained BLT.
 
 Reads   an output folder of llm.py or train_blt.py, and the entropy model it was trained with
-Run     python generate.py --model checkpoints --prompt "The history of" [--max_new_bytes 200] [--temperature 0.7]
-Prints  the prompt and its continuation. Every byte is a full pass over the last context_bytes bytes.
+Run     python generate.py --model checkpoints --prompt "The history of" [--max_new_bytes 200] [--temperature 0.7] [--draft_bytes 8]
+        python generate.py --model checkpoints --interactive
+Prints  the prompt and its continuation as it comes; with several prompts, one after the other. Bytes a second go to stderr.
+
+Every byte costs the same: keys, values and patches are kept (`incremental.IncrementalBLT`). --draft_bytes proposes bytes by the entropy
+model, which reads them anyway, and lets one pass of the BLT check them: the same text, sooner (BLT-S, self-speculation).
 """
 
+import codecs
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import BOUNDARY
 from entropy_patcher import to_bytes
+from incremental import CHUNK, IncrementalBLT
 from rows import make_batch
-from training import autocast, check, check_positive, choose_device, choose_precision, run_script
+from training import autocast, check, check_positive, choose_device, run_script
 
 
 @dataclass
-class GenerateConfig:
+class SamplingConfig:
+    temperature: float = 0.0  # 0: always the likeliest byte
+    top_k: int | None = None  # draw from so many likeliest bytes only
+    top_p: float = 1.0  # draw from the likeliest bytes that together have this probability
+    min_p: float = 0.0  # draw from bytes that have this share of the likeliest byte's probability
+    no_repeat_bytes: int | None = None  # no sequence of so many bytes comes twice in a text, its prompt included
+    stop: list[str] = field(default_factory=list)  # end before any of these strings
+    context_bytes: int | None = None  # ids in a row of the model; a full one begins anew with its last half
+    seed: int = 1337  # of the sampling; row i of a batch has seed + i
+
+    def __post_init__(self):
+        check_positive(self, "top_k", "no_repeat_bytes")
+        check(self, "temperature", self.temperature >= 0, "0 or more")
+        check(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        check(self, "min_p", 0 <= self.min_p < 1, "from 0 to below 1")
+        check(self, "stop", all(self.stop), "strings that are not empty")
+        check(self, "context_bytes", self.context_bytes is None or self.context_bytes >= 2, "2 or more")
+
+
+@dataclass
+class GenerateConfig(SamplingConfig):
     model: str = "checkpoints"  # output folder of llm.py or train_blt.py
-    prompt: str = ""  # text to continue; empty: a new document
+    prompt: list[str] = field(default_factory=lambda: [""])  # texts to continue; empty: a new document
+    prompt_file: str | None = None  # a file whose bytes are the prompt
+    interactive: bool = False  # continue each line of the standard input
     max_new_bytes: int = 200  # bytes to add, fewer if the model ends the document
     temperature: float = 0.7  # 0: always the likeliest byte
-    top_p: float = 1.0  # keep the likeliest bytes that together have this probability
-    context_bytes: int = 2048  # bytes that the model sees
-    seed: int = 1337  # of the sampling
+    draft_bytes: int = 0  # bytes that the entropy model proposes for one pass of the BLT; 0: none
+    draft_confidence: float = 0.6  # probability below which a proposal is not made
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
     def __post_init__(self):
+        super().__post_init__()
         check_positive(self, "max_new_bytes")
-        check_sampling(self)
+        check(self, "draft_bytes", 0 <= self.draft_bytes < CHUNK, f"from 0 to {CHUNK - 1}")
+        check(self, "draft_confidence", 0 <= self.draft_confidence <= 1, "from 0 to 1")
 
 
-def check_sampling(config):
-    """Raise ValueError unless temperature, top_p and context_bytes make sense."""
-    check(config, "temperature", config.temperature >= 0, "0 or more")
-    check(config, "top_p", 0 < config.top_p <= 1, "above 0 and at most 1")
-    check(config, "context_bytes", config.context_bytes >= 2, "2 or more")
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing a byte
 
 
-@torch.no_grad()
-def generate(model, patcher, prompt, max_new_bytes, temperature=0.0, top_p=1.0, context_bytes=2048, seed=0, precision="fp32"):
-    """Continue a prompt by up to max_new_bytes bytes, until the model ends the document. Returns the new bytes.
+class Chooser:
+    """Chooses the next id of one row, and knows when its text is over."""
 
-    temperature 0 takes the likeliest byte; otherwise probabilities ** (1 / temperature) are drawn from, among the likeliest
-    bytes that together reach top_p. Patches are made by the patcher from what stands before, as in training.
+    def __init__(self, prompt, max_new_bytes, config, row=0):
+        self.config, self.text, self.begin, self.end = config, bytearray(prompt), len(prompt), len(prompt) + max_new_bytes
+        self.random = np.random.default_rng(config.seed + row)
+        self.stops = [stop.encode("utf-8", "surrogateescape") for stop in config.stop]
+        self.is_over, self.followers = False, {}
+        n = config.no_repeat_bytes
+        for i in range(len(prompt) - n + 1 if n else 0):
+            self._remember(i + n)
+
+    def _remember(self, end):
+        n = self.config.no_repeat_bytes
+        self.followers.setdefault(bytes(self.text[end - n : end - 1]), []).append(self.text[end - 1])
+
+    def choose(self, logits_V):
+        """The id to go on with, and the text with it; float logits [257]. One random number a byte, whatever the settings."""
+        c, draw = self.config, self.random.random()
+        if c.no_repeat_bytes:
+            forbidden = self.followers.get(bytes(self.text[max(0, len(self.text) - c.no_repeat_bytes + 1) :]), [])
+            logits_V = logits_V.copy()
+            logits_V[forbidden] = -np.inf
+        choice = int(logits_V.argmax()) if c.temperature == 0 else self._sample(logits_V, draw)
+        if choice == BOUNDARY:
+            self.is_over = True
+            return choice
+        self.text.append(choice)
+        if c.no_repeat_bytes and len(self.text) >= c.no_repeat_bytes:
+            self._remember(len(self.text))
+        self.is_over = len(self.text) >= self.end
+        for stop in self.stops:
+            if self.text.endswith(stop) and len(self.text) - len(stop) >= self.begin:
+                del self.text[len(self.text) - len(stop) :]
+                self.is_over = True
+                break
+        return choice
+
+    def _sample(self, logits_V, draw):
+        c = self.config
+        order = np.argsort(-logits_V, kind="stable")
+        p = np.exp((logits_V[order].astype(np.float64) - logits_V[order[0]]) / c.temperature)
+        p /= p.sum()
+        keep = (np.cumsum(p) - p < c.top_p) & (p >= c.min_p * p[0])
+        if c.top_k is not None:
+            keep[c.top_k :] = False
+        total = np.cumsum(np.where(keep, p, 0.0))
+        return int(order[min(np.searchsorted(total, draw * total[-1], side="right"), keep.nonzero()[0][-1])])
+
+    def settled(self):
+        """New bytes that no stop string can take away any more."""
+        return bytes(self.text[self.begin :] if self.is_over else self.text[self.begin : len(self.text) - max(map(len, self.stops), default=1) + 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def generate(model, patcher, prompt, max_new_bytes, *, precision="fp32", cached=True, draft_bytes=0, draft_confidence=0.6, **sampling):
+    """Continue a prompt by up to max_new_bytes bytes, until the model ends the document or a stop string comes. Returns the new bytes.
+
+    prompt: whatever `to_bytes` takes; or a list of such prompts, for a list of continuations, each as it would be alone.
+    sampling: fields of `SamplingConfig`. cached=False makes every byte by a full pass: slow, with the same greedy result in fp32.
+    draft_bytes: self-speculation as in `Writer`. Patches are made by the patcher from what stands before, as in training.
     """
-    if not patcher.is_causal:
-        raise ValueError(f"patch method {patcher.config.method!r} looks ahead and cannot generate")
-    device = next(model.parameters()).device
+    is_batch = isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], (int, np.integer)))
+    prompts = [to_bytes(p).tobytes() for p in (prompt if is_batch else [prompt])]
+    if not prompts:
+        return []
     was_training = model.training
     model.eval()
-    generator = torch.Generator().manual_seed(seed)
-    text = bytearray(to_bytes(prompt).tobytes())
-    length = len(text)
-    while len(text) < length + max_new_bytes:
-        with autocast(device, precision):
-            logits_V = _next_logits(model, patcher, text, context_bytes, device)
-        choice = _choose(logits_V, temperature, top_p, generator)
-        if choice == BOUNDARY:
-            break
-        text.append(choice)
+    writer = Writer(model, patcher, prompts, max_new_bytes, SamplingConfig(**sampling), precision, cached, draft_bytes, draft_confidence)
+    for _ in writer.steps():
+        pass
     model.train(was_training)
-    return bytes(text[length:])
+    new = [chooser.settled() for chooser in writer.choosers]
+    return new if is_batch else new[0]
 
 
-def _next_logits(model, patcher, text, context_bytes, device):
-    """Logits [257] of what follows the text: one row of its last context_bytes ids, patched as the whole text is."""
-    document = np.frombuffer(bytes(text), dtype=np.uint8)
-    ids = np.concatenate(([BOUNDARY], document, [BOUNDARY]))  # the last id is a target, of which nothing is read
-    is_start = np.concatenate(([True], patcher.starts(document)))
-    begin = max(0, len(document) + 1 - context_bytes)
-    ids, is_start = ids[begin:], is_start[begin:].copy()
-    is_start[:2] = True
-    batch = make_batch([(ids, is_start, np.ones(len(ids) - 1, dtype=bool))], len(ids) - 1).to(device)
-    return model(batch.ids[:, :-1], batch.patch_lengths)[0, -1].float().cpu()
+class Writer:
+    """Continues prompts side by side. `for _ in writer.steps()` lets each row grow by a byte, or with drafts by several.
+
+    choosers[row].settled() is what row has so far. With drafts, the entropy model goes on alone for up to draft_bytes bytes, as
+    long as its likeliest byte has at least draft_confidence; one pass of the BLT over all of them then says how many it would have
+    chosen itself, and what comes next. drafted, accepted, passes: counts of proposals, of those kept and of the BLT's passes.
+    """
+
+    def __init__(self, model, patcher, prompts, max_new_bytes, config, precision="fp32", cached=True, draft_bytes=0, draft_confidence=0.6):
+        if not patcher.is_causal:
+            raise ValueError(f"patch method {patcher.config.method!r} looks ahead and cannot generate")
+        reader_class = IncrementalBLT if cached else FullPass
+        self.reader = reader_class(model, patcher, len(prompts), config.context_bytes, precision)
+        if draft_bytes and (not cached or self.reader.entropy_model is None):
+            raise ValueError("drafts come from the entropy model's cached steps; use draft_bytes=0 with cached=False or static or space patches")
+        self.choosers = [Chooser(prompt, max_new_bytes, config, row) for row, prompt in enumerate(prompts)]
+        self.prompts, self.draft_bytes, self.draft_confidence = prompts, draft_bytes, draft_confidence
+        self.drafted = self.accepted = self.passes = 0
+
+    def steps(self):
+        """Yields after each pass of the BLT, until all rows are over."""
+        ids = [np.concatenate(([BOUNDARY], np.frombuffer(prompt, np.uint8))).astype(np.int64) for prompt in self.prompts]
+        logits = self.reader.feed(ids).float().cpu().numpy()
+        nexts = np.array([chooser.choose(row_logits) for chooser, row_logits in zip(self.choosers, logits)])
+        yield
+        while not all(chooser.is_over for chooser in self.choosers):
+            is_open = np.array([not chooser.is_over for chooser in self.choosers])
+            nexts = self._with_drafts(nexts, is_open) if self.draft_bytes else self._one_byte(nexts, is_open)
+            self.passes += 1
+            yield
+
+    def _one_byte(self, nexts, is_open):
+        logits = self.reader.extend(np.where(is_open, nexts, 0)[:, None], is_open.astype(np.int64))[:, 0].float().cpu().numpy()
+        return np.array([chooser.choose(logits[row]) if is_open[row] else 0 for row, chooser in enumerate(self.choosers)])
+
+    def _with_drafts(self, nexts, is_open):
+        reader, before, rows = self.reader, self.reader.document_length, np.arange(len(nexts))
+        most = np.minimum(reader.room(), 1 + self.draft_bytes)
+        ids, closes, states = [np.where(is_open, nexts, 0)], [], []
+        drafting, counts = is_open, np.zeros(len(nexts), np.int64)
+        while drafting.any():
+            close, logits = reader.find_closes(ids[-1][:, None], drafting.astype(np.int64))
+            closes.append(close)
+            states.append(reader.rule.copy_state())
+            counts = counts + drafting
+            probability, draft = logits[:, 0].float().softmax(-1).max(-1)
+            drafting = drafting & (counts < most) & (probability.cpu().numpy() >= self.draft_confidence)
+            ids.append(draft.cpu().numpy())
+        ids, closes = np.stack(ids[: len(closes)], axis=1), np.concatenate(closes, axis=1)
+        logits = reader.advance(ids, closes, counts).float().cpu().numpy()
+        kept, chosen = counts.copy(), np.zeros(len(nexts), np.int64)
+        for row in np.flatnonzero(is_open):
+            for i in range(counts[row]):
+                chosen[row] = self.choosers[row].choose(logits[row, i])
+                if self.choosers[row].is_over or i + 1 == counts[row] or chosen[row] != ids[row, i + 1]:
+                    kept[row] = i + 1
+                    break
+        reader.commit(kept)
+        states = {name: np.stack([state[name] for state in states])[np.maximum(kept, 1) - 1, rows] for name in states[0]}
+        reader.take_back(before + kept, states)
+        self.drafted += int((counts - is_open).sum())
+        self.accepted += int((kept - is_open).sum())
+        return chosen
 
 
-def _choose(logits_V, temperature, top_p, generator):
-    """The id to go on with."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    probabilities, order = (logits_V / temperature).softmax(-1).sort(descending=True)
-    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+class FullPass:
+    """Stands in for `IncrementalBLT`: every step is a full pass over each row. What the cached steps are tested against."""
+
+    entropy_model = None
+
+    def __init__(self, model, patcher, n_rows, context_bytes, precision):
+        self.model, self.patcher, self.context_bytes, self.precision = model, patcher, context_bytes, precision
+        self.texts = [bytearray() for _ in range(n_rows)]
+
+    def feed(self, texts):
+        for row, ids in enumerate(texts):
+            self.texts[row] += bytes(ids[1:].astype(np.uint8))
+        return torch.stack([self._next_logits(row) for row in range(len(texts))])
+
+    def extend(self, ids_BN, counts_B):
+        for row in np.flatnonzero(counts_B):
+            self.texts[row].append(int(ids_BN[row, 0]))
+        nothing = torch.zeros(self.model.n_classes)
+        return torch.stack([self._next_logits(row) if count else nothing for row, count in enumerate(counts_B)])[:, None]
+
+    @torch.no_grad()
+    def _next_logits(self, row):
+        """Logits [257] of what follows a row: one row of its ids, patched as the whole text is; a full one begins half a context later."""
+        document, device = np.frombuffer(bytes(self.texts[row]), dtype=np.uint8), next(self.model.parameters()).device
+        ids = np.concatenate(([BOUNDARY], document, [BOUNDARY]))  # the last id is a target, of which nothing is read
+        is_start = np.concatenate(([True], self.patcher.starts(document)))
+        begin, context = 0, self.context_bytes or len(ids)
+        while len(document) + 1 - begin > context:
+            begin += max(1, context // 2)
+        ids, is_start = ids[begin:], is_start[begin:].copy()
+        is_start[:2] = True
+        batch = make_batch([(ids, is_start, np.ones(len(ids) - 1, dtype=bool))], len(ids) - 1).to(device)
+        with autocast(device, self.precision):
+            return self.model(batch.ids[:, :-1], batch.patch_lengths)[0, -1].float().cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def continue_and_print(model, patcher, prompts, config, context_bytes):
+    """Write the continuations to the standard output, a single one while it is being made, and the speed to stderr."""
+    sampling = SamplingConfig(
+        config.temperature, config.top_k, config.top_p, config.min_p, config.no_repeat_bytes, config.stop, context_bytes, config.seed
+    )  # fmt: skip
+    tick = time.perf_counter()
+    writer = Writer(model, patcher, prompts, config.max_new_bytes, sampling, draft_bytes=config.draft_bytes, draft_confidence=config.draft_confidence)
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
+    shown = [prompt.decode(errors="replace") for prompt in prompts]
+    if len(prompts) == 1:
+        sys.stdout.write(shown[0])
+    done = 0
+    for number, _ in enumerate(writer.steps()):
+        if number == 0:
+            begin = time.perf_counter()
+        if len(prompts) == 1:
+            new = writer.choosers[0].settled()
+            sys.stdout.write(decoders[0].decode(new[done:]))
+            sys.stdout.flush()
+            done = len(new)
+    for chooser, decoder, prompt in zip(writer.choosers, decoders, shown):
+        if len(prompts) == 1:
+            sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+        else:
+            sys.stdout.write(prompt + decoder.decode(chooser.settled(), final=True) + "\n\n")
+    new_bytes, seconds = sum(len(chooser.settled()) for chooser in writer.choosers), time.perf_counter() - begin
+    drafts = ""
+    if config.draft_bytes:
+        drafts = f" | {writer.accepted / max(1, writer.drafted):.0%} of {writer.drafted} drafts accepted, {new_bytes / max(1, writer.passes):.2f} bytes a pass"
+    print(f"{new_bytes} bytes, {new_bytes / max(seconds, 1e-9):.0f} a second after {begin - tick:.2f} s for the prompt{drafts}", file=sys.stderr)
 
 
 def main(config):
@@ -92,14 +289,22 @@ def main(config):
     from train_blt import load_blt
 
     device = choose_device(config.device)
-    model, patcher, _ = load_blt(config.model, device)
-    new = generate(
-        model, patcher, config.prompt.encode("utf-8", "surrogateescape"), config.max_new_bytes, config.temperature, config.top_p,
-        config.context_bytes, config.seed, choose_precision("auto", device),
-    )  # fmt: skip
-    sys.stdout.write(config.prompt)
-    sys.stdout.flush()
-    sys.stdout.buffer.write(new + b"\n")
+    model, patcher, record = load_blt(config.model, device)
+    patcher.precision = "fp32"
+    context_bytes = config.context_bytes or record["settings"]["row_bytes"]  # no longer rows than those it was trained on
+    if config.interactive:
+        print("a line is a prompt; an empty one ends", file=sys.stderr)
+        for line in sys.stdin:
+            if not line.strip("\n"):
+                return
+            continue_and_print(model, patcher, [line.rstrip("\n").encode("utf-8", "surrogateescape")], config, context_bytes)
+        return
+    prompts = [prompt.encode("utf-8", "surrogateescape") for prompt in config.prompt]
+    if config.prompt_file is not None:
+        if not Path(config.prompt_file).is_file():
+            raise FileNotFoundError(f"{config.prompt_file} not found: --prompt_file takes a file to continue")
+        prompts = [Path(config.prompt_file).read_bytes()]
+    continue_and_print(model, patcher, prompts, config, context_bytes)
 
 
 if __name__ == "__main__":
