@@ -20,7 +20,7 @@ import torch
 
 from data import BOUNDARY
 from entropy_patcher import to_bytes
-from incremental import CHUNK, IncrementalBLT
+from incremental import CHUNK, IncrementalBLT, threads_for
 from rows import make_batch
 from training import autocast, check, check_positive, choose_device, run_script
 
@@ -140,8 +140,9 @@ def generate(model, patcher, prompt, max_new_bytes, *, precision="fp32", cached=
     was_training = model.training
     model.eval()
     writer = Writer(model, patcher, prompts, max_new_bytes, SamplingConfig(**sampling), precision, cached, draft_bytes, draft_confidence)
-    for _ in writer.steps():
-        pass
+    with threads_for(len(prompts)):
+        for _ in writer.steps():
+            pass
     model.train(was_training)
     new = [chooser.settled() for chooser in writer.choosers]
     return new if is_batch else new[0]
@@ -252,7 +253,7 @@ class FullPass:
 # The script
 
 
-def continue_and_print(model, patcher, prompts, config, context_bytes):
+def write_and_print(model, patcher, prompts, config, context_bytes):
     """Write the continuations to the standard output, a single one while it is being made, and the speed to stderr."""
     sampling = SamplingConfig(
         config.temperature, config.top_k, config.top_p, config.min_p, config.no_repeat_bytes, config.stop, context_bytes, config.seed
@@ -292,19 +293,23 @@ def main(config):
     model, patcher, record = load_blt(config.model, device)
     patcher.precision = "fp32"
     context_bytes = config.context_bytes or record["settings"]["row_bytes"]  # no longer rows than those it was trained on
+    def continue_and_print(prompts):
+        with threads_for(len(prompts)):
+            write_and_print(model, patcher, prompts, config, context_bytes)
+
     if config.interactive:
         print("a line is a prompt; an empty one ends", file=sys.stderr)
         for line in sys.stdin:
             if not line.strip("\n"):
                 return
-            continue_and_print(model, patcher, [line.rstrip("\n").encode("utf-8", "surrogateescape")], config, context_bytes)
+            continue_and_print([line.rstrip("\n").encode("utf-8", "surrogateescape")])
         return
     prompts = [prompt.encode("utf-8", "surrogateescape") for prompt in config.prompt]
     if config.prompt_file is not None:
         if not Path(config.prompt_file).is_file():
             raise FileNotFoundError(f"{config.prompt_file} not found: --prompt_file takes a file to continue")
         prompts = [Path(config.prompt_file).read_bytes()]
-    continue_and_print(model, patcher, prompts, config, context_bytes)
+    continue_and_print(prompts)
 
 
 if __name__ == "__main__":

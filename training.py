@@ -122,7 +122,8 @@ def check_positive(config, *names):
 def parse_config(config_class, description, presets=None, argv=None):
     """Read a config from the command line: the dataclass's values, then presets, then flags.
 
-    Every field is a flag, and the comment at the end of its line is its help. presets: {name: {field: value}}.
+    Every field is a flag, and the comment at the end of its line is its help. presets: {name: {field: value}}. The field that
+    a config class names as its POSITIONAL may be given first, without its flag.
     """
     from transformers import HfArgumentParser
 
@@ -139,6 +140,8 @@ def parse_config(config_class, description, presets=None, argv=None):
         if action.dest == "preset":
             action.help += f"; one or more of: {', '.join(presets) or 'none here'}"
     argv = sys.argv[1:] if argv is None else argv
+    if hasattr(config_class, "POSITIONAL") and argv and not argv[0].startswith("-"):
+        argv = [f"--{config_class.POSITIONAL}", *argv]
     chosen = parser.parse_known_args(argv)[0]
     names = (["quick_demo"] if getattr(chosen, "quick_demo", False) else []) + (getattr(chosen, "preset", None) or [])
     for name in names:
