@@ -18,7 +18,7 @@ import torch
 from blt_model import Segments
 from data import BOUNDARY
 from entropy_patcher import NEEDS_ENTROPIES, OnlineStarts, entropy_of
-from layers import rotary_angles, rotate
+from layers import rotary_turns, rotate
 from training import autocast
 
 CHUNK = 128  # ids that a row reads in one step, at most
@@ -64,7 +64,7 @@ class CachePlan:
         begins = torch.from_numpy(begins_B).to(device)
         positions_BN = begins[:, None] + torch.arange(N, device=device)
         self.caches, self.rows = caches, rows
-        self.cos, self.sin = (x.unflatten(0, positions_BN.shape) for x in rotary_angles(positions_BN.flatten(), caches.head_dim, caches.theta))
+        self.turns = rotary_turns(positions_BN.flatten(), caches.head_dim, caches.theta).unflatten(0, positions_BN.shape)
         S, heads = caches.slots, torch.arange(caches.n_heads, device=device)
         numbers = torch.arange(len(begins_B), device=device) if rows is None else rows
         self.places_BNH = (numbers[:, None, None] * caches.n_heads + heads) * S + (positions_BN % S)[..., None]
@@ -79,7 +79,7 @@ class CachePlan:
 
     def attend(self, q_BNHK, k_BNHK, v_BNHK, past, dropout=0.0):
         """Keep the new keys and values and attend to all that is visible. Nothing is dropped: this is not for training."""
-        q, k = rotate(q_BNHK, self.cos, self.sin), rotate(k_BNHK, self.cos, self.sin)
+        q, k = rotate(q_BNHK, self.turns), rotate(k_BNHK, self.turns)
         caches = self.caches
         if caches.layers[past] is None:
             shape = (caches.n_rows, caches.n_heads, caches.slots, caches.head_dim)

@@ -216,7 +216,7 @@ def test_every_way_of_attention_equals_a_dense_mask(way, T, window):
     q, k, v = (torch.randn(B, T, H, K, requires_grad=True) for _ in range(3))
     documents = torch.cat((torch.zeros(B, T // 3), torch.ones(B, T - T // 3)), 1).long()
     plan = CausalPlan(documents, K, 100.0, window)
-    q_rotated, k_rotated = (rotate(x, plan.cos, plan.sin) for x in (q, k))
+    q_rotated, k_rotated = (rotate(x, plan.turns) for x in (q, k))
     if way == "bands":
         got = plan.attend(q, k, v)
         assert T < 300 or len(plan.bands) > 1
@@ -252,7 +252,7 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
                 out.append(plan.attend(*(x[:, first:last] for x in (q, k, v)), past))
             else:
                 keys, values = (torch.cat((old, x[:, first:last]), 1) for old, x in zip(past, (k, v)))
-                rotated = rotate(q[:, first:last], plan.cos[carry:], plan.sin[carry:]), rotate(keys, plan.cos, plan.sin)
+                rotated = rotate(q[:, first:last], plan.turns[carry:]), rotate(keys, plan.turns)
                 out.append(Blocks(plan.documents, window, past_documents).attend(*rotated, values, 0.0))
         past = tuple(torch.cat((old, x[:, first:last]), 1)[:, last - first :] for old, x in zip(past, (k, v)))
         past_documents = torch.cat((past_documents, documents[:, first:last]), 1)[:, last - first :]
