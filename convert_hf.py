@@ -34,6 +34,7 @@ Where transformers differs:
 import gc
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +44,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, BltConfig, BltForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from blt_model import BLTConfig, BLTModel, uninitialized
 from data import BOUNDARY
@@ -494,7 +496,7 @@ def open_hf_model(source, dtype="auto"):
 
     (from_pretrained itself fills weights that the file lacks with random numbers.)
     """
-    if not Path(source).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise FileNotFoundError(f"{source} not found; give a folder that transformers can open, or an id like itazap/blt-1b-hf")
     try:
         config = AutoConfig.from_pretrained(source)
@@ -503,7 +505,8 @@ def open_hf_model(source, dtype="auto"):
         hf_model, report = BltForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"transformers cannot open {source!r} as a BLT: {reason}") from None
+        where = "" if Path(source).exists() else "; there is no such folder here, so it was taken for a Hugging Face id"
+        raise ValueError(f"transformers cannot open {str(source)!r} as a BLT: {reason}{where}") from None
     wrong = {what: sorted(map(str, report[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[what]}
     if wrong:
         raise ValueError(f"the weights of {source} are not those of its config: " + "; ".join(f"{what} {keys[:5]}" for what, keys in wrong.items()))
@@ -530,6 +533,8 @@ def compare(folder, hf_folder):
 
 
 def main(config):
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if config.from_hf is None:
         record = write_for_transformers(config.to_hf, config.output, config.dtype, config.without_patcher)
         ours, theirs, files = config.to_hf, config.output, "model.safetensors, config.json, generation_config.json, tokenizer, convert_hf.json"
