@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BltConfig, BltForCausalLM
+from transformers import AutoConfig, AutoTokenizer, BltConfig, BltForCausalLM
 
 import blt_model
 import llm
@@ -717,7 +717,6 @@ def test_a_rule_that_transformers_lacks_goes_without_patcher(ours, tmp_path, tra
 
 
 def test_mistakes_say_what_to_do(ours, round_trip, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for settings, words in (
         (dict(), "give either --to_hf"),
         (dict(to_hf="a", from_hf="b"), "give either --to_hf"),
@@ -731,7 +730,6 @@ def test_mistakes_say_what_to_do(ours, round_trip, tmp_path, monkeypatch):
     for settings, words in (
         (dict(to_hf="nowhere"), "nowhere/model.json not found"),
         (dict(from_hf="./nowhere"), "not found; give a folder"),
-        (dict(from_hf="no_such/model"), "cannot open 'no_such/model'.*taken for a Hugging Face id"),
         (dict(from_hf=str(ours)), "transformers cannot open"),
         (dict(from_hf=str(round_trip[0]), output=str(ours)), "was trained there"),
     ):
@@ -745,6 +743,13 @@ def test_mistakes_say_what_to_do(ours, round_trip, tmp_path, monkeypatch):
     save_file(state, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="missing_keys.*lm_head.weight"):
         write_from_transformers(tmp_path / "theirs", out)
+
+    def offline(source):
+        raise OSError(f"no network to find {source}\nand more lines")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
+    with pytest.raises(ValueError, match="cannot open 'no_such/model' as a BLT: no network to find no_such/model; .* taken for a Hugging Face id"):
+        write_from_transformers("no_such/model", out)
     assert not Path(out).exists()
 
 
