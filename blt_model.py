@@ -159,7 +159,12 @@ class HashEmbedding(nn.Module):
         super().__init__()
         self.sizes, self.rows = tuple(sizes), rows
         self.tables = nn.EmbeddingBag(len(self.sizes) * rows, dim, mode="sum", sparse=rows > DENSE_HASH_ROWS)
-        self.register_buffer("first_row", torch.arange(len(self.sizes)) * rows, persistent=False)
+        self.register_buffer("first_row", None, persistent=False)
+        self.number_rows()
+
+    def number_rows(self):
+        """Set the place of each size's first row in the common weight; on the weight's device."""
+        self.first_row = torch.arange(len(self.sizes), device=self.tables.weight.device) * self.rows
 
     def forward(self, ids_BT, documents_BT):
         indices = hash_ngrams(ids_BT, documents_BT, self.sizes, self.rows) + self.first_row
@@ -440,3 +445,18 @@ class BLTModel(nn.Module):
             "latent": count(self.latent),
             "decoder": count(self.decoder) + count(self.head),
         }
+
+
+def uninitialized(config, device="cpu", dtype=torch.float32):
+    """A `BLTModel` whose weights are about to be read: nothing is drawn at random (a minute for 4.6 billion parameters, twice their memory in bf16).
+
+    Load all weights before use; until then they are whatever was in memory.
+    """
+    with torch.device("meta"):
+        model = BLTModel(config)
+    model = model.to(dtype).to_empty(device=device)
+    for name, _ in model.named_buffers():
+        assert name == "encoder.hash_embedding.first_row", f"{name} would stay unset"
+    if model.encoder.hash_embedding is not None:
+        model.encoder.hash_embedding.number_rows()
+    return model

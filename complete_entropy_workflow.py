@@ -36,6 +36,8 @@ class WorkflowConfig(BLTRunConfig):
         allowed = ("global", "monotonic", "both", "cumulative", "space", "static")
         check(self, "methods", bool(self.methods) and set(self.methods) <= set(allowed), "some of " + ", ".join(allowed))
         check(self, "entropy_preset", self.entropy_preset in entropy_llm.PRESETS, "one of " + ", ".join(entropy_llm.PRESETS))
+        if self.init_from is not None:
+            raise ValueError("the workflow compares patching methods from the start; --init_from is for train_blt.py, llm.py and llm_large.py")
         if self.patch_method is not None:
             raise ValueError("the workflow compares patching methods; use --methods instead of --patch_method")
 

@@ -1,11 +1,21 @@
-"""Convert models to transformers' BltForCausalLM and back, in memory: the same weights, the same logits.
+"""Convert models to transformers' BltForCausalLM and back: the same weights, the same logits.
+
+Reads   --to_hf: an output folder of llm.py or train_blt.py; --from_hf: a folder of transformers, or the id of one on the Hugging Face hub
+Writes  --to_hf, in hf_model/: model.safetensors, config.json, generation_config.json, the tokenizer's files, convert_hf.json (what was converted);
+        --from_hf, in checkpoints_from_hf/: best.pt, model.json, entropy_model.pth and .json, for generate.py, evaluation and --init_from
+Run     python convert_hf.py --to_hf checkpoints [--output hf_model] [--without_patcher] [--dtype bf16]
+        python convert_hf.py --from_hf itazap/blt-1b-hf [--output checkpoints_from_hf] [--patches_of checkpoints]
+Next    docs/transformers.md: which of transformers' settings to use. Seconds for a model of 15M parameters; memory: about twice the weights.
+
+As a library, in memory:
 
     from_transformers(hf_model)                            BltForCausalLM -> BLTModel
     entropy_model_from_transformers(hf_model)              its patcher -> MinimalLLM
     to_transformers(model, entropy_model, patch_config)    BLTModel, MinimalLLM, PatchConfig -> BltForCausalLM
+    hf_inputs(patcher, text)                               ids and patches of a text, as transformers takes them
+    make_tokenizer()                                       str -> those ids, and back
 
-To write the result: `BltForCausalLM.save_pretrained`. A conversion copies every weight just once, and raises ValueError for
-what the other side cannot express.
+A conversion copies every weight just once, and raises ValueError for what the other side cannot express.
 
 Ids. transformers numbers byte b as b + 4; before it stand 0 (filler), 1 (beginning), 2 (end) and 3 (BPE delimiter). Our boundary,
 256, is their 1 as an input and their 2 as a class: `to_hf_ids(ids)` are their inputs, `logits[..., OUTPUT_ROWS]` our logits.
@@ -21,15 +31,56 @@ Where transformers differs:
 - Dropout stands at other places. The rate is copied; it matters in training only.
 """
 
-import torch
-from transformers import BltConfig, BltForCausalLM
+import gc
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
 
-from blt_model import BLTConfig, BLTModel
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, BltConfig, BltForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from blt_model import BLTConfig, BLTModel, uninitialized
 from data import BOUNDARY
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import PatchConfig
+from entropy_patcher import NEEDS_ENTROPIES, PatchConfig, to_bytes
 from layers import feed_forward_width
+from save_entropy_model import model_hash, save_entropy_model
+from train_blt import entropy_model_of, load_blt, read_record
+from training import check, git_commit, run_script, save_weights, write_aside, write_json
 
+
+@dataclass
+class ConvertConfig:
+    to_hf: str | None = None  # output folder of llm.py or train_blt.py to convert for transformers
+    from_hf: str | None = None  # or: folder of transformers, or Hugging Face id, to convert for this project
+    output: str | None = None  # folder to write; None: hf_model or checkpoints_from_hf
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"  # of the weights written; keep: as they are (an entropy model for this project: fp32)
+    without_patcher: bool = False  # to_hf: leave the entropy model out; transformers must then be given patch_lengths
+    patches_of: str | None = None  # from_hf: rule and entropy model of this output folder instead of the patcher's
+    check: Literal["auto", "yes", "no"] = "auto"  # compare the logits of both (takes both in fp32 at once); auto: up to 1 billion parameters
+
+    def __post_init__(self):
+        if (self.to_hf is None) == (self.from_hf is None):
+            raise ValueError("give either --to_hf (a folder of llm.py or train_blt.py) or --from_hf (a folder of transformers, or a Hugging Face id)")
+        if self.from_hf is None and self.patches_of is not None:
+            raise ValueError("patches_of goes with --from_hf")
+        if self.to_hf is None and self.without_patcher:
+            raise ValueError("without_patcher goes with --to_hf; to take other patches than a patcher's: --patches_of")
+        check(self, "dtype", self.dtype in DTYPES, "one of " + ", ".join(DTYPES))
+        check(self, "check", self.check in ("auto", "yes", "no"), "auto, yes or no")
+        self.output = self.output or ("hf_model" if self.from_hf is None else "checkpoints_from_hf")
+
+
+DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHECKED_SIZE = 1_000_000_000  # parameters up to which check=auto compares logits
+CHECK_TEXT = ("Bytes in, patches through the large transformer, bytes out. " * 3 + "In 2024 the paper (arXiv 2412.09871) said: naïve Ω, 漢字, 🙂.\n").encode()
 HF_IDS, HF_FIRST_BYTE, HF_BEGIN, HF_END = 260, 4, 1, 2
 BYTE_ROWS = list(range(HF_FIRST_BYTE, HF_IDS))  # those of the bytes
 INPUT_ROWS = [*BYTE_ROWS, HF_BEGIN]  # transformers' embedding row of each of our ids
@@ -64,7 +115,11 @@ def from_transformers(hf_model):
     released code the same vectors are refined).
     """
     config = _blt_config(hf_model.config)
-    return _filled(BLTModel(config), _our_weights(hf_model, _weight_names(config), of_patcher=False))
+    weights = _our_weights(hf_model, _weight_names(config), of_patcher=False)
+    device, dtype = _kind(weights)
+    model = uninitialized(config, device, dtype)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def entropy_model_from_transformers(hf_model):
@@ -113,6 +168,14 @@ def to_transformers(model, entropy_model=None, patch_config=None):
     of different widths, cross-attention after several encoder layers (it pools anew at each), rules other than global,
     min_patch_size, and max_patch_size (it splits without the next byte, so the patches of a prefix differ).
     """
+    config, weights = hf_config_and_weights(model, entropy_model, patch_config)
+    hf_model = _filled(BltForCausalLM(config), weights)
+    hf_model.generation_config.suppress_tokens = UNKNOWN_CLASSES
+    return hf_model
+
+
+def hf_config_and_weights(model, entropy_model=None, patch_config=None):
+    """What `to_transformers` makes its model of: (BltConfig, {name: weight}). All but the widened rows are the model's own memory."""
     config = model.config
     _need(config, "qk_norm", False)
     _need(config, "pooling", "max")
@@ -124,18 +187,17 @@ def to_transformers(model, entropy_model=None, patch_config=None):
     if entropy_model is None and patch_config is not None:
         raise ValueError("patch_config is given, but no entropy_model to find patches by")
     patch_config = patch_config or PatchConfig()
-    _need(patch_config, "method", "global")
-    _need(patch_config, "min_patch_size", 1)
-    _need(patch_config, "max_patch_size", None)
+    advice = " (a rule that transformers lacks can stay outside: --without_patcher, or no entropy_model)"
+    _need(patch_config, "method", "global", advice)
+    _need(patch_config, "min_patch_size", 1, advice)
+    _need(patch_config, "max_patch_size", None, advice)
 
-    weights, entropy_config = _their_weights(model, _weight_names(config)), None
+    weights, entropy_config = _their_weights(model.state_dict(), _weight_names(config)), None
     if entropy_model is not None:
         entropy_config = entropy_model.config
-        weights |= _their_weights(entropy_model, _entropy_weight_names(entropy_config))
+        weights |= _their_weights(entropy_model.state_dict(), _entropy_weight_names(entropy_config))
         weights[PATCHER + "lm_head.weight"][:HF_FIRST_BYTE] = entropy_model.head.weight.detach()[NO_UTF8].mean(0)
-    hf_model = _filled(BltForCausalLM(_hf_config(config, entropy_config, patch_config)), weights)
-    hf_model.generation_config.suppress_tokens = UNKNOWN_CLASSES
-    return hf_model
+    return _hf_config(config, entropy_config, patch_config), weights
 
 
 def to_hf_ids(ids_BT):
@@ -147,11 +209,11 @@ def to_hf_ids(ids_BT):
 # Configs
 
 
-def _need(config, name, wanted):
+def _need(config, name, wanted, advice=""):
     """Raise ValueError unless a config's field has the one value that can be converted."""
     value, whose = getattr(config, name), getattr(config, "model_type", type(config).__name__)
     if value != wanted:
-        raise ValueError(f"{whose}.{name} is {value!r}; to be converted it must be {wanted!r}")
+        raise ValueError(f"{whose}.{name} is {value!r}; to be converted it must be {wanted!r}{advice}")
 
 
 def _check_part(config):
@@ -267,9 +329,8 @@ def _our_weights(hf_model, names, of_patcher):
     return {name: weights[hf_name] if rows is None else weights[hf_name][rows] for name, (hf_name, rows) in names.items()}
 
 
-def _their_weights(model, names):
+def _their_weights(weights, names):
     """Our model's weights under transformers' names, rows without a counterpart zero."""
-    weights = model.state_dict()
     _check_names(names, weights, "our model")
 
     def widened(weight, rows):
@@ -287,14 +348,219 @@ def _check_names(expected, found, whose):
         raise ValueError(f"the weights of {whose} are not those of its config: missing {missing}, unexpected {unexpected}")
 
 
-def _filled(model, weights):
-    """Copy weights into a new model, which takes their device and dtype; any that is missing or left over raises."""
+def _kind(weights):
+    """The one device and dtype of these weights."""
     kinds = {(weight.device, weight.dtype) for weight in weights.values()}
     if len(kinds) != 1:
         raise ValueError(f"the weights to convert must share one device and one dtype, not {sorted(map(str, kinds))}")
-    device, dtype = kinds.pop()
+    return kinds.pop()
+
+
+def _filled(model, weights):
+    """Copy weights into a new model, which takes their device and dtype; any that is missing or left over raises."""
+    device, dtype = _kind(weights)
     model = model.to(device)
     for parameter in model.parameters():  # not the buffers: transformers' rotary frequencies must stay float32
         parameter.data = parameter.data.to(dtype)
     model.load_state_dict(weights)
     return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs of transformers
+
+
+def hf_inputs(patcher, text):
+    """What a `BltForCausalLM` takes for one document and the patches that our patcher makes of it.
+
+    text: bytes or whatever else `EntropyPatcher` takes, N bytes. Returns {"input_ids": int64 [1, N + 1], the beginning first,
+    "patch_lengths": int64 [1, P], sum N + 2}: `hf_model(**hf_inputs(patcher, text), use_cache=False).logits[..., OUTPUT_ROWS]` are
+    the logits of our model for the N bytes and what follows them.
+    """
+    document = to_bytes(text)
+    starts = np.flatnonzero(np.concatenate(([True], patcher.starts(document))))
+    lengths = np.diff(starts, append=len(document) + 2)
+    ids = torch.from_numpy(np.concatenate(([BOUNDARY], document)).astype(np.int64))
+    return {"input_ids": to_hf_ids(ids)[None], "patch_lengths": torch.from_numpy(lengths)[None]}
+
+
+def make_tokenizer():
+    """A tokenizer of transformers: str -> 1 and each UTF-8 byte + 4; ids -> str.
+
+    Special tokens are not found in text: "<s>" in a text is three bytes. Text that is no UTF-8 cannot be a str: `hf_inputs` takes bytes.
+    """
+    special = ["<pad>", "<s>", "</s>", "<delim>"]
+    vocabulary = {token: i for i, token in enumerate(special)} | {_byte_character(b): b + HF_FIRST_BYTE for b in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", HF_BEGIN)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="right",
+        clean_up_tokenization_spaces=False, split_special_tokens=True, model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def _byte_character(byte):
+    """The printable character that stands for a byte in byte-level tokenizers: itself where it is one, else from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return chr(byte if byte in printable else 0x100 + sum(b not in printable for b in range(byte)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
+    """Convert an output folder of ours into one that `BltForCausalLM.from_pretrained` opens. Returns the record in convert_hf.json.
+
+    Reads the weights from the file as they are written: the memory needed is that of the weights once, and as much again at most.
+    """
+    folder, output = Path(folder), Path(output)
+    if (output / "config.json").exists() and not (output / "convert_hf.json").exists():
+        raise ValueError(f"{output} holds a model of transformers that convert_hf.py has not written; give another --output")
+    record = read_record(folder)
+    with torch.device("meta"):
+        model = BLTModel(BLTConfig(**record["model_config"]))
+    try:
+        state = torch.load(folder / "best.pt", map_location="cpu", weights_only=True, mmap=True)
+        model.load_state_dict(state, assign=True)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}/best.pt does not hold the model of {folder}/model.json ({str(error).splitlines()[0]}); train it again") from None
+    wanted = DTYPES[dtype] or model.head.weight.dtype
+    patch_config, entropy_model = PatchConfig(**record["patch_config"]), None
+    if not without_patcher:
+        _need(patch_config, "method", "global", " (or leave the patcher out: --without_patcher; patches must then be passed to transformers)")
+        entropy_model = entropy_model_of(folder, record)[0].to(wanted)
+    config, weights = hf_config_and_weights(model, entropy_model, None if without_patcher else patch_config)
+    weights = {name: weight.to(wanted).contiguous() for name, weight in weights.items()}
+    config.architectures, config.dtype = ["BltForCausalLM"], wanted
+    generation = GenerationConfig.from_model_config(config)
+    generation.suppress_tokens = UNKNOWN_CLASSES
+    converted = {
+        "converted_from": str(folder), "commit": git_commit(), "dtype": str(wanted).removeprefix("torch."), "patcher": not without_patcher,
+        "patch_config": record["patch_config"], "entropy_model_sha256": record["entropy_model_sha256"], "weights_sha256": model_hash(model),
+    }  # fmt: skip
+    write_json(output / "convert_hf.json", converted)
+    config.save_pretrained(output)
+    generation.save_pretrained(output)
+    make_tokenizer().save_pretrained(output)
+    write_aside(output / "model.safetensors", lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    return converted
+
+
+def write_from_transformers(source, output, dtype="keep", patches_of=None):
+    """Convert a folder of transformers, or a model of the Hugging Face hub, into an output folder of ours. Returns the record in model.json.
+
+    patches_of: an output folder of ours whose patch rule and entropy model the result gets; None: those of the patcher. Takes the memory
+    of the weights twice. The entropy model is written in fp32.
+    """
+    output = Path(output)
+    if (output / "model.json").exists() and "converted_from" not in json.loads((output / "model.json").read_text()):
+        raise ValueError(f"{output} holds a model that was trained there; give another --output")
+    hf_model = open_hf_model(source, DTYPES[dtype] or "auto")
+    config = hf_model.config
+    if patches_of is not None:
+        other = read_record(patches_of)
+        patch_config, entropy_model = PatchConfig(**other["patch_config"]), None
+        if patch_config.method in NEEDS_ENTROPIES:
+            entropy_model = entropy_model_of(patches_of, other)[0]
+    elif hf_model.model.patcher is None:
+        raise ValueError(f"{source} has no patcher; name an output folder whose patch rule and entropy model it is to have: --patches_of checkpoints")
+    else:
+        _need(config, "patching_mode", "entropy")
+        if config.patching_threshold is None:
+            raise ValueError("blt.patching_threshold is None: such patches look ahead; set a threshold in config.json")
+        # The same rule up to one place: transformers splits a row's last patch without looking at the byte after the row.
+        patch_config = PatchConfig(entropy_threshold=config.patching_threshold, max_patch_size=config.max_patch_length)
+        entropy_model = entropy_model_from_transformers(hf_model).float()
+    model = from_transformers(hf_model)
+    del hf_model
+    gc.collect()  # modules refer to each other
+    record = {
+        "model_config": asdict(model.config), "patch_config": asdict(patch_config), "precision": "fp32",
+        "entropy_model_path": str(output / "entropy_model.pth"), "entropy_model_sha256": None,
+        "converted_from": str(source), "commit": git_commit(), "dtype": str(model.head.weight.dtype).removeprefix("torch."),
+        "corpus": {"dataset": f"that of {source}", "sha256": None}, "settings": {"row_bytes": 4096},
+    }  # fmt: skip
+    if entropy_model is not None:
+        save_entropy_model(entropy_model, record["entropy_model_path"], {"converted_from": str(patches_of or source)})
+        record["entropy_model_sha256"] = model_hash(entropy_model)
+    write_json(output / "model.json", record)
+    save_weights(output / "best.pt", model)
+    return record
+
+
+def open_hf_model(source, dtype="auto"):
+    """A `BltForCausalLM` from a folder or the hub, in evaluation mode. Raises ValueError unless it is one and whole.
+
+    (from_pretrained itself fills weights that the file lacks with random numbers.)
+    """
+    if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        raise FileNotFoundError(f"{source} not found; give a folder that transformers can open, or an id like itazap/blt-1b-hf")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != "blt":
+            raise ValueError(f"its config says model_type {config.model_type!r}, not 'blt'")
+        hf_model, report = BltForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = "" if Path(source).exists() else "; there is no such folder here, so it was taken for a Hugging Face id"
+        raise ValueError(f"transformers cannot open {str(source)!r} as a BLT: {reason}{where}") from None
+    wrong = {what: sorted(map(str, report[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[what]}
+    if wrong:
+        raise ValueError(f"the weights of {source} are not those of its config: " + "; ".join(f"{what} {keys[:5]}" for what, keys in wrong.items()))
+    return hf_model.eval()
+
+
+@torch.no_grad()
+def compare(folder, hf_folder):
+    """Read both folders in fp32 and compare them on a short text: (largest difference of logits, boundaries of ours, differing boundaries).
+
+    The logits are for the same ids and patches. The boundaries are those that each finds itself; None, None where transformers has no patcher.
+    """
+    model, patcher, _ = load_blt(folder)
+    hf_model = open_hf_model(hf_folder, torch.float32)
+    inputs = hf_inputs(patcher, CHECK_TEXT)
+    ids = torch.tensor([[BOUNDARY, *CHECK_TEXT]])
+    theirs = hf_model(**inputs, use_cache=False).logits[..., OUTPUT_ROWS]
+    difference = (model(ids, inputs["patch_lengths"]) - theirs).abs().max().item()
+    if hf_model.model.patcher is None:
+        return difference, None, None
+    lengths = hf_model.model.patcher(inputs["input_ids"], patch_size=1, threshold=hf_model.config.patching_threshold)[1]
+    ours, theirs = (set(x[0].cumsum(0)[:-1].tolist()) for x in (inputs["patch_lengths"], lengths))
+    return difference, len(ours), len(ours ^ theirs)
+
+
+def main(config):
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if config.from_hf is None:
+        record = write_for_transformers(config.to_hf, config.output, config.dtype, config.without_patcher)
+        ours, theirs, files = config.to_hf, config.output, "model.safetensors, config.json, generation_config.json, tokenizer, convert_hf.json"
+        following = f"next: BltForCausalLM.from_pretrained({config.output!r}); docs/transformers.md says with which settings"
+    else:
+        record = write_from_transformers(config.from_hf, config.output, config.dtype, config.patches_of)
+        ours, theirs, files = config.output, config.from_hf, "best.pt, model.json" + (", entropy_model.pth, entropy_model.json" if record["entropy_model_sha256"] else "")
+        following = f"next: python generate.py --model {config.output} --prompt 'The history of', or python train_blt.py --init_from {config.output}"
+    rule = record["patch_config"]
+    with torch.device("meta"):
+        parts = BLTModel(BLTConfig(**read_record(ours)["model_config"])).parameters_by_part()
+    size = sum(parts.values())
+    print(f"BLT: {size:,} parameters ({', '.join(f'{part} {count:,}' for part, count in parts.items())}), {record['dtype']}")
+    print(f"patches: {rule['method']}, threshold {rule['entropy_threshold']:.4f}" + ("" if record.get("patcher", True) else "; without patcher: pass patch_lengths (convert_hf.hf_inputs)"))
+    if config.check == "yes" or (config.check == "auto" and size <= CHECKED_SIZE):
+        difference, boundaries, differing = compare(ours, theirs)
+        print(f"check: logits differ by at most {difference:.1e} over {len(CHECK_TEXT)} bytes, same patches, in fp32")
+        if differing:
+            print(f"check: {differing} of {boundaries} patches begin elsewhere: the patcher of transformers takes entropies over 260 classes, ours over 256 (docs/transformers.md)")
+        elif boundaries:
+            print(f"check: all {boundaries} patches begin at the same bytes")
+        if config.dtype == "keep" and not difference < 1e-3:
+            raise ValueError(f"the converted model gives other logits (by {difference:.2g}); please report this with its config")
+    print(f"wrote {config.output}/: {files}")
+    print(following)
+
+
+if __name__ == "__main__":
+    run_script(main, ConvertConfig, __doc__)

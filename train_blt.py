@@ -5,17 +5,20 @@ Writes  checkpoints/: best.pt (weights), model.json (config, patch rule, result)
 Run     python train_blt.py --entropy_model_path entropy_model.pth [--quick_demo] [--preset cpu] [--field value ...]
 
 `llm.py` and `llm_large.py` are this training with their own sizes, on patches that create_patches.py has made.
+
+Fine-tuning: --init_from FOLDER starts from the weights in an output folder of these scripts or of convert_hf.py --from_hf. Its sizes beat
+presets and file (a flag that names another size is an error), and its patch rule and entropy model are used unless --patch_method names others.
 """
 
 import gzip
 import json
 import lzma
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from blt_model import BLTConfig, BLTModel
+from blt_model import BLTConfig, BLTModel, uninitialized
 from create_patches import (
     DEFAULT_PATCH_SIZE,
     calibrate,
@@ -28,13 +31,15 @@ from create_patches import (
 from entropy_patcher import NEEDS_ENTROPIES, EntropyPatcher, PatchConfig, to_bytes
 from generate import generate
 from rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
-from save_entropy_model import load_entropy_model
+from save_entropy_model import load_entropy_model, model_hash
 from training import (
     RunConfig,
     check,
     choose_device,
     choose_precision,
+    evaluate,
     fit,
+    given_fields,
     leak_gate,
     load_weights,
     print_header,
@@ -73,11 +78,14 @@ class TrainingConfig(RunConfig):
 class BLTRunConfig(TrainingConfig, BLTConfig):
     """A training run's settings and the model's, in one."""
 
+    init_from: str | None = None  # start from the weights in this output folder; its sizes, patch rule and entropy model are used
     quick_demo: bool = False  # a small model and few steps: the preset quick_demo
 
     def __post_init__(self):
         TrainingConfig.__post_init__(self)
         BLTConfig.__post_init__(self)
+        if self.init_from is not None and Path(self.init_from).resolve() == Path(self.output).resolve():
+            raise ValueError(f"init_from and output are both {self.output!r}, and the start would be overwritten; give another --output")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +169,20 @@ def train_blt(model, patched_dataset, training_config):
 
 
 def load_blt(folder, device="cpu"):
-    """Read a trained model from its output folder: (BLTModel, EntropyPatcher, the record in model.json)."""
+    """Read a trained model from its output folder: (BLTModel in fp32, EntropyPatcher, the record in model.json)."""
+    folder = Path(folder)
+    record = read_record(folder)
+    model = uninitialized(BLTConfig(**record["model_config"]), device)
+    load_weights(folder / "best.pt", model)
+    patch_config = PatchConfig(**record["patch_config"])
+    entropy_model = None
+    if patch_config.method in NEEDS_ENTROPIES:
+        entropy_model, _ = entropy_model_of(folder, record, device)
+    return model.eval(), EntropyPatcher(entropy_model, patch_config, precision=record["precision"]), record
+
+
+def read_record(folder):
+    """The record in the model.json of an output folder of a BLT."""
     folder = Path(folder)
     for file in (folder / "model.json", folder / "best.pt"):
         if not file.exists():
@@ -169,29 +190,59 @@ def load_blt(folder, device="cpu"):
     record = json.loads((folder / "model.json").read_text())
     if "patch_config" not in record:
         raise ValueError(f"{folder} holds no BLT but a baseline without patches; read it with template_llm.load_template")
-    model = BLTModel(BLTConfig(**record["model_config"])).to(device)
-    load_weights(folder / "best.pt", model)
-    patch_config = PatchConfig(**record["patch_config"])
-    entropy_model = None
-    if patch_config.method in NEEDS_ENTROPIES:
-        entropy_model, entropy_record = load_entropy_model(record["entropy_model_path"], device)
-        if entropy_record["sha256"] != record["entropy_model_sha256"]:
-            raise ValueError(f"{folder} was trained on patches of another entropy model than {record['entropy_model_path']} holds now; train again, or put that model back")
-    return model.eval(), EntropyPatcher(entropy_model, patch_config, precision=record["precision"]), record
+    return record
+
+
+def entropy_model_path(folder, record):
+    """Where the entropy model of an output folder lies: in it (convert_hf.py writes it there), else where it was in training."""
+    path = Path(record["entropy_model_path"])
+    inside = Path(folder) / path.name
+    return str(inside if inside.exists() else path)
+
+
+def entropy_model_of(folder, record, device="cpu"):
+    """The entropy model that an output folder's BLT was trained with, and its record. Raises ValueError if another is in its place."""
+    path = entropy_model_path(folder, record)
+    entropy_model, entropy_record = load_entropy_model(path, device)
+    if entropy_record["sha256"] != record["entropy_model_sha256"]:
+        raise ValueError(f"{folder} was trained on patches of another entropy model than {path} holds now; train again, or put that model back")
+    return entropy_model, entropy_record
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The script
 
 
-def open_patches(config, corpus, device, make=False):
+def settings_of_start(config):
+    """(Config, record) of a run that starts from an output folder: its sizes and entropy model take the place of presets and file.
+
+    A size given as a flag must be that of the folder. dropout is the folder's unless given; recompute is this run's.
+    """
+    folder = config.init_from
+    record = read_record(folder)
+    saved, given = asdict(BLTConfig(**record["model_config"])), given_fields(config)
+    of_run = {"recompute"} | ({"dropout"} & given)
+    differing = [f"--{name} {getattr(config, name)}, there {value}" for name, value in saved.items() if name in given - of_run and getattr(config, name) != value]
+    if differing:
+        raise ValueError(f"{folder} has other sizes than asked for ({'; '.join(differing)}); leave these flags out, or --init_from")
+    changes = {name: value for name, value in saved.items() if name not in of_run}
+    if record["entropy_model_sha256"] is not None and "entropy_model_path" not in given:
+        changes["entropy_model_path"] = entropy_model_path(folder, record)
+    return replace(config, **changes), record
+
+
+def open_patches(config, corpus, device, make=False, start=None):
     """The patcher and the cached entropies that a run is to use: (EntropyPatcher, EntropyCache or None).
 
     make=True fills the cache first where it is missing; otherwise a missing cache is an error that says what to run.
+    start: record of the folder that config.init_from names; its rule is used unless config.patch_method names one.
     """
     chosen = Path(config.patch_cache) / "patches.json"
-    method = config.patch_method
-    if method is None and not make:
+    method, wanted_hash = config.patch_method, None
+    if method is None and start is not None:
+        patch_config, wanted_hash = PatchConfig(**start["patch_config"]), start["entropy_model_sha256"]
+        method = patch_config.method
+    elif method is None and not make:
         if not chosen.exists():
             raise FileNotFoundError(f"{chosen} not found; run: python create_patches.py")
         saved = json.loads(chosen.read_text())
@@ -208,6 +259,11 @@ def open_patches(config, corpus, device, make=False):
             patch_config = PatchConfig(method, config.entropy_threshold or config.target_patch_size or 1.0)
         return EntropyPatcher(None, patch_config), None
     model, record = load_entropy_model(config.entropy_model_path, device)
+    if wanted_hash not in (None, record["sha256"]):
+        raise ValueError(
+            f"{config.entropy_model_path} is another entropy model than {config.init_from} was trained with; leave --entropy_model_path out, "
+            "or choose new patches by name: --patch_method global --target_patch_size 4.5"
+        )
     if make:
         train, validation = corpus.documents("train", config.max_bytes), corpus.documents("validation", config.val_bytes)
         precision = choose_precision(config.precision, device)
@@ -227,12 +283,17 @@ def run(config, make_patches=False):
     set_seed(config.seed)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
+    config, start = settings_of_start(config) if config.init_from else (config, None)
     print_header(config, device, precision)
     corpus = config.corpus()
-    patcher, cache = open_patches(config, corpus, device, make_patches)
+    patcher, cache = open_patches(config, corpus, device, make_patches, start)
     data = PatchedDataset.from_corpus(corpus, patcher, config, cache)
     model_config = BLTConfig(**{f.name: getattr(config, f.name) for f in fields(BLTConfig)})
-    model = BLTModel(model_config).to(device)
+    if start is None:
+        model = BLTModel(model_config).to(device)
+    else:
+        model = uninitialized(model_config, device)
+        load_weights(Path(config.init_from) / "best.pt", model)
     parts = model.parameters_by_part()
     print(f"BLT: {sum(parts.values()):,} parameters (" + ", ".join(f"{part} {count:,}" for part, count in parts.items()) + ")")
     rule = patcher.config
@@ -247,6 +308,13 @@ def run(config, make_patches=False):
         "corpus": {"dataset": config.dataset, "sha256": corpus.hash}, "settings": asdict(config),
     }  # fmt: skip
     output = Path(config.output)
+    if start is not None and config.resume and (output / "model.json").exists():
+        record["init_from"] = json.loads((output / "model.json").read_text())["init_from"]
+    elif start is not None:
+        began = evaluate(model, data.validation_batches, device, precision)
+        origin = {"folder": config.init_from, "weights_sha256": model_hash(model), "val_bpb": began["val_bpb"]}
+        record["init_from"] = origin | {name: start[name] for name in ("converted_from", "init_from") if name in start}
+        print(f"start: {config.init_from}, val {began['val_bpb']:.4f} bpb over {began['val_bytes']:,} bytes before the first step")
     if not config.resume:
         write_json(output / "model.json", record)  # now, so that an interrupted run can be used too
     result = train_blt(model, data, config)

@@ -149,9 +149,26 @@ def parse_config(config_class, description, presets=None, argv=None):
             parser.error(f"unknown preset {name!r}; choose from: {', '.join(presets)}")
         parser.set_defaults(**presets[name])
     try:
-        return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)[0]
+        config = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)[0]
     except ValueError as error:
         parser.error(str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown flags"))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser._defaults.clear()
+    config.given_flags = set(vars(parser.parse_known_args(argv)[0]))
+    return config
+
+
+def given_fields(config):
+    """Names of the settings that were chosen for this run: its flags; of a config made in Python, what differs from its class's values.
+
+    Presets and the values in a file are not among them: they may give way, for instance to the sizes of a model that is read.
+    """
+    try:
+        return config.given_flags
+    except AttributeError:
+        default = type(config)()
+        return {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(default, f.name)}
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

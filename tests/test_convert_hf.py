@@ -3,30 +3,49 @@
 All weights are random, the norms' too, so that no term of the model can be missing unseen.
 """
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import BltConfig, BltForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, BltConfig, BltForCausalLM
 
 import blt_model
+import llm
+import train_blt
+import training
 from blt_model import BLTConfig, BLTModel, hash_ngrams
 from convert_hf import (
     INPUT_ROWS,
     OUTPUT_ROWS,
     UNKNOWN_CLASSES,
+    ConvertConfig,
     entropy_model_from_transformers,
     from_transformers,
+    hf_inputs,
+    main,
     to_hf_ids,
     to_transformers,
+    write_for_transformers,
+    write_from_transformers,
 )
-from data import BOUNDARY
+from data import BOUNDARY, open_corpus
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher, PatchConfig, entropy_of, patch_starts
+from generate import generate
 from layers import documents_of, feed_forward_width
 from rows import check_patch_lengths
+from save_entropy_model import model_hash, save_entropy_model
+from train_blt import BLTRunConfig, load_blt
+from training import bits_per_byte, field_comments, parse_config, read_metrics, row_nats, save_weights, write_json
 
 TOLERANCE = 1e-4  # measured: at most 5e-6 at 117 ids, 8e-6 at 300 and 1600, on logits up to 6
 CHARACTERS = [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x40)]  # in UTF-8 they take all bytes it has
@@ -511,3 +530,338 @@ def test_patchers_that_our_entropy_model_cannot_be_raise():
         setattr(hf_model.config.patcher_config, name, value)
         with pytest.raises(ValueError, match=f"blt_patcher.{name} is {value}"):
             entropy_model_from_transformers(hf_model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders: the command line
+
+
+def write_output_folder(folder, model, entropy_model, rule):
+    """An output folder as training leaves it, entropy model outside."""
+    save_entropy_model(entropy_model, folder.parent / "entropy_model.pth")
+    save_weights(folder / "best.pt", model)
+    record = {
+        "model_config": asdict(model.config), "patch_config": asdict(rule), "precision": "fp32",
+        "entropy_model_path": str(folder.parent / "entropy_model.pth"), "entropy_model_sha256": model_hash(entropy_model),
+    }  # fmt: skip
+    write_json(folder / "model.json", record)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory, trained_entropy_model):
+    """A small random BLT in an output folder, with a rule whose threshold no entropy of TEXT's beginning is near to."""
+    H = EntropyPatcher(trained_entropy_model).entropies(TEXT[:300])
+    model = randomize(BLTModel(config_of(decoder_layers=2, global_dim=48, global_heads=3)))
+    folder = tmp_path_factory.mktemp("ours") / "checkpoints"
+    return write_output_folder(folder, model, trained_entropy_model, PatchConfig(entropy_threshold=clear_threshold(H)))
+
+
+def command(folder, script, *flags):
+    """Run a script in a folder as its user does; returns stdout and stderr."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    root = Path(blt_model.__file__).parent
+    done = subprocess.run([sys.executable, root / script, *map(str, flags)], cwd=folder, capture_output=True, encoding="utf-8", env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def round_trip(ours, tmp_path_factory):
+    """Ours -> transformers -> ours, by the command line: (folder of transformers, folder of ours, what was printed)."""
+    folder = tmp_path_factory.mktemp("converted")
+    first = command(folder, "convert_hf.py", "--to_hf", ours)
+    second = command(folder, "convert_hf.py", "--from_hf", "hf_model")
+    return folder / "hf_model", folder / "checkpoints_from_hf", (first, second)
+
+
+def test_command_line_round_trip_is_exact(ours, round_trip, monkeypatch, tmp_path):
+    hf_folder, back, printed = round_trip
+    monkeypatch.chdir(hf_folder.parent)
+    for text in printed:
+        assert re.search(r"check: logits differ by at most \d\.\de-0[67] over \d+ bytes, same patches, in fp32", text), text
+        assert re.search(r"check: (all|\d+ of) \d+ patches begin", text)
+    hf_model = BltForCausalLM.from_pretrained(hf_folder)
+    model, patcher, _ = load_blt(ours)
+    again, patcher_again, record = load_blt(back)
+    assert_same_weights(model, again)
+    assert_same_weights(patcher.entropy_model, patcher_again.entropy_model)
+    assert_same_weights(from_transformers(hf_model), model)
+    assert model.config == again.config and patcher.config.rule == patcher_again.config.rule
+    assert record["converted_from"] == "hf_model" and record["dtype"] == "float32"
+    text = TEXT[:300]
+    assert np.array_equal(patcher.entropies(text), patcher_again.entropies(text))
+    assert patcher.create_patches(text) == patcher_again.create_patches(text) and 30 < len(patcher.create_patches(text)) < 270
+    inputs = hf_inputs(patcher, text)
+    with torch.no_grad():
+        logits = model(torch.tensor([[BOUNDARY, *text]]), inputs["patch_lengths"])
+        theirs = hf_model(**inputs).logits[..., OUTPUT_CLASSES]
+        with_own_patches = hf_model(inputs["input_ids"]).logits[..., OUTPUT_CLASSES]
+    assert (logits - theirs).abs().max() <= 1e-5 and (logits - with_own_patches).abs().max() <= 1e-5
+    assert bits_per_byte(model, patcher, [text], 128) == bits_per_byte(again, patcher_again, [text], 128)
+    assert generate(model, patcher, text[:50], 8) == generate(again, patcher_again, text[:50], 8)
+    monkeypatch.chdir(tmp_path)  # the entropy model lies beside the weights
+    (tmp_path / "elsewhere").symlink_to(back)
+    assert load_blt("elsewhere")[1].entropy_model is not None
+
+
+def test_tokenizer_gives_the_ids_of_any_text(round_trip):
+    tokenizer = AutoTokenizer.from_pretrained(round_trip[0])
+    for text in ("", "<s> and </s><pad>", "  naïve\n\t\x00 漢字 🙂 ", "".join(map(chr, range(300)))):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == [1, *(b + 4 for b in text.encode())]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    batch = tokenizer(["ab", "abcd"], padding=True)
+    assert batch["input_ids"] == [[1, 101, 102, 0, 0], [1, 101, 102, 103, 104]] and batch["attention_mask"][0] == [1, 1, 1, 0, 0]
+
+
+def test_snippets_of_the_docs_run(ours, round_trip, tmp_path, monkeypatch, capsys):
+    """docs/transformers.md: as printed there, and its settings are right where transformers' others are not."""
+    hf_folder, _, _ = round_trip
+    (tmp_path / "hf_model").symlink_to(hf_folder)
+    (tmp_path / "checkpoints").symlink_to(ours)
+    monkeypatch.chdir(tmp_path)
+    text = (Path(blt_model.__file__).parent / "docs" / "transformers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 2
+    names = {}
+    exec(blocks[0], names)
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    model, patcher, _ = load_blt(ours)
+    new = generate(model, patcher, "The history of", 20)
+    made = [i - 4 for i in names["made"][0].tolist() if i >= 4]
+    assert bytes(made) == b"The history of" + new and new
+    with torch.no_grad():
+        alone = model(torch.tensor([[BOUNDARY, *b"Patches"]]), hf_inputs(patcher, b"Patches")["patch_lengths"])
+    assert (names["logits"][1, :8] - alone[0]).abs().max() <= 1e-5  # right padding changes nothing
+    exec(blocks[1], names)
+    document = b"Any bytes."
+    with torch.no_grad():
+        alone = model(torch.tensor([[BOUNDARY, *document]]), hf_inputs(patcher, document)["patch_lengths"])
+    assert (names["logits"] - alone).abs().max() <= 1e-5
+
+
+def test_commands_of_the_docs_exist():
+    text = (Path(blt_model.__file__).parent / "docs" / "transformers.md").read_text()
+    known = {"convert_hf": set(field_comments(ConvertConfig)), "train_blt": set(field_comments(BLTRunConfig))}
+    commands = re.findall(r"    python (\w+)\.py([^\n#]*)", text)
+    assert len(commands) >= 6
+    for script, rest in commands:
+        assert set(re.findall(r"--(\w+)", rest)) <= known[script], rest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_their_model_through_our_folder_and_back(tmp_path, dtype):
+    hf_model = random_hf_model(decoder_layers=2).to(dtype)
+    hf_model.save_pretrained(tmp_path / "theirs")
+    write_from_transformers(tmp_path / "theirs", tmp_path / "ours")
+    stored = torch.load(tmp_path / "ours" / "best.pt", weights_only=True)
+    assert {weight.dtype for weight in stored.values()} == {dtype}
+    model, patcher, _ = load_blt(tmp_path / "ours")
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and patcher.config.entropy_threshold == pytest.approx(4.9)
+    with torch.no_grad():  # in fp32 on both sides
+        assert compare(model, BltForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)) <= 1e-5
+    write_for_transformers(tmp_path / "ours", tmp_path / "again")
+    before, after = hf_model.state_dict(), BltForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    kept = {
+        "model.local_encoder.embed_tokens.weight": INPUT_CLASSES, "lm_head.weight": OUTPUT_CLASSES,
+        "model.patcher.embed_tokens.weight": INPUT_CLASSES, "model.patcher.lm_head.weight": list(range(4, 260)),
+    }  # fmt: skip
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        rows = kept.get(name, slice(None))
+        assert weight.dtype == after[name].dtype and torch.equal(weight[rows], after[name][rows]), name
+
+
+def test_dtype_can_be_chosen(ours, tmp_path):
+    assert write_for_transformers(ours, tmp_path / "hf", "bf16")["dtype"] == "bfloat16"
+    hf_model = BltForCausalLM.from_pretrained(tmp_path / "hf")
+    assert {p.dtype for p in hf_model.parameters()} == {torch.bfloat16}
+    assert_same_weights(from_transformers(hf_model), load_blt(ours)[0].bfloat16())
+
+
+def test_max_patch_length_becomes_a_rule_that_looks_at_no_end(tmp_path):
+    """Same logits wherever the row's end does not cut a patch in transformers."""
+    hf_model = random_hf_model()
+    hf_model.config.max_patch_length, hf_model.config.patching_threshold = 4, 9.0  # no entropy is above ln 260
+    hf_model.save_pretrained(tmp_path / "theirs")
+    write_from_transformers(tmp_path / "theirs", tmp_path / "ours")
+    model, patcher, _ = load_blt(tmp_path / "ours")
+    assert patcher.config.max_patch_size == 4
+    text = TEXT[:21]
+    assert [len(p) for p in patcher.create_patches(text)] == [4, 4, 4, 4, 4, 1]
+    inputs = hf_inputs(patcher, text)
+    with torch.no_grad():
+        theirs = hf_model(inputs["input_ids"], use_cache=False).logits[..., OUTPUT_CLASSES]
+        assert (model(torch.tensor([[BOUNDARY, *text]]), inputs["patch_lengths"]) - theirs).abs().max() <= TOLERANCE
+
+
+def test_a_rule_that_transformers_lacks_goes_without_patcher(ours, tmp_path, trained_entropy_model):
+    model = load_blt(ours)[0]
+    rule = PatchConfig(method="monotonic", entropy_threshold=0.3)
+    folder = write_output_folder(tmp_path / "checkpoints", model, trained_entropy_model, rule)
+    with pytest.raises(ValueError, match="method is 'monotonic'.*--without_patcher"):
+        write_for_transformers(folder, tmp_path / "hf")
+    main(ConvertConfig(to_hf=str(folder), output=str(tmp_path / "hf"), without_patcher=True, check="yes"))
+    hf_model = BltForCausalLM.from_pretrained(tmp_path / "hf")
+    assert hf_model.model.patcher is None
+    record = json.loads((tmp_path / "hf" / "convert_hf.json").read_text())
+    assert record["patch_config"]["method"] == "monotonic" and not record["patcher"]
+    with pytest.raises(ValueError, match="no patcher.*--patches_of"):
+        write_from_transformers(tmp_path / "hf", tmp_path / "back")
+    main(ConvertConfig(from_hf=str(tmp_path / "hf"), output=str(tmp_path / "back"), patches_of=str(folder)))
+    again, patcher, _ = load_blt(tmp_path / "back")
+    assert_same_weights(again, model)
+    assert patcher.config.rule == rule.rule and patcher.create_patches(TEXT[:99]) == load_blt(folder)[1].create_patches(TEXT[:99])
+
+
+def test_mistakes_say_what_to_do(ours, round_trip, tmp_path, monkeypatch):
+    for settings, words in (
+        (dict(), "give either --to_hf"),
+        (dict(to_hf="a", from_hf="b"), "give either --to_hf"),
+        (dict(to_hf="a", patches_of="b"), "patches_of goes with --from_hf"),
+        (dict(from_hf="a", without_patcher=True), "without_patcher goes with --to_hf"),
+        (dict(to_hf="a", dtype="int8"), "dtype is 'int8'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ConvertConfig(**settings)
+    out = str(tmp_path / "out")
+    for settings, words in (
+        (dict(to_hf="nowhere"), "nowhere/model.json not found"),
+        (dict(from_hf="./nowhere"), "not found; give a folder"),
+        (dict(from_hf=str(ours)), "transformers cannot open"),
+        (dict(from_hf=str(round_trip[0]), output=str(ours)), "was trained there"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            main(ConvertConfig(**({"output": out} | settings)))
+    random_hf_model().save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="has not written"):
+        write_for_transformers(ours, tmp_path / "theirs")
+    state = load_file(tmp_path / "theirs" / "model.safetensors")
+    del state["lm_head.weight"]
+    save_file(state, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="missing_keys.*lm_head.weight"):
+        write_from_transformers(tmp_path / "theirs", out)
+
+    def offline(source):
+        raise OSError(f"no network to find {source}\nand more lines")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
+    with pytest.raises(ValueError, match="cannot open 'no_such/model' as a BLT: no network to find no_such/model; .* taken for a Hugging Face id"):
+        write_from_transformers("no_such/model", out)
+    assert not Path(out).exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning: --init_from
+
+
+TUNING = dict(row_bytes=128, batch_rows=4, steps=12, eval_every=6, log_every=1, val_bytes=3000, max_bytes=30000, sample_bytes=0, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tuned(round_trip):
+    """train_blt.py --init_from on the imported folder, as a subprocess, with a preset whose sizes are others."""
+    folder = round_trip[1].parent
+    flags = [x for name, value in TUNING.items() for x in (f"--{name}", value)]
+    text = b"\n\n".join(TEXT[i : i + 1500] for i in range(0, len(TEXT), 1500))
+    (folder / "book.txt").write_bytes(text)
+    data = ["--dataset", "book.txt", "--max_document_bytes", 1500, "--val_fraction", 0.3]
+    printed = command(folder, "train_blt.py", "--quick_demo", "--init_from", "checkpoints_from_hf", "--output", "tuned", "--lr", 0.003, "--adam_lr", 0.003, *data, *flags)
+    return folder, printed
+
+
+def test_fine_tuning_starts_at_the_imported_model_and_gets_better(round_trip, tuned, monkeypatch):
+    folder, printed = tuned
+    monkeypatch.chdir(folder)
+    model, patcher, record = load_blt("checkpoints_from_hf")
+    fine, fine_patcher, fine_record = load_blt("tuned")
+    assert fine.config == model.config and fine_patcher.config.rule == patcher.config.rule
+    assert fine_record["entropy_model_sha256"] == record["entropy_model_sha256"]
+    corpus = open_corpus("book.txt", max_document_bytes=1500, val_fraction=0.3, cache_dir="data_cache")
+    validation = [corpus.document(n) for n in corpus.documents("validation", TUNING["val_bytes"])]
+    start = bits_per_byte(model, patcher, validation, TUNING["row_bytes"], 4)
+    origin = fine_record["init_from"]
+    assert origin["val_bpb"] == pytest.approx(start, abs=2e-3)  # cached entropies are float16: a patch may begin elsewhere
+    assert f"start: checkpoints_from_hf, val {origin['val_bpb']:.4f} bpb" in printed and "leak gate passed" in printed
+    assert origin["weights_sha256"] == model_hash(model) and origin["converted_from"] == "hf_model"
+    assert fine_record["result"]["val_bpb"] < start - 0.1
+    losses = [line["loss"] for line in read_metrics(folder / "tuned" / "metrics.jsonl") if "loss" in line]
+    assert losses[-1] < losses[0] - 0.1 and len(losses) == 12
+
+
+def run_config(folder, **more):
+    settings = TUNING | dict(dataset="book.txt", max_document_bytes=1500, val_fraction=0.3, init_from="checkpoints_from_hf", lr=0.003, adam_lr=0.003)
+    return BLTRunConfig(**(settings | more))
+
+
+def test_first_loss_is_the_imported_models(tuned, monkeypatch):
+    """The loss of step 1, logged before anything is changed, is that of the imported weights on the same rows."""
+    folder, _ = tuned
+    monkeypatch.chdir(folder)
+    config, start = train_blt.settings_of_start(run_config(folder))
+    corpus = config.corpus()
+    patcher, cache = train_blt.open_patches(config, corpus, torch.device("cpu"), start=start)
+    data = train_blt.PatchedDataset.from_corpus(corpus, patcher, config, cache)
+    batch = data.train_rows.shuffled_batch(0, config.batch_rows, config.seed)
+    with torch.no_grad():
+        loss = row_nats(load_blt("checkpoints_from_hf")[0], batch)[0].sum() / batch.targets
+    assert read_metrics(folder / "tuned" / "metrics.jsonl")[0]["loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_fine_tuning_resumes(tuned, monkeypatch, capsys):
+    folder, _ = tuned
+    monkeypatch.chdir(folder)
+    save = training.save_checkpoint
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_blt.run(run_config(folder, output="stopped"), make_patches=True)
+    monkeypatch.setattr(training, "save_checkpoint", save)
+    train_blt.run(run_config(folder, output="stopped", resume=True), make_patches=True)
+    assert "resumed stopped/last.pt at step 6" in capsys.readouterr().out
+    straight, resumed = (torch.load(folder / name / "last.pt", weights_only=True)["model"] for name in ("tuned", "stopped"))
+    for name, weight in straight.items():
+        assert torch.equal(weight, resumed[name]), name
+    origin = json.loads((folder / "stopped" / "model.json").read_text())["init_from"]
+    assert origin == json.loads((folder / "tuned" / "model.json").read_text())["init_from"]
+
+
+def test_sizes_come_from_the_folder_and_other_flags_are_an_error(round_trip, monkeypatch):
+    monkeypatch.chdir(round_trip[1].parent)
+
+    def settings(*flags, output="new"):
+        config = parse_config(llm.LLMConfig, "", llm.PRESETS, ["--init_from", "checkpoints_from_hf", "--output", output, *flags])
+        return train_blt.settings_of_start(config)[0]
+
+    saved = BLTConfig(**json.loads(Path("checkpoints_from_hf/model.json").read_text())["model_config"])
+    config = settings("--preset", "small", "cpu", "--encoder_dim", "32", "--recompute", "--dropout", "0.1")
+    assert {f.name for f in fields(BLTConfig) if getattr(config, f.name) != getattr(saved, f.name)} == {"recompute", "dropout"}
+    assert config.lr == 0.01 and config.entropy_model_path == "checkpoints_from_hf/entropy_model.pth"
+    with pytest.raises(ValueError, match="--global_dim 512, there 48; --window 9, there 16"):
+        settings("--window", "9", "--global_dim", "512")
+    with pytest.raises(ValueError, match="both 'checkpoints_from_hf'"):
+        BLTRunConfig(init_from="checkpoints_from_hf", output="checkpoints_from_hf")
+    with pytest.raises(ValueError, match="--hash_rows 77, there 500"):  # made in Python: what differs from the class's values
+        train_blt.settings_of_start(BLTRunConfig(init_from="checkpoints_from_hf", hash_rows=77))
+    assert train_blt.settings_of_start(BLTRunConfig(init_from="checkpoints_from_hf"))[0].hash_rows == 500
+
+
+def test_another_entropy_model_must_be_chosen_by_name(tuned, monkeypatch):
+    folder, _ = tuned
+    monkeypatch.chdir(folder)
+    save_entropy_model(small_entropy_model(seed=7), "other.pth")
+    config, start = train_blt.settings_of_start(run_config(folder, entropy_model_path="other.pth"))
+    corpus, device = config.corpus(), torch.device("cpu")
+    with pytest.raises(ValueError, match="other.pth is another entropy model than checkpoints_from_hf.*--patch_method"):
+        train_blt.open_patches(config, corpus, device, make=True, start=start)
+    config, start = train_blt.settings_of_start(run_config(folder, entropy_model_path="other.pth", patch_method="monotonic", target_patch_size=3, patch_cache="other"))
+    patcher, _ = train_blt.open_patches(config, corpus, device, make=True, start=start)
+    assert patcher.config.method == "monotonic" and patcher.entropy_model.config.d_model == 24
+    config, start = train_blt.settings_of_start(run_config(folder, patch_method="space"))
+    assert train_blt.open_patches(config, corpus, device, start=start)[0].config.method == "space"
