@@ -10,6 +10,7 @@ Run     python bench.py [--models NAME ...] [--against transformers flat loop] [
     python bench.py --models custom --global_layers 4 --hash_rows 500002 --row_bytes 16384 --batch_rows 1 --against transformers
     python bench.py --against transformers flat loop         ratios, each contestant taking its step in turn
     python bench.py --scaling                                against row length, patch size and width
+    python bench.py --generation --models checkpoints/model.json --against transformers      bytes a second while text is written
 
 Flags of the model (--encoder_dim, --window, --row_bytes, ...) change every model named; those left out (None) are as that model has them.
 
@@ -43,6 +44,7 @@ from entropy_llm import PRESETS as ENTROPY_PRESETS
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import METHODS, EntropyPatcher, PatchConfig, patch_starts, stream_entropies, threshold_for_patch_size
 from flops import TRAINING, blt_flops, flat_shape_of_equal_flops, peak_flops, synchronize, transformer_flops
+from incremental import FEW_ROWS, IncrementalBLT, threads_for
 from llm import PRESETS as LLM_PRESETS
 from llm import LLMConfig
 from llm_large import PRESETS as LLM_LARGE_PRESETS
@@ -58,6 +60,7 @@ PHASES = {"forward_ms": "forward", "forward_backward_ms": "forward + backward", 
 TEXT_BYTES = 2_000_000  # of the sample's training text, for rows and patching
 BATCHES = 8  # different batches, taken in turn
 EAGER_SCORES = 1 << 29  # bytes of one layer's attention scores up to which transformers' eager attention is tried
+HF_NEW_BYTES = 10  # that transformers writes in a round
 LOGITS_TOLERANCE = 1e-3  # ours against transformers', fp32
 TINY = BLTConfig(encoder_dim=32, global_dim=32, global_layers=1, decoder_dim=32, decoder_layers=1, hash_rows=16, window=16)
 
@@ -96,6 +99,7 @@ class BenchConfig(ModelFlags):
     models: list[str] = field(default_factory=list)  # llm, llm_large, with presets as in llm:small:cpu; custom; or a model.json
     against: list[str] = field(default_factory=list)  # transformers (BltForCausalLM), flat (byte transformer of equal FLOPs), loop (Python loops)
     scaling: bool = False  # sweep row length, patch size and width of the first model
+    generation: bool = False  # time generation with each model (nothing else); a model.json's weights are read, others are random
     entropy_pass: bool = True  # time the entropy models of entropy_llm.py (default and preset cpu)
     repatching: bool = True  # time the patching rules on cached entropies
     # rows
@@ -111,6 +115,10 @@ class BenchConfig(ModelFlags):
     warmup: int = 2  # steps before them; the first of them compiles
     lanes: int | None = None  # streams side by side in the entropy pass; None: 4 on a CPU, 256 elsewhere
     seed: int = 1337  # weights, rows, random patches
+    # generation
+    prompt_bytes: int = 1000  # of held-out text
+    new_bytes: int = 100  # bytes in a timed piece
+    draft_bytes: int = 8  # bytes that the entropy model proposes at most, for the piece with self-speculation
     # scaling
     scaling_rows: list[int] = field(default_factory=lambda: [2**n for n in range(10, 16)])  # row lengths in bytes
     scaling_bytes: int = 32768  # bytes a step while the row length changes
@@ -120,7 +128,7 @@ class BenchConfig(ModelFlags):
     output: str = "bench.json"  # where the numbers go
 
     def __post_init__(self):
-        check_positive(self, "row_bytes", "batch_rows", "accumulate", "repeats", "warmup", "lanes", "scaling_bytes")
+        check_positive(self, "row_bytes", "batch_rows", "accumulate", "repeats", "warmup", "lanes", "scaling_bytes", "prompt_bytes", "new_bytes", "draft_bytes")
         check(self, "against", set(self.against) <= set(AGAINST), "among " + ", ".join(AGAINST))
         check(self, "patches", re.fullmatch(r"space|random|static:\d+(\.\d+)?", self.patches), "space, random or static:BYTES, as in static:4.5")
         check(self, "patch_size", self.patch_size >= 1, "1 or more bytes")
@@ -600,6 +608,91 @@ def bench_scaling(job, config, peak):
     return out
 
 
+def bench_generation(name, job, config, device):
+    """Milliseconds a byte of greedy generation in fp32 after held-out prompts: cached, with drafts, by transformers without its cache.
+
+    Contestants write in turn, each round after another prompt, on one CPU thread (transformers: on all, and on one). The time of the prompt is left
+    out. Also the time to read a byte about places 500 and 5,000 of one text: once as it is, and with rows of at most 1,024 ids.
+    """
+    from generate import SamplingConfig, Writer
+
+    set_seed(config.seed)
+    if name.endswith(".json"):
+        from train_blt import load_blt
+
+        model, patcher, _ = load_blt(Path(name).parent, device)
+        patcher.precision = "fp32"
+    else:
+        model, entropy_model = BLTModel(job.model).to(device).eval(), MinimalLLM(EntropyConfig(**ENTROPY_PRESETS["cpu"])).to(device).eval()
+        H = EntropyPatcher(entropy_model).entropies(np.concatenate(sample_documents(config.data_cache))[:20_000])
+        patcher = EntropyPatcher(entropy_model, threshold=threshold_for_patch_size(H, "global", config.patch_size), method="global")
+    corpus = open_corpus("sample", cache_dir=config.data_cache)
+    text = np.concatenate([corpus.document(number) for number in corpus.documents("validation")])
+    prompts = [text[i * 20_000 :][: config.prompt_bytes].tobytes() for i in range(config.warmup + config.repeats)]
+    seconds, written, drafts = {}, {}, [0, 0, 0]
+
+    def write(who, prompt, draft_bytes):
+        with threads_for(1):
+            writer = Writer(model, patcher, [prompt], config.new_bytes, SamplingConfig(), draft_bytes=draft_bytes)
+            steps = writer.steps()
+            next(steps)
+            synchronize(device)
+            tick = time.perf_counter()
+            for _ in steps:
+                pass
+            synchronize(device)
+        new = writer.choosers[0].settled()
+        seconds.setdefault(who, []).append((time.perf_counter() - tick) / max(1, len(new) - 1))
+        written.setdefault(who, []).append(new)
+        if draft_bytes and len(seconds[who]) > config.warmup:
+            for i, count in enumerate((writer.drafted, writer.accepted, writer.passes)):
+                drafts[i] += count
+
+    contestants = {"cached": lambda prompt: write("cached", prompt, 0)}
+    if patcher.entropy_model is not None:
+        contestants[f"cached, {config.draft_bytes} drafts"] = lambda prompt: write(f"cached, {config.draft_bytes} drafts", prompt, config.draft_bytes)
+    if "transformers" in config.against:
+        from convert_hf import HF_FIRST_BYTE, to_hf_ids, to_transformers
+
+        hf_model = to_transformers(model, patcher.entropy_model, patcher.config)
+
+        def write_by_transformers(who, prompt, n_threads):
+            ids = to_hf_ids(torch.tensor([[BOUNDARY, *prompt]], device=device))
+            tick = time.perf_counter()
+            with threads_for(n_threads):
+                made = hf_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=HF_NEW_BYTES, do_sample=False, use_cache=False)[0, ids.shape[1] :]
+                synchronize(device)
+            seconds.setdefault(who, []).append((time.perf_counter() - tick) / len(made))  # each a full pass, the first too
+            written.setdefault(who, []).append(bytes((made - HF_FIRST_BYTE).clamp(0, 255).tolist()))
+
+        contestants["transformers"] = lambda prompt: write_by_transformers("transformers", prompt, FEW_ROWS)
+        contestants["transformers, one thread"] = lambda prompt: write_by_transformers("transformers, one thread", prompt, 1)
+    for number, prompt in enumerate(prompts):
+        for who in list(contestants)[:: 1 if number % 2 else -1]:
+            contestants[who](prompt)
+    out = {"name": name, "patch_config": asdict(patcher.config), "prompt_bytes": config.prompt_bytes, "new_bytes": config.new_bytes, "contestants": {}}
+    reference = seconds["cached"][config.warmup :]
+    for who, all_seconds in seconds.items():
+        timed = all_seconds[config.warmup :]
+        same = [new.startswith(old[: len(new)]) or old.startswith(new) for new, old in zip(written["cached"], written[who])]
+        out["contestants"][who] = {
+            "ms_per_byte": spread(1000 * np.array(timed)), "time_ratio": spread(np.array(timed) / np.array(reference)), "same_text": f"{sum(same)} of {len(same)}",
+        }  # fmt: skip
+    if drafts[0]:
+        out["drafts"] = dict(zip(("drafted", "accepted", "passes"), drafts))
+    out["place_ms"] = {}
+    for context in (None, 1024):
+        with threads_for(1):
+            reader, times = IncrementalBLT(model, patcher, 1, context), []
+            for identity in [BOUNDARY, *text[:5_200].tolist()]:
+                tick = time.perf_counter()
+                reader.extend(np.array([[identity]]))
+                synchronize(device)
+                times.append(1000 * (time.perf_counter() - tick))
+        out["place_ms"][str(context)] = {place: float(np.mean(times[place - 200 : place + 200])) for place in (500, 5000)}
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Printing
 
@@ -666,6 +759,20 @@ def print_against(r):
     print_table(["", "ours", kind, "ratio [quartiles]"], rows)
 
 
+def print_generation(g):
+    print(f"\n{g['name']}: greedy generation in fp32, {g['new_bytes']} bytes after prompts of {g['prompt_bytes']:,}")
+    rows = [
+        [who, between(c["ms_per_byte"]), f"{1000 / c['ms_per_byte']['median']:,.0f}", between(c["time_ratio"]), c["same_text"]] for who, c in g["contestants"].items()
+    ]
+    print_table(["", "ms a byte [quartiles]", "bytes/s", "time by that of cached", "same text"], rows)
+    if "drafts" in g:
+        d = g["drafts"]
+        print(f"drafts: {d['accepted'] / d['drafted']:.1%} of {d['drafted']:,} accepted, in {d['passes']:,} passes")
+    for context, times in g["place_ms"].items():
+        rows = "rows of any length" if context == "None" else f"rows of {int(context):,} ids"
+        print(f"reading a byte, {rows}: {times[500]:.2f} ms about byte 500, {times[5000]:.2f} ms about byte 5,000, {times[5000] / times[500]:.2f} times")
+
+
 def draw_scaling(path, s, name):
     """Three panels: step time by row length (both sweeps), speed by patch size, step time by width."""
     from matplotlib.figure import Figure
@@ -720,6 +827,15 @@ def main(config):
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(), "torch": torch.__version__, "device": machine,
         "threads": threads, "precision": precision, "peak_flops": peak, "peak_source": source, "settings": asdict(config), "models": [],
     }  # fmt: skip
+    if config.generation:
+        out["generation"] = []
+        for job in jobs:
+            print(f"generating with {job.name}")
+            out["generation"].append(bench_generation(job.name, job, config, device))
+            print_generation(out["generation"][-1])
+        write_json(config.output, out)
+        print(f"wrote {config.output}")
+        return
     for job in jobs:
         print(f"measuring {job.name}: {config.warmup} + {config.repeats} steps of {config.accumulate} x {job.batch_rows} rows of {job.row_bytes:,} bytes")
         out["models"].append({**bench_model(job, config, peak), "model_config": asdict(job.model)})
