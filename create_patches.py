@@ -348,7 +348,7 @@ def draw_pictures(config, corpus, validation, patcher, sizes):
     starts, sentence = patcher.starts(text, H)[:-1], whole_characters(text, 240)
     draw_entropy_figure(folder / "entropy.png", sentence, H[: len(sentence)], starts[: len(sentence)], threshold, title)
     draw_patch_size_histogram(folder / "patch_sizes.png", sizes, title)
-    figures = [("entropy model", f"{guesses.bits_per_byte:.3f} bits a byte")]
+    figures = [("entropy model, bits a byte", f"{guesses.bits_per_byte:.3f}")]
     token_starts = starts if rule.method == "bpe" else None
     write_patch_page(folder / "patches.html", text, H[:-1], rule.rule, {"entropy model": guesses}, "Patches", title, figures, token_starts)
 

@@ -6,7 +6,7 @@ Run     python show_patches.py --text "Hello, patches." | --file book.txt [--mod
 
 The page shows the entropy of each byte, what the models expected there, and applies every patching rule itself. With --model the
 text is cut by that model's rule, and what the BLT expected is shown beside the entropy model. On 2 CPU cores with the
-cpu preset's models 100 kB of text take about 2 s, and 15 s with --model.
+cpu preset's models 100 kB of text take 18 s with --model.
 """
 
 import sys
@@ -148,7 +148,7 @@ def main(config):
 
     folder, starts, H = Path(config.output), starts[:-1], H[:-1]
     title = config.title or (Path(config.file).name if config.file else "Patches")
-    costs = [(name, f"{guess.bits_per_byte:.3f} bits a byte") for name, guess in expected.items()]
+    costs = [(f"{name}, bits a byte", f"{guess.bits_per_byte:.3f}") for name, guess in expected.items()]
     subtitle = describe(rule) + ("; the BLT's expectations belong to this rule and stay as they are" if blt is not None else "")
     page = write_patch_page(folder / "patches.html", text, H, rule.rule, expected, title, subtitle, costs)
     sentence = whole_characters(text, config.picture_bytes)
@@ -157,7 +157,7 @@ def main(config):
     picture = draw_entropy_figure(folder / "patches.png", sentence, H[:n], starts[:n], threshold, f"{title}: {describe(rule)}")
 
     print(f"{len(text):,} bytes, {starts.sum():,} patches, {len(text) / starts.sum():.2f} bytes a patch ({describe(rule)})")
-    print(f"entropy: mean {H.mean(dtype=np.float64):.3f} nats | " + ", ".join(f"{name} {cost}" for name, cost in costs) + " (end of text not counted)")
+    print(f"entropy: mean {H.mean(dtype=np.float64):.3f} nats | " + " | ".join(f"{name} {cost}" for name, cost in costs) + " (end of text not counted)")
     print(f"wrote {page} ({page.stat().st_size / 1e6:.2f} MB)")
     print(f"wrote {picture} ({picture.stat().st_size / 1e3:.0f} kB, the first {n:,} bytes)")
 
