@@ -270,7 +270,7 @@ def test_page_in_chromium(tmp_path):
       out.first = cut();
       const box = $("rows").getBoundingClientRect(), at = 13, row = document.querySelectorAll(".row")[rowOf(at)];
       $("rows").dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + gutter + (at - rowFirst[rowOf(at)]) * CELL + 3, clientY: box.top + rowOf(at) * ROW + 20, bubbles: true }));
-      out.hover = [hovered, $("detail").textContent, Array.from($("detail").querySelectorAll(".guess"), g => g.textContent)];
+      out.hover = [hovered, $("detail").textContent, Array.from($("detail").querySelectorAll(".guess"), g => Array.from(g.children, e => e.textContent))];
       $("rows").dispatchEvent(new PointerEvent("pointerleave"));
       await fire("slider", "input", 0.7); out.slid = cut();
       await fire("threshold", "change", "0.123456"); out.typed = cut();
@@ -319,9 +319,9 @@ def test_page_in_chromium(tmp_path):
     t, text, lines = out["hover"][0], out["hover"][1], out["hover"][2]
     assert t == 13 and f"byte {t}: " in text and f"0x{MIXED[t]:02X} = {MIXED[t]}" in text and f"entropy {H[t]:.3f} nats ({H[t] / math.log(2):.3f} bits)" in text
     assert f"in patch {patch[t]}: " in text
-    assert len(lines) == 3 + (MIXED[t] not in guesses.ids_Nk[t]) and sum("←" in line for line in lines) == 1
-    for line, p in zip(lines, guesses.probabilities_Nk[t]):
-        assert float(re.search(r"([\d.]+)%$", line)[1]) == pytest.approx(100 * p, abs=1.0)
+    assert len(lines) == 3 + (MIXED[t] not in guesses.ids_Nk[t]) and sum("←" in name for name, _, _ in lines) == 1
+    for (_, _, share), p in zip(lines, guesses.probabilities_Nk[t]):
+        assert float(share.strip("<%")) == pytest.approx(100 * p, abs=1.0)
     # Controls.
     check(out["slid"], threshold=0.7)
     check(out["typed"], threshold=0.123456)

@@ -26,7 +26,7 @@ def png_size(path):
 def drawn(monkeypatch):
     """Returns the list of the figures that pictures draws; they are saved as well."""
     figures, save = [], pictures._save
-    monkeypatch.setattr(pictures, "_save", lambda path, figure: (figures.append(figure), save(path, figure))[1])
+    monkeypatch.setattr(pictures, "_save", lambda path, figure, **more: (figures.append(figure), save(path, figure, **more))[1])
     return figures
 
 
