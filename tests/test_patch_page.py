@@ -27,7 +27,7 @@ from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher, Guesses, PatchConfig, patch_sizes, patch_starts, stream_guesses, threshold_for_patch_size
 from rows import evaluation_batches
 from save_entropy_model import load_entropy_model, save_entropy_model
-from show_patches import ShowPatchesConfig, blt_guesses, main
+from show_patches import ShowPatchesConfig, blt_guesses, main, read_text
 from train_blt import load_blt
 from training import row_nats, save_weights, write_json
 
@@ -422,18 +422,23 @@ def test_show_patches_with_a_blt(models, tmp_path, capsys):
 
 
 def test_show_patches_as_a_command(models, tmp_path):
-    def run(*flags, stdin=b""):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-        return subprocess.run([sys.executable, ROOT / "show_patches.py", *map(str, flags)], cwd=tmp_path, input=stdin, capture_output=True, timeout=120, env=environment)
-
-    model = ("--entropy_model_path", models / "entropy_model.pth")
-    done = run(*model, "--method", "monotonic", "--target_patch_size", 3, "--max_patch_size", 6, stdin=MIXED)
+    flags = ["--entropy_model_path", models / "entropy_model.pth", "--method", "monotonic", "--target_patch_size", "3", "--max_patch_size", "6"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, ROOT / "show_patches.py", *flags], cwd=tmp_path, input=MIXED, capture_output=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     rule = data_of((tmp_path / "pictures" / "patches.html").read_text(encoding="utf-8"))["rule"]
     H = EntropyPatcher(load_entropy_model(models / "entropy_model.pth")[0]).entropies(MIXED)
     assert (rule["method"], rule["max_patch_size"]) == ("monotonic", 6) and abs(len(MIXED) / patch_starts(H, **rule).sum() - 3) < 0.3
-    done = run(*model)
-    assert done.returncode == 1 and done.stderr.decode().splitlines() == ["show_patches.py: error: the text is empty: nothing to show"]
+
+
+def test_no_text_and_empty_text(tmp_path, monkeypatch):
+    (tmp_path / "empty").touch()
+    for config in (ShowPatchesConfig(file=str(tmp_path / "empty")), ShowPatchesConfig(text="")):
+        with pytest.raises(ValueError, match="is empty: nothing to show"):
+            read_text(config)
+    monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    with pytest.raises(ValueError, match="no text; give --text"):
+        read_text(ShowPatchesConfig())
 
 
 @pytest.mark.parametrize("flags, message", [
