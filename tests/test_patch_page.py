@@ -156,15 +156,19 @@ def rule_cases():
     """Texts, entropies and rules: every method and option, thresholds that stand on an entropy or between two float32 numbers."""
     rng = np.random.default_rng(1)
     cases = []
-    for number in range(240):
+    for number in range(420):
         n = int(rng.integers(1, 150)) if number % 6 else 1
-        text = bytes(rng.choice(np.frombuffer(b"ab1 .,\n\xc3\xa9\xe6\x97\xa5\xff", np.uint8), n)) if number % 2 else rng.bytes(n)
+        text = bytes(rng.choice(np.frombuffer(b"ab1 .,\n\xc0\xc3\xa9\xe0\xe6\x97\xa5\xed\xf4\x8f\xaf\xff", np.uint8), n)) if number % 2 else rng.bytes(n)
         H = rng.exponential(1.0, n).astype(np.float16 if number % 3 == 0 else np.float32).astype(np.float32)
         method = ("global", "monotonic", "both", "cumulative", "static", "space", "bpe")[number % 7]
         of_text = float(H[rng.integers(n)])
         threshold = [float(rng.exponential()), of_text, of_text + 1e-9, np.nextafter(of_text, -1), 0.0, -0.5][number % 5 if number % 11 else 5]
         if method == "cumulative":
-            threshold = [4 * threshold, float(H[: n // 2].sum()), threshold][number % 3]
+            total = np.concatenate(([0.0], np.cumsum(H, dtype=np.float64)))
+            threshold = [4 * threshold, float(total[(n + 1) // 2] - total[n // 3]), threshold][number % 3]
+        if method in ("monotonic", "both") and n > 1 and number % 2:
+            t = int(rng.integers(1, n))
+            threshold = float(H[t] - H[t - 1])  # a rise, rounded to float32
         if method == "static":
             threshold = float(rng.choice([1, 2, 4.5, 1.1, 3.3, 7, 1 + 1e-12, rng.uniform(1, 9)]))
         least = int(rng.choice([1, 1, 2, 5]))
