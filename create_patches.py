@@ -30,6 +30,7 @@ from entropy_patcher import (
     patch_starts,
     patch_statistics,
     stream_entropies,
+    stream_guesses,
     threshold_for_patch_size,
     train_tokenizer,
 )
@@ -334,21 +335,22 @@ def training_patch_sizes(starts, corpus, train):
 
 def draw_pictures(config, corpus, validation, patcher, sizes):
     """entropy.png (the paper's Figure 4), patch_sizes.png and patches.html in the cache folder."""
-    from pictures import draw_entropy_figure, draw_patch_size_histogram, write_patch_html
+    from pictures import MAX_PAGE_BYTES, draw_entropy_figure, draw_patch_size_histogram, whole_characters, write_patch_page
 
     folder, rule = Path(config.cache_dir), patcher.config
     threshold = rule.entropy_threshold if rule.method in ("global", "both") else None
     title = f"{rule.method} patches" + (f", threshold {rule.entropy_threshold:.3f}" if rule.method not in ("space", "bpe") else "")
-    text = config.picture_text.encode() if config.picture_text else corpus.document(validation[0])[:20_000].tobytes()
-    sentence = text[:240]
-    H = patcher.entropies(text)
-    starts = patcher.starts(text)[:-1]
+    if config.picture_text:
+        text = whole_characters(config.picture_text.encode("utf-8", "surrogateescape"), MAX_PAGE_BYTES)
+    else:
+        text = b"\n\n".join(whole_characters(corpus.document(number)[:4001], 4000) for number in validation[:8])
+    H, guesses = stream_guesses(patcher.entropy_model, text, precision=patcher.precision)
+    starts, sentence = patcher.starts(text, H)[:-1], whole_characters(text, 240)
     draw_entropy_figure(folder / "entropy.png", sentence, H[: len(sentence)], starts[: len(sentence)], threshold, title)
     draw_patch_size_histogram(folder / "patch_sizes.png", sizes, title)
-    if not config.picture_text:
-        text = b"\n\n".join(corpus.document(number)[:4000].tobytes() for number in validation[:8])
-        H, starts = patcher.entropies(text), patcher.starts(text)[:-1]
-    write_patch_html(folder / "patches.html", text, H, starts, "Patches", title, threshold)
+    figures = [("entropy model, bits a byte", f"{guesses.bits_per_byte:.3f}")]
+    token_starts = starts if rule.method == "bpe" else None
+    write_patch_page(folder / "patches.html", text, H[:-1], rule.rule, {"entropy model": guesses}, "Patches", title, figures, token_starts)
 
 
 if __name__ == "__main__":

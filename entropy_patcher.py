@@ -288,13 +288,14 @@ def entropy_of(logits_BTV):
 
 
 @torch.no_grad()
-def stream_entropies(model, stream, lanes=4, chunk_bytes=1024, precision="fp32", progress=None, out=None):
+def stream_entropies(model, stream, lanes=4, chunk_bytes=1024, precision="fp32", progress=None, out=None, visit=None):
     """Entropies of every place of a `DocumentStream` but its last boundary: N + 1 numbers per document, in its order.
 
     The stream is cut into `lanes` equal shares, read side by side in chunks; the model hands its window on from chunk to
     chunk. A lane begins as far before its share as the model can see, so every number is what one pass over its document
     gives, whatever the number of lanes and the size of the chunks. Short streams get fewer lanes, that little is read twice.
-    out: array to write to (float32 by default). Entropies as in the paper's equation 1.
+    out: array to write to (float32 by default). visit: called with (first, last + 1, logits [n, 256]) of each piece, for what else
+    is to be read from the logits. Entropies as in the paper's equation 1.
     """
     device = next(model.parameters()).device
     total = len(stream) - 1
@@ -318,10 +319,53 @@ def stream_entropies(model, stream, lanes=4, chunk_bytes=1024, precision="fp32",
                 if low < high:
                     out[low:high] = H[lane, low - begin : high - begin]
                     done += high - low
+                    if visit is not None:
+                        visit(int(low), int(high), logits[lane, low - begin : high - begin])
             if progress is not None:
                 progress.update(int(done))
     model.train(was_training)
     return out
+
+
+@dataclass
+class Guesses:
+    """What a model expected at each of N places, from what stands before: its k likeliest ids, the likeliest first.
+
+    ids_Nk: int64; 256 is the document's end. probabilities_Nk, of_byte_N: float32, of these ids and of the byte that came.
+    """
+
+    ids_Nk: np.ndarray
+    probabilities_Nk: np.ndarray
+    of_byte_N: np.ndarray
+
+    @classmethod
+    def of_logits(cls, logits_NV, byte_values, k):
+        """From logits and the bytes that came; logits of places after the last byte are left out."""
+        probabilities_NV = logits_NV[: len(byte_values)].float().softmax(-1)
+        likeliest = probabilities_NV.topk(k)
+        came = torch.from_numpy(byte_values.astype(np.int64)).to(logits_NV.device)[:, None]
+        return cls(*(x.cpu().numpy() for x in (likeliest.indices, likeliest.values, probabilities_NV.gather(1, came)[:, 0])))
+
+    @classmethod
+    def joined(cls, pieces):
+        """Pieces of one text, in order, as one."""
+        return cls(*(np.concatenate(parts) for parts in zip(*((p.ids_Nk, p.probabilities_Nk, p.of_byte_N) for p in pieces))))
+
+    @property
+    def bits_per_byte(self):
+        """Bits that the bytes cost the model; the document's end is not counted."""
+        return float(-np.log2(np.maximum(self.of_byte_N, 1e-30), dtype=np.float64).mean())
+
+
+def stream_guesses(model, document, k=5, precision="fp32", progress=None):
+    """An entropy model's entropies [N + 1] of a document, as `EntropyPatcher` computes them, and its `Guesses`."""
+    pieces, document = [], to_bytes(document)
+
+    def visit(low, high, logits_NV):
+        pieces.append(Guesses.of_logits(logits_NV, document[low:high], k))
+
+    H = stream_entropies(model, DocumentStream.of_documents([document]), lanes=1, precision=precision, progress=progress, visit=visit)
+    return H, Guesses.joined(pieces)
 
 
 def to_bytes(byte_sequence):

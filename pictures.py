@@ -4,7 +4,7 @@ draw_entropy_figure        entropy along a text with its patches, the paper's Fi
 draw_patch_size_histogram  how many patches have how many bytes
 draw_curves                training and validation curves
 draw_comparison            bits per byte beside average patch size, by patching method
-write_patch_html           text coloured by patch, the entropy of each byte on hover; opens without network
+write_patch_page           an interactive page: text by patch, entropies, guesses; rule and threshold can be moved
 
 Not a script: scripts and notebooks call these functions. Each checks its input, makes the folder if needed, writes
 aside and renames (nobody reads half a file) and returns the path. No pyplot, so a notebook's figures and backend stay
@@ -14,19 +14,20 @@ foresee, and by the global rule byte t then starts a patch. (The paper's Figure 
 the left, over the last byte read.)
 """
 import base64
-import html
 import io
+import json
 import math
 import os
-import string
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY, BAND = "#2f6db3", "#d9531e", "#667085", "#dce9f7"
+BLUE, ORANGE, GREY = "#2f6db3", "#d9531e", "#667085"
+PATCH_COLOURS = ("#d5e6fb", "#fde8bf", "#d3f0d8", "#efdcf6")               # as in patch_page.html
 CURVE_COLOURS = (BLUE, ORANGE, "#2e8b57", "#8e5bb5", "#b8860b", "#c2407a", "#3a9ea5", "#555555")
 FIGURE_FONT = "DejaVu Sans"                         # comes with matplotlib: every machine draws the same characters
 MAX_FIGURE_BYTES = 4000                             # 50 lines; drawing takes 2 ms a byte
@@ -46,16 +47,20 @@ def utf8_characters(text_bytes):
     return pieces
 
 
-def draw_entropy_figure(path, text_bytes, entropies_nats, is_start, threshold=None, title=None, bytes_per_line=80):
-    """Draw the entropy along a text, each byte's character under its point, one band a patch (BLT Figure 4).
+def draw_entropy_figure(path, text_bytes, entropies_nats, is_start, threshold=None, title=None, bytes_per_line=64):
+    """Draw a text coloured by patch with the entropy of each byte above it (BLT Figure 4).
 
     text_bytes: bytes, bytearray or uint8 array, 1 to 4000 bytes. entropies_nats [N] float and is_start [N] bool: one
     value a byte. threshold: in nats, drawn dashed; give it for rules that compare the entropy itself with it.
     Space is drawn as ␣, tab →, newline ⏎; a character of several bytes stands at its first byte with · for the
-    others; what is invalid UTF-8, or not in the font, as each byte in hex.
+    others; what is invalid UTF-8, or not in the font, as each byte in hex. 200 pixels an inch: 1,960 across.
     """
-    text_bytes, entropies_nats, is_start = _checked(text_bytes, entropies_nats, is_start)
-    n = len(text_bytes)
+    text_bytes, entropies_nats = _checked(text_bytes, entropies_nats)
+    is_start, n = np.asarray(is_start, dtype=bool), len(text_bytes)
+    if is_start.shape != (n,):
+        raise ValueError(f"text_bytes has {n} bytes but is_start has shape {is_start.shape}")
+    if not is_start[0]:
+        raise ValueError("is_start[0] is False; byte 0 always starts a patch")
     if n > MAX_FIGURE_BYTES:
         raise ValueError(f"text_bytes has {n:,} bytes; a figure shows at most {MAX_FIGURE_BYTES:,}: pass a slice")
     if bytes_per_line < 1:
@@ -63,39 +68,41 @@ def draw_entropy_figure(path, text_bytes, entropies_nats, is_start, threshold=No
     labels, patch = _byte_labels(text_bytes), np.cumsum(is_start) - 1
     columns = min(bytes_per_line, n)
     lines = math.ceil(n / columns)
-    width, panel, gap, top = max(7.0, 0.165 * columns + 0.9), 1.25, 0.5, 0.8 if title else 0.5          # inches
-    height = top + lines * (panel + gap)
+    width, panel, strip, gap, top = max(7.0, 0.14 * columns + 0.84), 0.72, 0.26, 0.2, 0.85 if title else 0.5   # inches
+    height = top + lines * (panel + strip + gap)
     limit = 1.1 * max(entropies_nats.max(), min(threshold or 0, math.log(256)), 0.1)
     figure = Figure(figsize=(width, height))
     for line in range(lines):
         begin, end = line * columns, min((line + 1) * columns, n)
-        bottom = height - top - (line + 1) * panel - line * gap
-        axes, = _bare(figure.add_axes((0.65 / width, bottom / height, 1 - 0.85 / width, panel / height)))
+        bottom = height - top - line * (panel + strip + gap) - panel
+        axes, = _bare(figure.add_axes((0.62 / width, bottom / height, 1 - 0.84 / width, panel / height)))
+        axes.spines["bottom"].set_visible(False)
         t = np.arange(begin, end)
         starts = t[is_start[begin:end]]
         edges = [begin, *starts[starts > begin], end]
-        for left, right in zip(edges, edges[1:]):
-            axes.axvspan(left - 0.5, right - 0.5, color=BAND if patch[left] % 2 else "white", linewidth=0)
-        axes.vlines(starts - 0.5, 0, limit, color=GREY, linewidth=0.6)
-        curve, = axes.plot(t, entropies_nats[begin:end], ".-", color=BLUE, linewidth=1, markersize=4)
-        dots, = axes.plot(starts, entropies_nats[starts], "o", color=ORANGE, markersize=4.5)
+        for left, right in zip(edges, edges[1:]):                           # the band reaches down behind the text
+            axes.axvspan(left - 0.5, right - 0.5, ymin=-strip / panel, color=PATCH_COLOURS[patch[left] % 4], linewidth=0,
+                         clip_on=False, zorder=0)
+        axes.vlines(starts - 0.5, -limit * strip / panel, limit, color="white", linewidth=1.2, clip_on=False, zorder=1)
+        curve, = axes.plot(t, entropies_nats[begin:end], "-", color=BLUE, linewidth=1.3)
+        dots, = axes.plot(starts, entropies_nats[starts], "o", color=ORANGE, markersize=4)
         legend = [(curve, "entropy of the byte below, given the bytes before it"), (dots, "starts a patch")]
         if threshold is not None:
-            dashes, = axes.plot([begin - 0.5, end - 0.5], [threshold] * 2, "--", color="black", linewidth=0.9)
+            dashes, = axes.plot([begin - 0.5, end - 0.5], [threshold] * 2, "--", color=ORANGE, linewidth=1)
             legend.append((dashes, f"threshold {threshold:.4g} nats"))
         axes.set_xlim(begin - 0.5, begin + columns - 0.5)                   # the same width a byte on every line
         axes.set_ylim(0, limit)
-        axes.set_ylabel("entropy (nats)", fontsize=9)
-        axes.tick_params(axis="y", labelsize=8)
-        axes.tick_params(axis="x", length=0, labelsize=10, pad=13)
+        axes.set_yticks(np.arange(0, limit, 1 if limit > 1.5 else 0.5))
+        axes.set_ylabel("nats", fontsize=8, color=GREY)
+        axes.tick_params(axis="y", labelsize=8, colors=GREY)
+        axes.tick_params(axis="x", length=0, pad=13)
         axes.set_xticks(t, labels[begin:end], fontfamily=FIGURE_FONT, parse_math=False, va="baseline")
         for tick, label in zip(axes.get_xticklabels(), labels[begin:end]):
-            tick.set(color=GREY if label in "·␣" else "black", fontsize=7 if len(label) == 2 else 10)     # 2: hex
-        axes.text(0, 1.02, f"byte {begin:,}", transform=axes.transAxes, fontsize=7, color=GREY)
-    figure.legend(*zip(*legend), loc="upper center", bbox_to_anchor=(0.5, 1 - (top - 0.45) / height), ncol=3,
-                  frameon=False, fontsize=9)
-    figure.text(0.5, 1 - 0.25 / height, title or "", ha="center", fontsize=12, parse_math=False)
-    return _save(path, figure)
+            tick.set(color=GREY if label in "·␣" else "black", fontsize=6.5 if len(label) == 2 else 11)   # 2: hex
+    figure.legend(*zip(*legend), loc="center", bbox_to_anchor=(0.5, 1 - (top - 0.28) / height), ncol=3, frameon=False,
+                  fontsize=9)
+    figure.text(0.5, 1 - 0.28 / height, title or "", ha="center", fontsize=12, parse_math=False)
+    return _save(path, figure, dpi=200)
 
 
 def draw_patch_size_histogram(path, patch_sizes, title=None):
@@ -206,140 +213,64 @@ def draw_comparison(path, rows, title=None):
     return _save(path, figure)
 
 
-BAR_PX = 16                                         # height of the highest entropy bar under a character
-BARS, HIGH_BARS = string.ascii_lowercase, string.ascii_uppercase            # CSS class of a bar of 0, 1, 2, .. pixels
-PAGE = string.Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>$title</title>
-<style>
-:root{color-scheme:light dark;--page:#fff;--ink:#16191d;--dim:#555d68;--bar:#6d7b8e;--high:#c2410c;
-  --c0:#d5e6fb;--c1:#fde8bf;--c2:#d3f0d8;--c3:#efdcf6;--mono:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace}
-@media(prefers-color-scheme:dark){:root{--page:#15181c;--ink:#f1f3f5;--dim:#a9b2bd;--bar:#93a1b5;--high:#ff8a4c;
-  --c0:#1d3d63;--c1:#57430f;--c2:#1d4b2b;--c3:#4c2b60}}
-body{background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif;max-width:68rem;margin:1.5rem auto;
-  padding:0 1rem}
-h1{font-size:1.4rem;margin:0} p{margin:.4rem 0} .dim,dt{color:var(--dim)} dt{font-size:.8rem}
-dl{display:flex;flex-wrap:wrap;gap:.3rem 2rem;margin:.8rem 0} dd{margin:0;font-weight:600}
-#text{font:15px/40px var(--mono);white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;
-  border-top:1px solid var(--bar);margin-top:1rem;padding-top:.6rem}
-#text>div{content-visibility:auto;contain-intrinsic-size:auto 40px;padding:0 4px 8px} /* 8px: else bars are clipped */
-b,i{font-weight:400;font-style:normal;padding:2px 0 ${bar_px}px} b{border-left:1px solid var(--page)}
-i{background:linear-gradient(var(--bar) 0 0) 0 100% no-repeat} i:hover{outline:2px solid var(--ink)}
-.p0{background:var(--c0)} .p1{background:var(--c1)} .p2{background:var(--c2)} .p3{background:var(--c3)}
-.cut{outline:1px dashed var(--high)} .hex{unicode-bidi:isolate}
-$bar_css
-#tip{position:fixed;pointer-events:none;white-space:pre;background:var(--ink);color:var(--page);
-  font:12px/1.45 var(--mono);padding:.4rem .6rem;border-radius:4px}
-</style></head><body>
-<h1>$title</h1><p class="dim">$subtitle</p>
-<dl>$totals</dl>
-<p>Each coloured run is one patch, the bytes that the latent transformer reads in one step; the colour only tells it
-from its neighbours. The bar under a character is its entropy, how hard it was to foresee from the bytes before it
-(full height $full nats; of several bytes, the highest): $bar_rule.</p>
-<p class="dim">Hover over or tap a character for its numbers; bytes and patches count from 0. A dashed frame with one
-stripe a byte is a character cut by a patch boundary. ⏎ newline, → tab, ␣ unusual space, ‹xx› invalid UTF-8 or an
-invisible character, ◌ carries a combining mark.</p>
-<noscript><p><strong>JavaScript is off: colours and bars are complete, the numbers on hover are missing.</strong></p>
-</noscript>
-<div id="text"><div>$body</div></div><div id="tip" hidden></div>
-<script>
-"use strict";
-const unpack = base64 => Uint8Array.from(atob(base64), c => c.charCodeAt(0));
-const bytes = unpack("$bytes"), flags = unpack("$flags"), entropies = new Float32Array(unpack("$entropies").buffer);
-const chars = [], patches = [], patchOf = [];
-flags.forEach((flag, t) => {
-  if (flag & 1) patches.push(t);                                        // byte t starts a patch
-  if (flag & 2) chars.push(t);                                          // byte t starts a character
-  patchOf.push(patches.length - 1);
-});
-chars.push(bytes.length); patches.push(bytes.length);
-const text = document.getElementById("text"), tip = document.getElementById("tip");
-text.querySelectorAll("i").forEach((element, k) => { element.k = k; });
-text.addEventListener("mouseover", event => {
-  const k = event.target.k;
-  tip.hidden = k === undefined;
-  if (tip.hidden) return;
-  const lines = ["character " + k + "  " + (event.target.textContent.trim() || "space")];
-  for (let t = chars[k]; t < chars[k + 1]; t++) {
-    const h = entropies[t], p = patchOf[t];
-    lines.push("byte " + t + "  0x" + bytes[t].toString(16).padStart(2, "0") + "  " + h.toFixed(3) + " nats  "
-      + (h / Math.LN2).toFixed(3) + " bits  patch " + p + (flags[t] & 1 ? " starts here" : "") + ", patch size "
-      + (patches[p + 1] - patches[p]));
-  }
-  tip.textContent = lines.join("\\n");
-  const box = event.target.getClientRects()[0], low = box.bottom + 6, size = tip.getBoundingClientRect();
-  tip.style.left = Math.max(4, Math.min(box.left, innerWidth - size.width - 20)) + "px";
-  tip.style.top = (low + size.height < innerHeight ? low : box.top - size.height - 6) + "px";
-});
-for (const [where, what] of [[text, "mouseleave"], [window, "scroll"]])
-  where.addEventListener(what, () => { tip.hidden = true; });
-</script></body></html>
-""")
+MAX_PAGE_BYTES = 400_000                            # every byte on a line of its own still fits the highest page of a browser
+PAGE = Path(__file__).with_name("patch_page.html")
 
 
-def write_patch_html(path, text_bytes, entropies_nats, is_start, title, subtitle, threshold=None):
-    """Write one HTML page of the text coloured by patch, a bar of entropy under each character, numbers on hover.
+def write_patch_page(path, text_bytes, entropies_nats, rule, guesses=(), title="Patches", subtitle="", figures=(), token_starts=None):
+    """Write one HTML page that shows a text by patches and cuts it anew while the reader moves the threshold. No network.
 
-    Arguments as in draw_entropy_figure, for any length (100 kB of text: a 3 MB page). Text, colours and bars are plain
-    markup; a small script shows the numbers. A character whose bytes lie in more than one patch stands once, in a
-    dashed frame, with one stripe a byte in the colour of that byte's patch.
+    text_bytes: 1 to 400,000 bytes, UTF-8 or not. entropies_nats: float32 [N]. rule: the arguments of
+    `entropy_patcher.patch_starts` that the page opens with (`PatchConfig.rule`); the page applies the rules itself, with the
+    same result to the last byte. guesses: {"entropy model": `entropy_patcher.Guesses`}, what each model expected at each
+    byte. figures: [(name, value)] of text, shown beside the totals. token_starts: bool [N], for rule["method"] bpe only.
+
+    The arrays are deflated (probabilities as their square root in 8 bits, so off by 0.4% at most); English takes about
+    N * 18 bytes with two models of 5 guesses each. Browsers of 2023 or later.
     """
-    text_bytes, entropies_nats, is_start = _checked(text_bytes, entropies_nats, is_start)
-    full = max(float(entropies_nats.max()), 1e-6)
-    bar = np.clip(np.rint(entropies_nats / full * BAR_PX), 0, BAR_PX).astype(int).tolist()
-    high = [threshold is not None and h > threshold for h in entropies_nats.tolist()]
-    patch, flags = (np.cumsum(is_start) - 1).tolist(), is_start.astype(np.uint8)
-    body, in_patch, cut = [], None, 0
-    for first, stop, char in utf8_characters(text_bytes):
-        flags[first] |= 2
-        if patch[first] != in_patch:
-            body.append(f"{'' if in_patch is None else '</b>'}<b class=p{patch[first] % 4}>")
-            in_patch = patch[first]
-        shown = _visible(char, text_bytes[first:stop])
-        over = any(high[first:stop])
-        names, style = (HIGH_BARS if over else BARS)[max(bar[first:stop])] + " hex" * (shown[0] == "‹"), ""
-        if patch[stop - 1] != patch[first]:
-            cut += 1
-            names += " cut"
-            stripes = ",".join(f"var(--c{patch[t] % 4}) {100 * (t - first) // (stop - first)}% "
-                               f"{100 * (t + 1 - first) // (stop - first)}%" for t in range(first, stop))
-            style = (f' style="background-image:linear-gradient(var(--{"high" if over else "bar"}) 0 0),'
-                     f'linear-gradient(90deg,{stripes})"')
-        quote = '"' * (" " in names)                                        # a quote less each: 100 kB stay small
-        body.append(f"<i class={quote}{names}{quote}{style}>{shown}</i>")
-        if char == "\n":                            # a block a line: the browser lays out only the lines in view
-            body.append("</b></div><div>")
-            in_patch = None
-    average, patches = float(entropies_nats.mean(dtype=np.float64)), patch[-1] + 1
-    totals = {"bytes": f"{len(text_bytes):,}", "patches": f"{patches:,}",
-              "average patch size": f"{len(text_bytes) / patches:.2f} bytes",
-              "average entropy": f"{average:.3f} nats ({average / math.log(2):.3f} bits)",
-              "threshold": "none" if threshold is None else f"{threshold:.4g} nats",
-              "characters cut by a boundary": f"{cut:,}"}
-    page = PAGE.substitute(
-        title=html.escape(title), subtitle=html.escape(subtitle), full=f"{full:.2f}",
-        body="".join(body) + "</b>" * (in_patch is not None),
-        totals="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in totals.items()),
-        bar_rule="no threshold was given" if threshold is None else f"orange above {totals['threshold']}, else grey",
-        bar_px=BAR_PX, bytes=_base64(text_bytes), flags=_base64(flags), entropies=_base64(entropies_nats.astype("<f4")),
-        bar_css="\n".join(f".{BARS[px]},.{HIGH_BARS[px]}{{background-size:100% {px}px,100% 100%}} .{HIGH_BARS[px]}"
-                          "{background-image:linear-gradient(var(--high) 0 0)}" for px in range(BAR_PX + 1)))
-    return _write(path, page.encode())
+    text_bytes, entropies_nats = _checked(text_bytes, entropies_nats)
+    n = len(text_bytes)
+    if n > MAX_PAGE_BYTES:
+        raise ValueError(f"text_bytes has {n:,} bytes; a page shows at most {MAX_PAGE_BYTES:,}: pass a slice")
+    if rule["method"] == "bpe" and token_starts is None:
+        raise ValueError("method 'bpe' needs token_starts: a page cannot tokenise")
+    packed = []
+    for name, guess in dict(guesses).items():
+        for what, array in (("ids_Nk", guess.ids_Nk), ("probabilities_Nk", guess.probabilities_Nk), ("of_byte_N", guess.of_byte_N)):
+            if len(array) != n:
+                raise ValueError(f"text_bytes has {n} bytes but {what} of {name!r} has {len(array)} places")
+        packed.append({
+            "name": name, "k": guess.ids_Nk.shape[1], "ids": _pack(guess.ids_Nk.T.astype("<u2")),
+            "probabilities": _pack(_roots(guess.probabilities_Nk.T)), "of_byte": _pack(_roots(guess.of_byte_N)),
+        })  # fmt: skip
+    data = json.dumps({
+        "title": title, "subtitle": subtitle, "rule": rule, "figures": list(figures), "bytes": _pack(text_bytes),
+        "entropies": _pack(entropies_nats.astype("<f4")), "guesses": packed,
+        "token_starts": None if token_starts is None else _pack(np.asarray(token_starts, dtype=np.uint8)),
+    }, allow_nan=False).replace("<", "\\u003c")          # nothing in it can end the script element  # fmt: skip
+    before, after = PAGE.read_text(encoding="utf-8").split(">PAGE_DATA<")
+    return _write(path, f"{before}>{data}<{after}".encode())
 
 
-def _base64(array):
-    return base64.b64encode(bytes(array)).decode()
+def whole_characters(text_bytes, limit):
+    """The first bytes of a text, at most `limit`, cut between UTF-8 characters: "aé" and 2 give b"a"."""
+    text_bytes = bytes(text_bytes)
+    if len(text_bytes) <= limit:
+        return text_bytes
+    for end in range(limit, max(limit - 4, 0), -1):
+        if text_bytes[end] & 0xC0 != 0x80:          # not the middle of a character
+            return text_bytes[:end]
+    return text_bytes[:limit]
 
 
-def _visible(char, raw):
-    """Give the HTML that stands for one character, or for one invalid byte (char None)."""
-    if char is None:
-        return f"‹{raw.hex()}›"
-    if char in "\n\t":
-        return "⏎" if char == "\n" else "→\t"
-    kind = unicodedata.category(char)
-    if not char.isprintable():                                              # no-break space; controls; joiners
-        return "␣" if kind == "Zs" else f"‹{raw.hex()}›" if len(raw) == 1 else f"‹U+{ord(char):04X}›"
-    return ("◌" if kind[0] == "M" else "") + html.escape(char)
+def _roots(probabilities):
+    """Square roots of probabilities in 8 bits: 0.4% apart near 1, finer below."""
+    return np.rint(255 * np.sqrt(np.clip(probabilities, 0, 1))).astype(np.uint8)
+
+
+def _pack(array):
+    """Bytes of an array, deflated, in base64."""
+    return base64.b64encode(zlib.compress(bytes(array) if isinstance(array, bytes) else np.ascontiguousarray(array).tobytes(), 9)).decode()
 
 
 def _byte_labels(text_bytes):
@@ -354,20 +285,16 @@ def _byte_labels(text_bytes):
     return labels
 
 
-def _checked(text_bytes, entropies_nats, is_start):
-    """Return the three as bytes, float32 [N] and bool [N], or raise ValueError saying what does not fit."""
-    text_bytes = bytes(text_bytes)
-    entropies_nats, is_start = np.asarray(entropies_nats, dtype=np.float32), np.asarray(is_start, dtype=bool)
+def _checked(text_bytes, entropies_nats):
+    """Return the two as bytes and float32 [N], or raise ValueError saying what does not fit."""
+    text_bytes, entropies_nats = bytes(text_bytes), np.asarray(entropies_nats, dtype=np.float32)
     if not text_bytes:
         raise ValueError("text_bytes is empty: nothing to draw")
-    for name, array in (("entropies_nats", entropies_nats), ("is_start", is_start)):
-        if array.shape != (len(text_bytes),):
-            raise ValueError(f"text_bytes has {len(text_bytes)} bytes but {name} has shape {array.shape}")
+    if entropies_nats.shape != (len(text_bytes),):
+        raise ValueError(f"text_bytes has {len(text_bytes)} bytes but entropies_nats has shape {entropies_nats.shape}")
     if not np.isfinite(entropies_nats).all():
         raise ValueError(f"entropies_nats[{np.isfinite(entropies_nats).argmin()}] is not a finite number")
-    if not is_start[0]:
-        raise ValueError("is_start[0] is False; byte 0 always starts a patch")
-    return text_bytes, entropies_nats, is_start
+    return text_bytes, entropies_nats
 
 
 def _bare(*all_axes):
@@ -376,9 +303,9 @@ def _bare(*all_axes):
     return all_axes
 
 
-def _save(path, figure):
+def _save(path, figure, dpi=150):
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=Path(path).suffix[1:] or "png", dpi=150, facecolor="white")
+    figure.savefig(drawn, format=Path(path).suffix[1:] or "png", dpi=dpi, facecolor="white")
     return _write(path, drawn.getvalue())
 
 

@@ -1,10 +1,7 @@
-"""Tests of pictures.py: what is drawn, what the page says, and what is left behind when writing fails. No browser."""
-import base64
-import re
+"""Tests of pictures.py: what is drawn, and what is left behind when writing fails. The page has tests/test_patch_page.py."""
 import struct
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ import pictures
 
 TEXT = b"abc de\xc3\xa9f"                                                      # 9 bytes, 8 characters
 ENTROPIES = np.array([3, 0.5, 0.25, 2, 1, 0.5, 0.25, 2.5, 0.5], dtype=np.float32)
+RULE = dict(method="global", threshold=1.5, monotonic_threshold=0.0, min_patch_size=1, max_patch_size=None)
 STARTS = ENTROPIES > 1.5                                                    # bytes 0, 3 and 7, the second byte of é
 
 
@@ -24,46 +22,11 @@ def png_size(path):
     return struct.unpack(">II", head[16:24])
 
 
-def write_page(path, text=TEXT, entropies=ENTROPIES, starts=STARTS, title="title", subtitle="subtitle", threshold=1.5):
-    pictures.write_patch_html(path, text, entropies, starts, title, subtitle, threshold)
-    return path.read_text(encoding="utf-8")
-
-
-class Page(HTMLParser):
-    """Collects the header's totals, and (patch class, classes, style, text) of each character of the body."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.totals, self.characters, self.tags, self.patch = [], {}, [], [], None
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append(tag)
-        self.open.append(tag)
-        if tag == "b":
-            self.patch = attributes["class"]
-        if tag == "i":
-            self.characters.append([self.patch, attributes["class"].split(), attributes.get("style", ""), ""])
-
-    def handle_endtag(self, tag):
-        while self.open.pop() != tag:                                       # meta has no end
-            pass
-
-    def handle_data(self, data):
-        if self.open[-1:] == ["dt"]:
-            self.name = data
-        elif self.open[-1:] == ["dd"]:
-            self.totals[self.name] = data
-        elif self.open[-1:] == ["i"]:
-            self.characters[-1][3] += data
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """Returns the list of the figures that pictures draws; they are saved as well."""
     figures, save = [], pictures._save
-    monkeypatch.setattr(pictures, "_save", lambda path, figure: (figures.append(figure), save(path, figure))[1])
+    monkeypatch.setattr(pictures, "_save", lambda path, figure, **more: (figures.append(figure), save(path, figure, **more))[1])
     return figures
 
 
@@ -91,7 +54,7 @@ def test_entropy_figure_shows_every_byte_patch_and_threshold(tmp_path, drawn):
     path = tmp_path / "new" / "folder" / "entropy.png"
     assert pictures.draw_entropy_figure(path, TEXT, ENTROPIES, STARTS, 1.5, "costs $1 and $2", bytes_per_line=5) == path
     assert [entry.name for entry in path.parent.iterdir()] == ["entropy.png"]
-    assert png_size(path) == (1050, round(150 * (0.8 + 2 * 1.75)))          # 7 inches wide, two lines
+    assert png_size(path) == (1400, round(200 * (0.85 + 2 * 1.18)))         # 7 inches wide, two lines
     first, second = drawn[0].axes
     assert [tick.get_text() for tick in first.get_xticklabels()] == ["a", "b", "c", "␣", "d"]
     assert [tick.get_text() for tick in second.get_xticklabels()] == ["e", "é", "·", "f"]
@@ -104,7 +67,8 @@ def test_entropy_figure_shows_every_byte_patch_and_threshold(tmp_path, drawn):
     assert [band[:2] for band in bands] == [(-0.5, 2.5), (2.5, 4.5), (4.5, 6.5), (6.5, 8.5)]
     starts = [segment[0, 0] for axes in drawn[0].axes for segment in axes.collections[0].get_segments()]
     assert starts == [-0.5, 2.5, 6.5]
-    assert bands[0][2] == bands[3][2] != bands[1][2] == bands[2][2]         # a patch keeps its colour over the line end
+    assert bands[1][2] == bands[2][2] and len({bands[k][2] for k in (0, 1, 3)}) == 3      # a patch keeps its colour over the line end
+    assert all(band.get_y() < -0.2 for band in first.patches)               # and colours its text as well
 
 
 def test_entropy_figure_labels_what_has_no_glyph_in_hex(tmp_path, drawn):
@@ -180,106 +144,11 @@ def test_drawing_leaves_pyplot_and_so_the_backend_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True, cwd=root)
 
 
-# ---- the page
-
-def test_page_totals_patches_and_bars_by_hand(tmp_path):
-    page = Page(write_page(tmp_path / "page.html"))
-    assert page.totals == {"bytes": "9", "patches": "3", "average patch size": "3.00 bytes", "threshold": "1.5 nats",
-                           "average entropy": "1.167 nats (1.683 bits)", "characters cut by a boundary": "1"}
-    assert "".join(text for *_, text in page.characters) == "abc deéf"
-    assert [patch for patch, *_ in page.characters] == ["p0"] * 3 + ["p1"] * 4 + ["p2"]
-    heights = [16, 3, 1, 11, 5, 3, 13, 3]                                   # 16 px are 3 nats; é takes its higher byte
-    over = [True, False, False, True, False, False, True, False]
-    letters = [chr(ord("A" if high else "a") + height) for height, high in zip(heights, over)]
-    assert [classes[0] for _, classes, *_ in page.characters] == letters
-
-
-def test_page_marks_a_character_cut_by_a_boundary(tmp_path):
-    page = Page(write_page(tmp_path / "page.html"))
-    cut = [(text, style) for _, classes, style, text in page.characters if "cut" in classes]
-    assert [text for text, _ in cut] == ["é"]
-    assert "var(--c1) 0% 50%,var(--c2) 50% 100%" in cut[0][1] and "--high" in cut[0][1]
-    whole = Page(write_page(tmp_path / "whole.html", starts=np.arange(9) == 0))
-    assert not any("cut" in classes or style for _, classes, style, _ in whole.characters)
-    four = Page(write_page(tmp_path / "four.html", "🙂x".encode(), np.ones(5), np.ones(5, dtype=bool)))
-    assert four.characters[0][2].count("var(--c") == 4 and four.characters[1][0] == "p0"
-
-
-def test_page_carries_the_numbers_that_hover_shows(tmp_path):
-    page = write_page(tmp_path / "page.html")
-    packed, flags, entropies = (base64.b64decode(data) for data in re.findall(r'unpack\("([^"]*)"\)', page))
-    assert packed == TEXT
-    assert (np.frombuffer(flags, np.uint8) & 1).tolist() == STARTS.astype(int).tolist()
-    assert (np.frombuffer(flags, np.uint8) >> 1).tolist() == [1, 1, 1, 1, 1, 1, 1, 0, 1]    # starts of characters
-    np.testing.assert_array_equal(np.frombuffer(entropies, "<f4"), ENTROPIES)
-    assert int((np.frombuffer(flags, np.uint8) >> 1).sum()) == len(Page(page).characters)
-    assert "<noscript>" in page
-
-
-def test_page_escapes_text_and_titles(tmp_path):
-    text = b"<script>alert('x')</script>&amp;</b></i>"
-    starts = np.arange(len(text)) == 0
-    page = write_page(tmp_path / "page.html", text, np.ones(len(text)), starts, "<script>1</script>", "a & <b> $title")
-    parsed = Page(page)
-    assert "".join(text for *_, text in parsed.characters) == text.decode()
-    assert not re.search(r"<i[^>]*>(<|>|&<)", page) and page.count(">&amp;</i>") == 1 and page.count(">&lt;</i>") == 4
-    assert parsed.tags.count("script") == 1 and page.count("</script>") == 1
-    assert "&lt;script&gt;1&lt;/script&gt;" in page and "a &amp; &lt;b&gt; $title" in page
-
-
-def test_page_is_self_contained(tmp_path):
-    page = write_page(tmp_path / "page.html", b"see http://a.b", np.ones(14), np.arange(14) == 0)
-    assert not re.search(r"https?://|src=|href=|@import|url\(|fetch\(", page)
-
-
-def test_page_shows_invisible_and_invalid_bytes(tmp_path):
-    text = b"a\t\n\r\x00\xff\xe6\x97" + "\u00a0\u200be\u0301".encode()
-    page = write_page(tmp_path / "page.html", text, np.ones(len(text)), np.arange(len(text)) == 0)
-    shown = [text for *_, text in Page(page).characters]
-    assert shown == ["a", "→\t", "⏎", "‹0d›", "‹00›", "‹ff›", "‹e6›", "‹97›", "␣", "‹U+200B›", "e", "◌\u0301"]
-    assert page.count("⏎</i></b></div><div><b class=p0>") == 1              # a new line of the same patch follows
-    page = write_page(tmp_path / "end.html", b"a\n", np.ones(2), np.arange(2) == 0)
-    assert page.count("<b ") == page.count("</b>") == 1 and page.count("<div") == page.count("</div>")
-
-
 @pytest.mark.parametrize("text", [b"a", b"\xff", b"\n", "é".encode()])
 def test_shortest_texts(tmp_path, text):
     n = len(text)
-    page = Page(write_page(tmp_path / "page.html", text, np.zeros(n), np.arange(n) == 0, threshold=None))
-    assert (page.totals["bytes"], page.totals["patches"], page.totals["threshold"]) == (str(n), "1", "none")
     pictures.draw_entropy_figure(tmp_path / "figure.png", text, np.zeros(n), np.arange(n) == 0)
-    assert png_size(tmp_path / "figure.png")[0] == 1050
-
-
-def test_100_kb_stay_below_10_mb(tmp_path):
-    rng = np.random.default_rng(0)
-    for name, text in (("prose", b"the cat sat on the mat. " * 4200), ("junk", rng.bytes(100_000))):
-        entropies = rng.exponential(1, len(text)).astype(np.float32)
-        starts = entropies > 1.5
-        starts[0] = True
-        page = write_page(tmp_path / name, text, entropies, starts)
-        assert len(page.encode()) < 10e6
-        assert Page(page).totals["patches"] == f"{starts.sum():,}"
-
-
-def test_text_is_readable_in_both_colour_schemes(tmp_path):
-    """Contrast of at least 7 (WCAG AAA) between text and every background, light and dark."""
-    def luminance(colour):
-        colour = colour * 2 if len(colour) == 3 else colour
-        channels = np.array([int(colour[k:k + 2], 16) / 255 for k in (0, 2, 4)])
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-        return linear @ [0.2126, 0.7152, 0.0722]
-
-    blocks = re.findall(r":root\{([^}]*)\}", write_page(tmp_path / "page.html"))
-    assert len(blocks) == 2 and "prefers-color-scheme:dark" in (tmp_path / "page.html").read_text(encoding="utf-8")
-    for block in blocks:
-        colours = {name: luminance(value) for name, value in re.findall(r"--(\w+):#([0-9a-f]+)", block)}
-        assert len({colours[f"c{k}"] for k in range(4)}) == 4
-        for name in ("page", "c0", "c1", "c2", "c3"):
-            low, high = sorted((colours["ink"], colours[name]))
-            assert (high + 0.05) / (low + 0.05) >= 7, (name, block)
-        low, high = sorted((colours["dim"], colours["page"]))
-        assert (high + 0.05) / (low + 0.05) >= 4.5
+    assert png_size(tmp_path / "figure.png")[0] == 1400
 
 
 # ---- mistakes
@@ -295,8 +164,6 @@ def test_bad_text_and_arrays_are_named(tmp_path, change, message):
     arguments = {"text_bytes": TEXT, "entropies_nats": ENTROPIES, "is_start": STARTS, **change}
     with pytest.raises(ValueError, match=message):
         pictures.draw_entropy_figure(tmp_path / "a.png", **arguments)
-    with pytest.raises(ValueError, match=message):
-        pictures.write_patch_html(tmp_path / "a.html", **arguments, title="t", subtitle="s")
     assert not list(tmp_path.iterdir())
 
 
@@ -321,22 +188,22 @@ def test_failed_writing_leaves_nothing_and_the_old_file_whole(tmp_path, monkeypa
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file" / "page.html", tmp_path / "file" / "deep" / "page.html"):
         with pytest.raises(ValueError, match="is, or lies under, a file"):
-            write_page(path)
+            pictures.write_patch_page(path, TEXT, ENTROPIES, RULE)
     with pytest.raises(ValueError, match="is, or lies under, a file"):
         pictures.draw_patch_size_histogram(tmp_path / "file" / "a.png", [1, 2])
     (tmp_path / "page.html").write_text("old")
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(OSError):
-        write_page(tmp_path / "folder.html")                                # a folder is in the way
+        pictures.write_patch_page(tmp_path / "folder.html", TEXT, ENTROPIES, RULE)                                # a folder is in the way
     monkeypatch.setattr(pictures.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write_page(tmp_path / "page.html")
+        pictures.write_patch_page(tmp_path / "page.html", TEXT, ENTROPIES, RULE)
     assert (tmp_path / "page.html").read_text() == "old"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder.html", "page.html"]
 
 
 def test_arguments_are_not_changed(tmp_path):
     entropies, starts = ENTROPIES.astype(np.float16), STARTS.copy()
-    write_page(tmp_path / "a.html", np.frombuffer(TEXT, np.uint8), entropies, starts)
+    pictures.write_patch_page(tmp_path / "a.html", np.frombuffer(TEXT, np.uint8), entropies, RULE)
     pictures.draw_entropy_figure(tmp_path / "a.png", bytearray(TEXT), entropies, starts, 1.5)
     assert (entropies == ENTROPIES.astype(np.float16)).all() and (starts == STARTS).all()
