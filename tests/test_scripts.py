@@ -106,8 +106,17 @@ def test_blt_files_and_generation(pipeline):
     for name in ("best.pt", "last.pt", "model.json", "metrics.jsonl"):
         assert (folder / "checkpoints" / name).exists()
     assert is_png(folder / "checkpoints" / "curves.png")
-    text = run(folder, "generate.py", "--prompt", "The ", "--max_new_bytes", 5, "--device", "cpu")
+    text = run(folder, "generate.py", "--prompt", "The ", "--max_new_bytes", 5, "--device", "cpu", "--draft_bytes", 3)
     assert text.startswith("The ")
+
+
+def test_what_was_trained_compresses(pipeline):
+    folder, _ = pipeline
+    (folder / "some.txt").write_bytes(b"The history of the world, in bytes. " * 8)
+    out = run(folder, "compress.py", "some.txt", "--streams", 2)
+    assert "restored and compared" in out and (folder / "some.txt.blt").stat().st_size < 288
+    run(folder, "compress.py", "--decompress", "some.txt.blt", "--output", "back.txt")
+    assert (folder / "back.txt").read_bytes() == (folder / "some.txt").read_bytes()
 
 
 def test_repatching_needs_no_model_pass(pipeline, tmp_path):
@@ -170,6 +179,8 @@ def test_resume(pipeline, tmp_path):
         ("train_blt.py", ["--entropy_model_path", "none.pth", "--quick_demo"], "python entropy_llm.py"),
         ("complete_entropy_workflow.py", ["--methods", "bpe"], "methods is"),
         ("generate.py", ["--model", "none"], "python llm.py"),
+        ("generate.py", ["--draft_bytes", "500"], "draft_bytes is 500"),
+        ("compress.py", ["records.jsonl", "--model", "none"], "python llm.py"),
     ],
 )
 def test_mistakes_get_one_line(pipeline, script, flags, words):
@@ -178,7 +189,7 @@ def test_mistakes_get_one_line(pipeline, script, flags, words):
     (folder / "empty_folder").mkdir(exist_ok=True)
     (folder / "records.jsonl").write_text('{"text": "abc"}\n{"text": "def"}\n')
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    line = run(folder, script, *(["--preset", "cpu"] if "--preset" not in flags else []), *flags, ok=False) if script not in ("generate.py",) else run(folder, script, *flags, ok=False)
+    line = run(folder, script, *(["--preset", "cpu"] if "--preset" not in flags else []), *flags, ok=False) if script not in ("generate.py", "compress.py") else run(folder, script, *flags, ok=False)
     assert words in line
     assert all(path.exists() and path.stat().st_mtime_ns == when for path, when in before.items())  # nothing lost
 
@@ -203,7 +214,7 @@ def test_complete_workflow(tmp_path):
     assert is_png(tmp_path / "workflow" / "comparison.png") and "| global |" in out
 
 
-@pytest.mark.parametrize("script", ["entropy_llm", "create_patches", "llm", "llm_large", "train_blt", "complete_entropy_workflow", "generate", "template_llm", "bench"])
+@pytest.mark.parametrize("script", ["entropy_llm", "create_patches", "llm", "llm_large", "train_blt", "complete_entropy_workflow", "generate", "template_llm", "bench", "compress", "convert_hf", "show_patches"])
 def test_help(tmp_path, script):
     out = run(tmp_path, f"{script}.py", "--help")
     assert "Run     python" in out and "default:" in out
@@ -224,7 +235,8 @@ def test_readme_commands_exist():
 
     readme = (ROOT / "README.md").read_text()
     classes = {"entropy_llm": "EntropyConfig", "create_patches": "CreatePatchesConfig", "llm": "LLMConfig", "llm_large": "LLMLargeConfig",
-               "train_blt": "BLTRunConfig", "complete_entropy_workflow": "WorkflowConfig", "generate": "GenerateConfig", "template_llm": "TemplateConfig", "bench": "BenchConfig"}  # fmt: skip
+               "train_blt": "BLTRunConfig", "complete_entropy_workflow": "WorkflowConfig", "generate": "GenerateConfig", "template_llm": "TemplateConfig", "bench": "BenchConfig",
+               "compress": "CompressConfig", "convert_hf": "ConvertConfig", "show_patches": "ShowPatchesConfig"}  # fmt: skip
     commands = re.findall(r"python (\w+)\.py((?:[^\n`]|\\\n)*)", readme)
     assert {"entropy_llm", "create_patches", "llm"} <= {script for script, _ in commands}
     for script, rest in commands:
