@@ -165,7 +165,7 @@ def find_model(name, config):
         record = json.loads(Path(name).read_text())
         if not {"settings", "model_config"} <= set(record):
             raise ValueError(f"{name} is not the model.json of a training run: it has no settings and model_config")
-        settings = {**record["settings"], **record["model_config"]}
+        settings = asdict(BLTConfig()) | record["settings"] | record["model_config"]
     elif name == "custom":
         settings = asdict(BLTConfig()) | {"row_bytes": RunConfig.row_bytes, "batch_rows": RunConfig.batch_rows}
     elif script in SCRIPTS:

@@ -4,6 +4,7 @@ draw_entropy_figure        entropy along a text with its patches, the paper's Fi
 draw_patch_size_histogram  how many patches have how many bytes
 draw_curves                training and validation curves
 draw_comparison            bits per byte beside average patch size, by patching method
+draw_evaluation            bits per byte by context, by source and by noise, of several models
 write_patch_page           an interactive page: text by patch, entropies, guesses; rule and threshold can be moved
 
 Not a script: scripts and notebooks call these functions. Each checks its input, makes the folder if needed, writes
@@ -323,3 +324,58 @@ def _write(path, content):
     finally:
         aside.unlink(missing_ok=True)
     return path
+
+
+def draw_evaluation(path, names, by_context, by_source, noises, title=None):
+    """Draw what evaluate.py found: bits per byte by context, by source, and the change by noise; a colour for each model.
+
+    names: of the models, for the legend. by_context: [(label, bits per byte of each model)] in order. by_source: [(label,
+    bits per byte, standard errors)]. noises: [(label, changes)]. A number that is None is not drawn; a panel without
+    entries is left out.
+    """
+    if not names or not by_context:
+        raise ValueError("names or by_context is empty: nothing to draw")
+    bars = [(rows, label, signed) for rows, label, signed in (
+        (by_source, "bits per byte by source", False), (noises, "change by noise (bits per original byte)", True)) if rows]
+    longest = max((len(rows) for rows, _, _ in bars), default=0)
+    height = max(4.2, 1.6 + longest * (0.14 + 0.2 * len(names)))
+    figure = Figure(figsize=(5.5 + 5 * len(bars), height), layout="constrained")
+    left, *others = _bare(*np.atleast_1d(figure.subplots(1, 1 + len(bars))))
+    for number, name in enumerate(names):
+        points = [(x, values[number]) for x, (_, values) in enumerate(by_context) if values[number] is not None]
+        x, y = zip(*points) if points else ((), ())
+        left.plot(x, y, "o-", color=CURVE_COLOURS[number % len(CURVE_COLOURS)], markersize=4, label=name)
+    left.set_xticks(np.arange(len(by_context)), [label for label, _ in by_context], rotation=60, ha="right", fontsize=8)
+    left.set_xlabel("bytes of context before the byte")
+    left.set_ylabel("bits per byte (lower is better)")
+    left.grid(alpha=0.3)
+    for axes, (rows, label, signed) in zip(others, bars):
+        thick = 0.8 / len(names)
+        for number in range(len(names)):
+            for y, (_, values, *errors) in enumerate(rows):
+                if values[number] is None:
+                    continue
+                error = (errors[0][number] if errors else None) or 0
+                place = y - 0.4 + (number + 0.5) * thick
+                axes.barh(place, values[number], 0.9 * thick, xerr=error or None, capsize=2, alpha=0.75,
+                          color=CURVE_COLOURS[number % len(CURVE_COLOURS)], error_kw=dict(ecolor=GREY))
+                text = f"{values[number]:+.3f}" if signed else f"{values[number]:.3f}" + (f" ± {error:.3f}" if error else "")
+                axes.annotate(text, (max(values[number] + error, 0), place), (4, 0), textcoords="offset points",
+                              va="center", fontsize=8)
+        axes.set_yticks(np.arange(len(rows)), [_shortened(row[0]) for row in rows], fontsize=9, parse_math=False)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(right=(1.25 if signed else 1.45) * max([value + ((row[2][i] if len(row) > 2 else None) or 0) for row in rows
+                                        for i, value in enumerate(row[1]) if value is not None and value > 0], default=1))
+        if signed:
+            axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)
+    figure.suptitle(title or "", fontsize=11, parse_math=False)
+    legend = figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncol=min(3, len(names)), frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return _save(path, figure)
+
+
+def _shortened(label, most=28):
+    return label if len(label) <= most else "…" + label[1 - most :]

@@ -123,16 +123,17 @@ class RowBatch:
     patch_lengths: torch.Tensor | None  # int64 [B, P], the sum of each row is T + 1; None for models without patches
     targets: int  # targets that count
     bytes: int  # raw bytes that they stand for; a document's end stands for none
+    pieces: list | None = None  # evaluation rows: of each row, its (document, first input, end of inputs, scored from)
 
     def to(self, device):
         """The same on a device; from pinned memory the copy runs beside the computation."""
         moved = [x if x is None else x.to(device, non_blocking=True) for x in (self.ids, self.is_scored, self.patch_lengths)]
-        return RowBatch(*moved, self.targets, self.bytes)
+        return RowBatch(*moved, self.targets, self.bytes, self.pieces)
 
     def pin(self):
         """The same in pinned memory (CUDA only)."""
         pinned = [x if x is None else x.pin_memory() for x in (self.ids, self.is_scored, self.patch_lengths)]
-        return RowBatch(*pinned, self.targets, self.bytes)
+        return RowBatch(*pinned, self.targets, self.bytes, self.pieces)
 
 
 def make_batch(rows, row_bytes, patch_slots=None, score_ends=True, vocabulary=BYTES):
@@ -324,7 +325,9 @@ def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, s
         slots = max((sum(2 + int(is_start[n][b:e].sum()) for n, b, e, _ in row) + 1 for row in rows), default=0)
     for begin in range(0, len(rows), batch_rows):
         made = [_evaluation_row(documents, is_start, row, vocabulary.boundary) for row in rows[begin : begin + batch_rows]]
-        yield make_batch(made, row_bytes, slots, score_ends, vocabulary)
+        batch = make_batch(made, row_bytes, slots, score_ends, vocabulary)
+        batch.pieces = rows[begin : begin + batch_rows]
+        yield batch
 
 
 def _evaluation_row(documents, is_start, pieces, boundary):
@@ -344,3 +347,22 @@ def _evaluation_row(documents, is_start, pieces, boundary):
         ids.append(piece)
         scored.append(np.arange(begin, end) >= scored_from)
     return np.concatenate(ids), np.concatenate(starts) if starts else None, np.concatenate(scored)
+
+
+def target_places(batch, vocabulary=BYTES):
+    """Where the targets of a batch of `evaluation_batches` stand: two int64 [B, T] arrays.
+
+    The number of each target's document (-1: padding), and the raw bytes of that document which its row shows before it. Example: the
+    document b"abc" alone in a row has targets a, b, c and the end, with 0, 1, 2 and 3 bytes before them. A later window of a long
+    document begins inside it, so that the count begins anew there, at 1.
+    """
+    inputs = batch.ids[:, :-1].cpu().numpy()
+    document_BT, context_BT = np.full(inputs.shape, -1), np.zeros(inputs.shape, dtype=np.int64)
+    for r, pieces in enumerate(batch.pieces):
+        column = 0
+        for number, begin, end, _ in pieces:
+            place = slice(column, column + end - begin)
+            document_BT[r, place] = number
+            context_BT[r, place] = np.cumsum(vocabulary.bytes_of_id[inputs[r, place]])  # a boundary stands for none
+            column = place.stop
+    return document_BT, context_BT

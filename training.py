@@ -313,32 +313,47 @@ def row_nats(model, batch):
 
 
 @torch.no_grad()
-def score(model, batches, device, precision="fp32"):
-    """Total nats, right guesses, targets and bytes over `RowBatch`es: a dict of numbers."""
+def target_nats(model, batches, device, precision="fp32"):
+    """What each target of `RowBatch`es costs: yields (batch, nats float32 [B, T], is_right bool [B, T]); 0, False where none counts."""
     was_training = model.training
     model.eval()
-    totals = {"nats": 0.0, "right": 0, "targets": 0, "bytes": 0}
     for batch in batches:
         batch = batch.to(device)
         with autocast(device, precision):
             nats, logits = row_nats(model, batch)
+        yield batch, nats, (logits.argmax(-1) == batch.ids[:, 1:]) & batch.is_scored
+    model.train(was_training)
+
+
+def score(model, batches, device, precision="fp32"):
+    """Total nats, right guesses, targets and bytes over `RowBatch`es: a dict of numbers."""
+    return add_up(target_nats(model, batches, device, precision))
+
+
+def add_up(costs):
+    """`score` of what `target_nats` yields."""
+    totals = {"nats": 0.0, "right": 0, "targets": 0, "bytes": 0}
+    for batch, nats, is_right in costs:
         totals["nats"] += nats.sum(dtype=torch.float64).item()
-        totals["right"] += int(((logits.argmax(-1) == batch.ids[:, 1:]) & batch.is_scored).sum())
+        totals["right"] += int(is_right.sum())
         totals["targets"] += batch.targets
         totals["bytes"] += batch.bytes
-    model.train(was_training)
     return totals
 
 
-def evaluate(model, batches, device, precision="fp32"):
-    """Score validation rows: {"val_bpb", "val_loss" (nats per target), "val_accuracy", "val_bytes"}."""
-    totals = score(model, batches, device, precision)
+def rates(totals):
+    """Totals as {"val_bpb", "val_loss" (nats per target), "val_accuracy", "val_bytes"}."""
     return {
         "val_bpb": totals["nats"] / math.log(2) / totals["bytes"],
         "val_loss": totals["nats"] / totals["targets"],
         "val_accuracy": totals["right"] / totals["targets"],
         "val_bytes": totals["bytes"],
     }
+
+
+def evaluate(model, batches, device, precision="fp32"):
+    """Score validation rows: `rates` of their `score`."""
+    return rates(score(model, batches, device, precision))
 
 
 def bits_per_byte(model, patcher, documents, row_bytes=4096, batch_rows=8, precision="fp32"):
@@ -351,14 +366,18 @@ def bits_per_byte(model, patcher, documents, row_bytes=4096, batch_rows=8, preci
     for the ids that its vocabulary makes of a document, in rows of about row_bytes bytes; the bytes counted stay the raw ones.
     """
     documents = [np.frombuffer(bytes(document), dtype=np.uint8) for document in documents]
+    is_start = None if patcher is None else [patcher.starts(document) for document in documents]
+    batches = scoring_batches(model, documents, is_start, row_bytes, batch_rows)
+    return evaluate(model, batches, next(model.parameters()).device, precision)["val_bpb"]
+
+
+def scoring_batches(model, documents, is_start, row_bytes=4096, batch_rows=8):
+    """The rows from which `bits_per_byte` scores uint8 documents with a model, their patches already made (is_start; None: no patches)."""
     if not sum(len(document) for document in documents):
         raise ValueError("bits per byte need at least one byte of text")
-    is_start = None if patcher is None else [patcher.starts(document) for document in documents]
-    device = next(model.parameters()).device
     score_ends, vocabulary = predicts_document_ends(model), vocabulary_of(model)
     ids = [vocabulary.encode(document) for document in documents]
-    batches = evaluation_batches(ids, is_start, vocabulary.row_ids(row_bytes), batch_rows, score_ends, vocabulary)
-    return evaluate(model, batches, device, precision)["val_bpb"]
+    return evaluation_batches(ids, is_start, vocabulary.row_ids(row_bytes), batch_rows, score_ends, vocabulary)
 
 
 def predicts_document_ends(model):

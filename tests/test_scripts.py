@@ -214,7 +214,7 @@ def test_complete_workflow(tmp_path):
     assert is_png(tmp_path / "workflow" / "comparison.png") and "| global |" in out
 
 
-@pytest.mark.parametrize("script", ["entropy_llm", "create_patches", "llm", "llm_large", "train_blt", "complete_entropy_workflow", "generate", "template_llm", "bench", "compress", "convert_hf", "show_patches"])
+@pytest.mark.parametrize("script", ["entropy_llm", "create_patches", "llm", "llm_large", "train_blt", "complete_entropy_workflow", "generate", "template_llm", "bench", "compress", "convert_hf", "show_patches", "evaluate"])
 def test_help(tmp_path, script):
     out = run(tmp_path, f"{script}.py", "--help")
     assert "Run     python" in out and "default:" in out
@@ -236,7 +236,7 @@ def test_readme_commands_exist():
     readme = (ROOT / "README.md").read_text()
     classes = {"entropy_llm": "EntropyConfig", "create_patches": "CreatePatchesConfig", "llm": "LLMConfig", "llm_large": "LLMLargeConfig",
                "train_blt": "BLTRunConfig", "complete_entropy_workflow": "WorkflowConfig", "generate": "GenerateConfig", "template_llm": "TemplateConfig", "bench": "BenchConfig",
-               "compress": "CompressConfig", "convert_hf": "ConvertConfig", "show_patches": "ShowPatchesConfig"}  # fmt: skip
+               "compress": "CompressConfig", "evaluate": "EvaluateConfig", "convert_hf": "ConvertConfig", "show_patches": "ShowPatchesConfig"}  # fmt: skip
     commands = re.findall(r"python (\w+)\.py((?:[^\n`]|\\\n)*)", readme)
     assert {"entropy_llm", "create_patches", "llm"} <= {script for script, _ in commands}
     for script, rest in commands:
