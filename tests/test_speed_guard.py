@@ -6,6 +6,7 @@ operations or bytes buy, and raise the number only with a timing from bench.py t
 
 import sys
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ import blt_model
 import layers
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import EntropyPatcher, patch_starts
+from entropy_patcher import EntropyPatcher, PatchConfig, patch_starts
+from incremental import IncrementalBLT
 from optimizers import GroupedMuon, add_gradients, apply_gradients, make_optimizers
 from rows import RowBatch, check_patch_lengths
 from train_blt import PatchedDataset, TrainingConfig
@@ -33,6 +35,7 @@ RATES = TrainingConfig(lr=0.01, adam_lr=0.01)
 
 # Counts of 2026-11-21 (torch 2.13) plus 15%.
 STEP_OPS = 2370  # operations of a training step of TINY with attention in one band
+GENERATION_OPS = 500  # operations that read one more byte of TINY, the latent transformer once in four
 BAND_OPS = 200  # operations that each further band of 64 queries adds to a training step of TINY: two local layers
 KEPT_PER_BYTE = 9870  # bytes that the forward pass of TINY keeps for the backward pass, per byte of text
 PEAK_PER_BYTE = 15000  # the most bytes that live at once in a training step of TINY, per byte of text
@@ -174,6 +177,30 @@ def test_ops_of_an_update_do_not_grow_with_depth():
 # ------------------------------------------------------------------------------------------- 3. nothing is read back
 
 READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_static", "equal", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive"}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_byte_costs_the_same_wherever_it_stands(rows):
+    """Static patches of 4: the operations, and the numbers that products multiply, of bytes 40 to 43 and of bytes 800 to 803."""
+
+    class CountProducts(CountOps):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("mm", "bmm", "addmm"):
+                self.numbers += args[-2].numel() * args[-1].shape[-1]
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    model = blt()
+    reader, counts = IncrementalBLT(model, EntropyPatcher(None, PatchConfig("static", 4.0)), rows), []
+    reader.extend(np.full((rows, 1), 256))
+    for place in range(804):
+        if place in (40, 800):
+            counts.append(CountProducts())
+        with counts[-1] if 40 <= place < 44 or place >= 800 else nullcontext():
+            reader.extend(np.full((rows, 1), 97))
+    assert counts[0].ops == counts[1].ops and counts[0].numbers == counts[1].numbers
+    assert counts[0].total <= 4 * GENERATION_OPS, f"{counts[0].total} operations"
 
 
 class CountReads(TorchDispatchMode):
