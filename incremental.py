@@ -46,36 +46,43 @@ class LayerCaches:
     def __init__(self, n_layers, n_rows, n_heads, head_dim, theta, window=None):
         self.n_rows, self.n_heads, self.head_dim, self.theta, self.window = n_rows, n_heads, head_dim, theta, window
         self.slots = 64 if window is None else window + CHUNK
+        self.turns = None
         self.layers = [None] * n_layers  # made at their first use, in the precision of what they are to hold
 
     def plan(self, begins_B, N, rows, device):
-        """A `CachePlan` for N new positions, from begins_B on, of these rows (int64 tensor; None: all)."""
+        """A `CachePlan` for N new positions, from begins_B on, of these rows (int64 array; None: all)."""
         if self.window is None and int(begins_B.max()) + N > self.slots:
             more = max(self.slots, int(begins_B.max()) + N - self.slots)
             self.layers = [layer and tuple(torch.nn.functional.pad(x, (0, 0, 0, more)) for x in layer) for layer in self.layers]
             self.slots += more
         return CachePlan(self, begins_B, N, rows, device)
 
+    def turns_at(self, positions_BN, device):
+        """`rotary_turns` of these positions, [B, N, 1, K / 2, 2], out of a table that grows by doubling."""
+        if self.turns is None or positions_BN.max() >= len(self.turns):
+            n = 1 << max(8, int(positions_BN.max()).bit_length())
+            self.turns = rotary_turns(torch.arange(n, device=device), self.head_dim, self.theta)
+        return self.turns[torch.from_numpy(positions_BN).to(device)]
+
 
 class CachePlan:
     """Stands in for `layers.CausalPlan` where new positions attend to cached ones. `past` is the number of the layer."""
 
     def __init__(self, caches, begins_B, N, rows, device):
-        begins = torch.from_numpy(begins_B).to(device)
-        positions_BN = begins[:, None] + torch.arange(N, device=device)
-        self.caches, self.rows = caches, rows
-        self.turns = rotary_turns(positions_BN.flatten(), caches.head_dim, caches.theta).unflatten(0, positions_BN.shape)
-        S, heads = caches.slots, torch.arange(caches.n_heads, device=device)
-        numbers = torch.arange(len(begins_B), device=device) if rows is None else rows
-        self.places_BNH = (numbers[:, None, None] * caches.n_heads + heads) * S + (positions_BN % S)[..., None]
+        # NumPy, because these are many operations on few numbers.
+        positions_BN, S = begins_B[:, None] + np.arange(N), caches.slots
+        numbers = np.arange(len(begins_B)) if rows is None else rows
+        places_BNH = (numbers[:, None, None] * caches.n_heads + np.arange(caches.n_heads)) * S + (positions_BN % S)[..., None]
         # The newest position that each slot may hold; slots of positions that were taken back count as long past.
         self.used = S if caches.window is not None else int(begins_B.max()) + N
         newest = positions_BN[:, -1:]
-        held_BS = newest - (newest - torch.arange(self.used, device=device)) % S
-        visible = (held_BS[:, None] >= 0) & (held_BS[:, None] <= positions_BN[..., None])
+        held_BS = newest - (newest - np.arange(self.used)) % S
+        visible_BNS = (held_BS[:, None] >= 0) & (held_BS[:, None] <= positions_BN[..., None])
         if caches.window is not None:
-            visible &= held_BS[:, None] > positions_BN[..., None] - caches.window
-        self.visible = visible[:, None]
+            visible_BNS &= held_BS[:, None] > positions_BN[..., None] - caches.window
+        self.caches, self.turns = caches, caches.turns_at(positions_BN, device)
+        self.rows = None if rows is None else torch.from_numpy(rows).to(device)
+        self.places, self.visible = torch.from_numpy(places_BNH.ravel()).to(device), torch.from_numpy(visible_BNS[:, None]).to(device)
 
     def attend(self, q_BNHK, k_BNHK, v_BNHK, past, dropout=0.0):
         """Keep the new keys and values and attend to all that is visible. Nothing is dropped: this is not for training."""
@@ -86,7 +93,7 @@ class CachePlan:
             caches.layers[past] = (k.new_zeros(shape), v_BNHK.new_zeros(shape))
         keys_values = []
         for cached, new in zip(caches.layers[past], (k, v_BNHK)):
-            cached.view(-1, caches.head_dim).index_copy_(0, self.places_BNH.flatten(), new.to(cached.dtype).flatten(0, 2))
+            cached.view(-1, caches.head_dim).index_copy_(0, self.places, new.to(cached.dtype).flatten(0, 2))
             keys_values.append((cached if self.rows is None else cached[self.rows])[:, :, : self.used])
         return torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), *keys_values, attn_mask=self.visible).transpose(1, 2)
 
@@ -228,7 +235,7 @@ class IncrementalBLT:
             patch = np.cumsum(closes_BN[rows], axis=1) - closes_BN[rows]
             into = np.where(place < 0, 0, np.take_along_axis(patch, place.clip(0, N - 1), 1))
             into = np.where((into < closed[rows, None]) & (place < N), into, P)
-            of_rows = None if len(rows) == B else torch.from_numpy(rows).to(device)
+            of_rows = None if len(rows) == B else rows
             open_states = [x[:, :width] if of_rows is None else x[of_rows, :width] for x in self.open_states]
             vectors = encoder.patch_vectors(open_states, Segments(torch.from_numpy(into).to(device), P))
             new = model.latent(vectors, self.caches["global"].plan(self.patches[rows], P, of_rows, device), layers["global"])
