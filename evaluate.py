@@ -4,7 +4,7 @@ Reads   one or more models: output folders of llm.py, train_blt.py or template_l
         documents (the bundled sample by default), or any files' raw bytes, each file one document
 Writes  evaluation/: card.json (all numbers, and all that is needed to repeat them), evaluation.png
 Run     python evaluate.py --model checkpoints [checkpoints_bpe ...] [--dataset corpus/ | --file a.py b.bin] [--preset cpu] [--field value ...]
-Time    --preset cpu, one model of llm.py --preset cpu: 1 to 2 minutes on 2 shared cores of an AMD EPYC with AVX512-bf16; noise is most of it
+Time    --preset cpu, one model of llm.py --preset cpu: about 20 s on 2 shared cores of an AMD EPYC with AVX512-bf16
 
 Bits per byte (bpb): `training.bits_per_byte`, digit for digit: nats of every byte and every document's end, / ln 2 / raw bytes. (An
 entropy model has no class for the end, so its ends are left out.) Documents longer than a row are read in windows, half a row apart; a
