@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from test_incremental import TEXT, model_of, patcher_of
 
 from blt_model import BLTConfig, BLTModel
+from compress import compress, decompress
 from entropy_patcher import EntropyPatcher
+from generate import generate
 from optimizers import apply_gradients, make_optimizers
 from rows import evaluation_batches
 from train_blt import PatchedDataset, TrainingConfig, train_blt
@@ -66,3 +69,16 @@ def test_compiled_steps_wait_for_nothing():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_writing_and_compressing_on_the_gpu():
+    """Cached, uncached and drafted text on the GPU is the CPU's; a file is restored."""
+    model, patcher, prompts = model_of(), patcher_of("global"), [TEXT[:200], b"two books", b""]
+    on_cpu = generate(model, patcher, prompts, 20)
+    model.cuda()
+    patcher.entropy_model.cuda()
+    assert generate(model, patcher, prompts, 20) == on_cpu == generate(model, patcher, prompts, 20, cached=False)
+    assert generate(model, patcher, prompts, 20, draft_bytes=4, draft_confidence=0.0) == on_cpu
+    for streams in (1, 5):
+        made, _ = compress(TEXT[:500], model, patcher, streams, 128)
+        assert decompress(made, model, patcher) == TEXT[:500]
