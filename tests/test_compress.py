@@ -19,7 +19,7 @@ from entropy_patcher import EntropyPatcher, PatchConfig
 from training import bits_per_byte, save_weights, write_json
 
 BINARY = np.random.default_rng(0).integers(0, 256, 700).astype(np.uint8).tobytes()
-FILES = {"empty": b"", "one byte": b"\xff", "text": TEXT[:900], "code": Path(__file__).read_bytes()[:1200], "binary": BINARY, "zeros": bytes(500), "gzip": gzip.compress(TEXT)}
+FILES = {"empty": b"", "one byte": b"\xff", "text": TEXT[:500], "code": Path(__file__).read_bytes()[:600], "binary": BINARY, "zeros": bytes(300), "gzip": gzip.compress(TEXT)}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -35,7 +35,7 @@ def test_what_is_compressed_is_restored(name, streams):
 @pytest.mark.parametrize("rule", ["global", "monotonic", "cumulative", "static", "space", "limits"])
 def test_the_size_is_the_bits_per_byte_that_are_reported(rule):
     """Also for documents longer than a row of the model, in its own process of coding: not by the same lines of code."""
-    model, patcher, data = model_of(), patcher_of(rule), TEXT[:3000]
+    model, patcher, data = model_of(), patcher_of(rule), TEXT[:1700]
     made, _ = compress.compress(data, model, patcher, 1, context_bytes=512)
     reported = bits_per_byte(model, patcher, [data], row_bytes=512)
     assert abs(8 * (len(made) - HEADER.size) / len(data) - reported) < 0.005 * reported

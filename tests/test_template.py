@@ -193,12 +193,12 @@ def test_bpe_documents_longer_than_a_row_count_every_token_and_byte_once(vocabul
     ids = [vocabulary.boundary, *vocabulary.encode(document).tolist(), vocabulary.boundary]
     assert len(ids) > 2 * row_ids
     nats, begin, scored_to = 0.0, 0, 0
-    while scored_to < len(ids) - 1:  # windows half a row apart, the last one at the end
-        begin = min(begin, len(ids) - 1 - row_ids)
-        log_p = model(torch.tensor([ids[begin : begin + row_ids]]))[0].log_softmax(-1)
-        for t in range(scored_to, begin + row_ids):
+    while scored_to < len(ids) - 1:  # windows half a row apart, the last one as long as there is text
+        end = min(begin + row_ids, len(ids) - 1)
+        log_p = model(torch.tensor([ids[begin:end]]))[0].log_softmax(-1)
+        for t in range(scored_to, end):
             nats -= log_p[t - begin, ids[t + 1]].item()
-        scored_to = begin + row_ids
+        scored_to = end
         begin += row_ids // 2
     short = text(3, 1)
     batches = list(evaluation_batches([vocabulary.encode(d) for d in (document, short)], None, row_ids, 3, vocabulary=vocabulary))
