@@ -29,7 +29,7 @@ import multiprocessing
 import re
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -44,7 +44,7 @@ from entropy_llm import PRESETS as ENTROPY_PRESETS
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import METHODS, EntropyPatcher, PatchConfig, patch_starts, stream_entropies, threshold_for_patch_size
 from flops import TRAINING, blt_flops, flat_shape_of_equal_flops, peak_flops, synchronize, transformer_flops
-from incremental import FEW_ROWS, IncrementalBLT, threads_for
+from incremental import IncrementalBLT, threads_for
 from llm import PRESETS as LLM_PRESETS
 from llm import LLMConfig
 from llm_large import PRESETS as LLM_LARGE_PRESETS
@@ -52,7 +52,7 @@ from llm_large import LLMLargeConfig
 from optimizers import add_gradients, apply_gradients, make_optimizers
 from rows import BitArray, DocumentStream, TrainingRows
 from training import RunConfig, autocast, check, check_positive, choose_device, choose_precision, git_commit
-from training import print_header, row_nats, run_script, set_seed, write_json
+from training import print_header, print_table, row_nats, run_script, set_seed, write_json
 
 SCRIPTS = {"llm": (LLMConfig, LLM_PRESETS), "llm_large": (LLMLargeConfig, LLM_LARGE_PRESETS)}
 AGAINST = ("transformers", "flat", "loop")
@@ -621,7 +621,6 @@ def bench_generation(name, job, config, device):
         from train_blt import load_blt
 
         model, patcher, _ = load_blt(Path(name).parent, device)
-        patcher.precision = "fp32"
     else:
         model, entropy_model = BLTModel(job.model).to(device).eval(), MinimalLLM(EntropyConfig(**ENTROPY_PRESETS["cpu"])).to(device).eval()
         H = EntropyPatcher(entropy_model).entropies(np.concatenate(sample_documents(config.data_cache))[:20_000])
@@ -656,17 +655,17 @@ def bench_generation(name, job, config, device):
 
         hf_model = to_transformers(model, patcher.entropy_model, patcher.config)
 
-        def write_by_transformers(who, prompt, n_threads):
+        def write_by_transformers(who, prompt, threads):
             ids = to_hf_ids(torch.tensor([[BOUNDARY, *prompt]], device=device))
             tick = time.perf_counter()
-            with threads_for(n_threads):
+            with threads:
                 made = hf_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=HF_NEW_BYTES, do_sample=False, use_cache=False)[0, ids.shape[1] :]
                 synchronize(device)
             seconds.setdefault(who, []).append((time.perf_counter() - tick) / len(made))  # each a full pass, the first too
             written.setdefault(who, []).append(bytes((made - HF_FIRST_BYTE).clamp(0, 255).tolist()))
 
-        contestants["transformers"] = lambda prompt: write_by_transformers("transformers", prompt, FEW_ROWS)
-        contestants["transformers, one thread"] = lambda prompt: write_by_transformers("transformers, one thread", prompt, 1)
+        contestants["transformers"] = lambda prompt: write_by_transformers("transformers", prompt, nullcontext())
+        contestants["transformers, one thread"] = lambda prompt: write_by_transformers("transformers, one thread", prompt, threads_for(1))
     for number, prompt in enumerate(prompts):
         for who in list(contestants)[:: 1 if number % 2 else -1]:
             contestants[who](prompt)
@@ -695,13 +694,6 @@ def bench_generation(name, job, config, device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Printing
-
-
-def print_table(header, rows):
-    """Columns as wide as their widest cell, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, ["-" * width for width in widths], *rows]:
-        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
 
 
 def ms(values):

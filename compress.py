@@ -6,9 +6,9 @@ Run     python compress.py FILE [--model checkpoints]
         python compress.py --decompress FILE.blt [--output FILE]
 
 Arithmetic coding (the constriction library) with the model's own probabilities: a byte that the model gives probability p costs
--log2 p bits (20 at most: each id is given a millionth besides). What the model is worth is then the size of a file. Encoder and decoder read the text by the same steps of
-`incremental.IncrementalBLT` and so see the very same probabilities; that holds on one machine with the same libraries only, and the header
-says which (another machine may round otherwise in the last place, and a decoder would then go astray).
+-log2 p bits (20 at most: each id is given a millionth besides). What the model is worth is then the size of a file. Encoder and
+decoder read the text by the same steps of `incremental.IncrementalBLT` and so see the very same probabilities; that holds on one machine with the
+same libraries only, and the header says which (another machine may round otherwise in the last place, and a decoder would then go astray).
 
 A large file is cut into streams that are coded side by side, a byte of each at a step: faster, but each begins without context. The cost of
 that is printed. Within a stream a full row of the model begins anew with its last half, as in `training.bits_per_byte`: the bits of one
@@ -35,7 +35,7 @@ from save_entropy_model import model_hash
 from train_blt import load_blt
 from training import bits_per_byte, check, check_positive, choose_device, run_script, write_aside
 
-HEADER = struct.Struct("<4s Q H I H 8s 8s I")  # magic, bytes, streams, context_bytes, threads, model, machine, CRC-32 of the bytes
+HEADER = struct.Struct("<4s Q H I H 8s 4s I I")  # magic, bytes, streams, context_bytes, threads, model, machine, CRC-32 of the bytes, and of the header so far
 MAGIC = b"BLT1"
 LEAST = 2.0**-20  # what each id's probability is raised by: the coder works with multiples of 2 ** -24
 
@@ -95,7 +95,7 @@ def follow(model, patcher, lengths, context_bytes, code, progress=None):
 
 def probabilities(logits_BNV):
     """float64 [B, 257] of the last place of each row, as they are coded."""
-    p = logits_BNV[:, -1].double().softmax(-1).cpu().numpy() + LEAST
+    p = logits_BNV[:, -1].cpu().double().softmax(-1).numpy() + LEAST
     return p / (1 + p.shape[1] * LEAST)
 
 
@@ -132,7 +132,10 @@ def decode(model, patcher, code_bytes, n_bytes, n_streams, context_bytes, progre
     family = constriction.stream.model.Categorical(perfect=False)
 
     def code(p, streams, place):
-        ids = decoder.decode(family, p)
+        try:
+            ids = decoder.decode(family, p)
+        except AssertionError:  # how constriction says that no encoder has written this
+            raise ValueError("the compressed file is damaged: its code cannot come from any text") from None
         if place < lengths[streams[0]]:
             if (ids == BOUNDARY).any():
                 raise ValueError("the compressed file does not fit this model: an end comes before the end")
@@ -156,11 +159,11 @@ def model_fingerprint(model, patcher):
 
 
 def machine_fingerprint(device):
-    """(8 bytes that depend on what may round otherwise, the same in words): torch, the kind of processor, the device."""
+    """(4 bytes that depend on what may round otherwise, the same in words): torch, the kind of processor, the device."""
     words = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {device.type}"
     if device.type == "cuda":
         words += f" {torch.cuda.get_device_name(device)}"
-    return hashlib.sha256(words.encode()).digest()[:8], words
+    return hashlib.sha256(words.encode()).digest()[:4], words
 
 
 def compress(data, model, patcher, n_streams, context_bytes, progress=None):
@@ -169,17 +172,22 @@ def compress(data, model, patcher, n_streams, context_bytes, progress=None):
     with threads_for(n_streams):
         code, bits = encode(model, patcher, data, n_streams, context_bytes, progress)
         threads = torch.get_num_threads()
-    header = HEADER.pack(
-        MAGIC, len(data), n_streams, context_bytes, threads, model_fingerprint(model, patcher), machine_fingerprint(device)[0], zlib.crc32(data)
-    )  # fmt: skip
-    return header + code, bits
+    fields = (MAGIC, len(data), n_streams, context_bytes, threads, model_fingerprint(model, patcher), machine_fingerprint(device)[0], zlib.crc32(data))
+    return HEADER.pack(*fields, zlib.crc32(HEADER.pack(*fields, 0)[:-4])) + code, bits
+
+
+def read_header(compressed):
+    """(bytes, streams, context_bytes, threads, model's fingerprint, machine's, CRC-32 of the bytes) of a compressed file, or ValueError."""
+    header = compressed[: HEADER.size]
+    is_ours = len(header) == HEADER.size and header[:4] == MAGIC and zlib.crc32(header[:-4]) == HEADER.unpack(header)[-1]
+    if not is_ours or (len(compressed) - HEADER.size) % 4:
+        raise ValueError("this is no file that compress.py wrote, or a part of one, or it is damaged")
+    return HEADER.unpack(header)[1:-1]
 
 
 def decompress(compressed, model, patcher, progress=None):
     """The bytes that `compress` was given. Raises ValueError for a file of another model or machine, or a damaged one."""
-    if len(compressed) < HEADER.size or compressed[:4] != MAGIC or (len(compressed) - HEADER.size) % 4:
-        raise ValueError("this is no file that compress.py wrote, or a part of one")
-    _, n_bytes, n_streams, context_bytes, threads, model_print, machine_print, checksum = HEADER.unpack(compressed[: HEADER.size])
+    n_bytes, n_streams, context_bytes, threads, model_print, machine_print, checksum = read_header(compressed)
     here, words = machine_fingerprint(next(model.parameters()).device)
     if model_print != model_fingerprint(model, patcher):
         raise ValueError("the file was compressed with another model, entropy model or patch rule; pass the folder of that one as --model")
@@ -218,7 +226,7 @@ def main(config):
         if Path(output).exists() and config.output is None:
             raise ValueError(f"{output} exists; say with --output where the restored file is to go")
         tick = time.perf_counter()
-        with bar(HEADER.unpack(data[: HEADER.size])[1] if len(data) >= HEADER.size else 0, "restoring") as progress:
+        with bar(read_header(data)[0], "restoring") as progress:
             restored = decompress(data, model, patcher, progress)
         write_aside(output, lambda temporary: Path(temporary).write_bytes(restored))
         seconds = time.perf_counter() - tick

@@ -53,7 +53,7 @@ from entropy_patcher import NEEDS_ENTROPIES, PatchConfig, to_bytes
 from layers import feed_forward_width
 from save_entropy_model import model_hash, save_entropy_model
 from train_blt import entropy_model_of, load_blt, read_record
-from training import check, git_commit, run_script, save_weights, write_aside, write_json
+from training import check, git_commit, load_weights, run_script, save_weights, write_aside, write_json
 
 
 @dataclass
@@ -422,11 +422,7 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
     record = read_record(folder)
     with torch.device("meta"):
         model = BLTModel(BLTConfig(**record["model_config"]))
-    try:
-        state = torch.load(folder / "best.pt", map_location="cpu", weights_only=True, mmap=True)
-        model.load_state_dict(state, assign=True)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}/best.pt does not hold the model of {folder}/model.json ({str(error).splitlines()[0]}); train it again") from None
+    load_weights(folder / "best.pt", model, assign=True)
     wanted = DTYPES[dtype] or model.head.weight.dtype
     patch_config, entropy_model = PatchConfig(**record["patch_config"]), None
     if not without_patcher:

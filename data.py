@@ -413,6 +413,20 @@ def build_store(folder, documents, settings, origin):
     )
 
 
+def add_to_hash(digest, document):
+    """Add a document's length (8 bytes, little endian) and bytes to a hash: how documents are told from others everywhere."""
+    digest.update(len(document).to_bytes(8, "little"))
+    digest.update(document)
+
+
+def hash_of_documents(documents):
+    """sha256 of a list of documents in hex; of all documents of a store, the store's."""
+    digest = hashlib.sha256()
+    for document in documents:
+        add_to_hash(digest, np.ascontiguousarray(document))
+    return digest.hexdigest()
+
+
 def write_store(folder, documents, settings, origin):
     """Write documents, an iterator of (source, bytes), into an existing empty folder; return the manifest."""
     max_bytes, max_documents = settings["max_bytes"], settings["max_documents"]
@@ -425,8 +439,7 @@ def write_store(folder, documents, settings, origin):
             if max_bytes is not None and total_bytes > max_bytes:
                 break
             store.write(document)
-            digest.update(len(document).to_bytes(8, "little"))
-            digest.update(document)
+            add_to_hash(digest, document)
             offsets.append(total_bytes)
             split_hashes.append(int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "little"))
             if source not in sources and len(sources) >= SOURCE_LIMIT - 1:

@@ -9,7 +9,6 @@ document ends is decided like everywhere else, from what stands before; the mode
 is over.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import hash_of_documents
 from rows import DocumentStream
 from training import autocast, check, write_aside
 
@@ -457,8 +457,7 @@ class EntropyPatcher:
 
         if not cache_key or Path(cache_key).name != cache_key:
             raise ValueError(f"cache_key is {cache_key!r}; it must be a plain file name")
-        digest = hashlib.sha256(b"".join(len(d).to_bytes(8, "little") + d.tobytes() for d in documents)).hexdigest()
-        made_from = {"sequences": digest, "entropy_model": model_hash(self.entropy_model), "precision": self.precision}
+        made_from = {"sequences": hash_of_documents(documents), "entropy_model": model_hash(self.entropy_model), "precision": self.precision}
         path = Path(self.config.cache_dir) / f"{cache_key}.npz"
         lengths = [len(d) + 1 for d in documents]
         if path.exists():

@@ -30,7 +30,6 @@ The models pass the leak gate first, with patches in fp32. All is seeded: the sa
 """
 
 import codecs
-import hashlib
 import json
 import platform
 import sys
@@ -42,6 +41,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import hash_of_documents
 from entropy_patcher import EntropyPatcher, patch_sizes
 from generate import generate
 from rows import BYTES, target_places
@@ -59,6 +59,7 @@ from training import (
     leak_gate,
     predicts_document_ends,
     print_header,
+    print_table,
     rates,
     run_script,
     scoring_batches,
@@ -176,11 +177,7 @@ def read_documents(config):
         what = {"dataset": config.dataset, "split": config.split, "corpus_sha256": corpus.hash, "val_fraction": config.val_fraction}
     if config.group_by == "folder":
         sources = [source.split("/")[0] if "/" in source else "(no folder)" for source in sources]
-    digest = hashlib.sha256()  # as in data.py
-    for document in documents:
-        digest.update(len(document).to_bytes(8, "little"))
-        digest.update(document.tobytes())
-    what |= {"documents": len(documents), "bytes": sum(map(len, documents)), "sha256": digest.hexdigest()}
+    what |= {"documents": len(documents), "bytes": sum(map(len, documents)), "sha256": hash_of_documents(documents)}
     return documents, sources, what
 
 
@@ -476,14 +473,10 @@ def short_names(records):
     return names if len(set(names)) == len(names) else [record["path"] for record in records]
 
 
-def print_table(title, names, lines):
-    """A title and lines of (label, cells), a column for each model; cells stand flush right."""
-    lines = [("", names), *lines]
-    widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(names))]
-    first = max(len(label) for label, _ in lines)
+def print_titled_table(title, names, lines):
+    """A title and lines of (label, cells), a column for each model."""
     print(f"\n{title}")
-    for label, cells in lines:
-        print(f"  {label:{first}s}" + "".join(f"  {cell:>{width}s}" for cell, width in zip(cells, widths)))
+    print_table(["", *names], [[label, *cells] for label, cells in lines])
 
 
 def context_label(entry):
@@ -513,17 +506,17 @@ def print_report(card, config):
         ("row and stride", cells(lambda r: f"{r['row_ids']:,} and {r['stride_ids']:,} {r['ids']}")),
         ("bytes a patch or token", cells(lambda r: f"{r['patches']['mean_bytes']:.2f} a patch" if "patches" in r else f"{r['bytes_a_token']:.2f} a token" if "bytes_a_token" in r else "-")),
     ]
-    print_table(f"bytes: {card['text']['bytes']:,} (fewer bits are better; {error})", names, lines)
+    print_titled_table(f"bytes: {card['text']['bytes']:,} (fewer bits are better; {error})", names, lines)
     print("  the same bytes by " + ", ".join(f"{name} {bpb:.4f}" for name, bpb in card["compressors_bpb"].items()))
     groups = records[0]["by_source"]
     if len(groups) > 1:
         label = lambda source: f"{source} ({groups[source]['bytes']:,} bytes, documents: {groups[source]['documents']:,})"  # noqa: E731
-        print_table(f"bits per byte by {config.group_by}", names, [(label(s), cells(lambda r: number(r["by_source"][s]["bpb"], r["by_source"][s]["standard_error"]))) for s in groups])
+        print_titled_table(f"bits per byte by {config.group_by}", names, [(label(s), cells(lambda r: number(r["by_source"][s]["bpb"], r["by_source"][s]["standard_error"]))) for s in groups])
         if any("patches" in record for record in records):
             lines = [(s, cells(lambda r: f"{r['by_source'][s]['bytes_a_patch']:.2f}" if "patches" in r else "-")) for s in groups]
-            print_table(f"bytes a patch by {config.group_by}", names, lines)
+            print_titled_table(f"bytes a patch by {config.group_by}", names, lines)
     lines = [(label, [number(e and e["bpb"]) for e in entries]) for label, entries in by_context_lines(records)]
-    print_table("bits per byte by context: bytes of the document before it in the row", names, lines)
+    print_titled_table("bits per byte by context: bytes of the document before it in the row", names, lines)
     for record in records:
         if "patches" in record:
             made = record["patches"]
@@ -536,7 +529,7 @@ def print_report(card, config):
         lines = [("as it is", cells(lambda r: number(r["robustness"]["original"])))]
         lines += [(noise, cells(lambda r: number(r["robustness"][noise]["bpb"]) + " " * 2 + number(r["robustness"][noise]["change"], signed=True))) for noise in NOISES]
         size = records[0]["robustness"]["original_bytes"]
-        print_table(f"bits per original byte of noised text, and the change (the first {size:,} bytes)", names, lines)
+        print_titled_table(f"bits per original byte of noised text, and the change (the first {size:,} bytes)", names, lines)
     for record in records:
         made = record["samples"]
         if made:

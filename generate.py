@@ -12,14 +12,14 @@ model, which reads them anyway, and lets one pass of the BLT check them: the sam
 import codecs
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import BOUNDARY
-from entropy_patcher import to_bytes
+from entropy_patcher import EntropyPatcher, to_bytes
 from incremental import CHUNK, IncrementalBLT, threads_for
 from rows import make_batch
 from training import autocast, check, check_positive, choose_device, run_script
@@ -219,7 +219,8 @@ class FullPass:
     entropy_model = None
 
     def __init__(self, model, patcher, n_rows, context_bytes, precision):
-        self.model, self.patcher, self.context_bytes, self.precision = model, patcher, context_bytes, precision
+        self.model, self.context_bytes, self.precision = model, context_bytes, precision
+        self.patcher = EntropyPatcher(patcher.entropy_model, patcher.config, precision=precision)  # as the cached steps compute
         self.texts = [bytearray() for _ in range(n_rows)]
 
     def feed(self, texts):
@@ -253,11 +254,9 @@ class FullPass:
 # The script
 
 
-def write_and_print(model, patcher, prompts, config, context_bytes):
+def continue_and_print(model, patcher, prompts, config, context_bytes):
     """Write the continuations to the standard output, a single one while it is being made, and the speed to stderr."""
-    sampling = SamplingConfig(
-        config.temperature, config.top_k, config.top_p, config.min_p, config.no_repeat_bytes, config.stop, context_bytes, config.seed
-    )  # fmt: skip
+    sampling = SamplingConfig(**{f.name: getattr(config, f.name) for f in fields(SamplingConfig)} | {"context_bytes": context_bytes})
     tick = time.perf_counter()
     writer = Writer(model, patcher, prompts, config.max_new_bytes, sampling, draft_bytes=config.draft_bytes, draft_confidence=config.draft_confidence)
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
@@ -265,14 +264,15 @@ def write_and_print(model, patcher, prompts, config, context_bytes):
     if len(prompts) == 1:
         sys.stdout.write(shown[0])
     done = 0
-    for number, _ in enumerate(writer.steps()):
-        if number == 0:
-            begin = time.perf_counter()
-        if len(prompts) == 1:
-            new = writer.choosers[0].settled()
-            sys.stdout.write(decoders[0].decode(new[done:]))
-            sys.stdout.flush()
-            done = len(new)
+    with threads_for(len(prompts)):
+        for number, _ in enumerate(writer.steps()):
+            if number == 0:
+                begin = time.perf_counter()
+            if len(prompts) == 1:
+                new = writer.choosers[0].settled()
+                sys.stdout.write(decoders[0].decode(new[done:]))
+                sys.stdout.flush()
+                done = len(new)
     for chooser, decoder, prompt in zip(writer.choosers, decoders, shown):
         if len(prompts) == 1:
             sys.stdout.write(decoder.decode(b"", final=True) + "\n")
@@ -291,25 +291,20 @@ def main(config):
 
     device = choose_device(config.device)
     model, patcher, record = load_blt(config.model, device)
-    patcher.precision = "fp32"
     context_bytes = config.context_bytes or record["settings"]["row_bytes"]  # no longer rows than those it was trained on
-    def continue_and_print(prompts):
-        with threads_for(len(prompts)):
-            write_and_print(model, patcher, prompts, config, context_bytes)
-
     if config.interactive:
         print("a line is a prompt; an empty one ends", file=sys.stderr)
         for line in sys.stdin:
             if not line.strip("\n"):
                 return
-            continue_and_print([line.rstrip("\n").encode("utf-8", "surrogateescape")])
+            continue_and_print(model, patcher, [line.rstrip("\n").encode("utf-8", "surrogateescape")], config, context_bytes)
         return
     prompts = [prompt.encode("utf-8", "surrogateescape") for prompt in config.prompt]
     if config.prompt_file is not None:
         if not Path(config.prompt_file).is_file():
             raise FileNotFoundError(f"{config.prompt_file} not found: --prompt_file takes a file to continue")
         prompts = [Path(config.prompt_file).read_bytes()]
-    continue_and_print(prompts)
+    continue_and_print(model, patcher, prompts, config, context_bytes)
 
 
 if __name__ == "__main__":

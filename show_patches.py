@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from create_patches import DEFAULT_PATCH_SIZE
 from entropy_patcher import EntropyPatcher, Guesses, PatchConfig, stream_guesses, threshold_for_patch_size
 from pictures import MAX_FIGURE_BYTES, MAX_PAGE_BYTES, draw_entropy_figure, whole_characters, write_patch_page
 from rows import evaluation_batches
@@ -68,9 +69,6 @@ class ShowPatchesConfig:
     def patch_config(self, threshold):
         """The rule as a `PatchConfig`."""
         return PatchConfig(self.method or "global", threshold, self.monotonic_threshold, self.min_patch_size, self.max_patch_size)
-
-
-DEFAULT_PATCH_SIZE = 4.5  # bytes a patch where neither a threshold nor a size is given
 
 
 def read_text(config):

@@ -219,6 +219,13 @@ def print_header(config, device, precision):
     print("config " + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items()))
 
 
+def print_table(header, rows):
+    """Columns as wide as their widest cell, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * width for width in widths], *rows]:
+        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
+
+
 def git_commit():
     """The checkout's short commit, with + if files differ from it; 'unknown' outside a checkout."""
     try:
@@ -601,10 +608,13 @@ def save_weights(path, model):
     write_aside(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_weights(path, model):
-    """Read a `save_weights` file into the model. Raises ValueError for a file that does not hold this model's weights."""
+def load_weights(path, model, assign=False):
+    """Read a `save_weights` file into the model. Raises ValueError for a file that does not hold this model's weights.
+
+    assign: let the model (on the meta device) have the file's own memory and dtype instead of a copy.
+    """
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=assign), assign=assign)
     except Exception as error:  # torch raises many kinds for a file that is no state dict of these shapes
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} does not hold the model that the JSON beside it describes ({reason}); train it again") from None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_incremental import CONFIGS, RULES, TEXT, model_of, patcher_of
 
 from entropy_patcher import EntropyPatcher
-from generate import Chooser, GenerateConfig, SamplingConfig, Writer, generate
+from generate import Chooser, FullPass, GenerateConfig, SamplingConfig, Writer, generate
 from save_entropy_model import model_hash, save_entropy_model
 from training import save_weights, write_json
 
@@ -33,6 +33,17 @@ def test_cached_equals_uncached_on_200_random_prompts():
         assert generate(model, patcher, prompt, 8, **options) == wanted, (case, rule, name)
         if patcher.entropy_model is not None:
             assert generate(model, patcher, prompt, 8, draft_bytes=3, draft_confidence=0.0, **options) == wanted, (case, rule, name)
+
+
+def test_uncached_text_has_the_patches_of_the_asked_precision():
+    """A trained model's patcher may compute in bf16; text written in fp32 has fp32 patches, cached or not."""
+    model, patcher = model_of(), patcher_of("global")
+    in_bf16 = EntropyPatcher(patcher.entropy_model, patcher.config, precision="bf16")
+    prompts = [TEXT[begin : begin + 200] for begin in range(0, 1000, 100)]
+    assert any((in_bf16.starts(prompt) != patcher.starts(prompt)).any() for prompt in prompts)  # so that it matters
+    for prompt in prompts:
+        logits = [FullPass(model, p, 1, None, "fp32").feed([np.frombuffer(b"\0" + prompt, np.uint8)]) for p in (patcher, in_bf16)]
+        assert torch.equal(*logits)
 
 
 def test_a_prompt_of_10000_bytes():

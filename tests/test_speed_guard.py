@@ -35,7 +35,7 @@ RATES = TrainingConfig(lr=0.01, adam_lr=0.01)
 
 # Counts of 2026-11-21 (torch 2.13) plus 15%.
 STEP_OPS = 2370  # operations of a training step of TINY with attention in one band
-GENERATION_OPS = 500  # operations that read one more byte of TINY, the latent transformer once in four
+GENERATION_OPS = 407  # operations that read one more byte of TINY, the latent transformer once in four
 BAND_OPS = 200  # operations that each further band of 64 queries adds to a training step of TINY: two local layers
 KEPT_PER_BYTE = 9870  # bytes that the forward pass of TINY keeps for the backward pass, per byte of text
 PEAK_PER_BYTE = 15000  # the most bytes that live at once in a training step of TINY, per byte of text
