@@ -38,21 +38,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from blt.checks import check, check_positive
+from blt.config import print_header, print_table, run_script
+from blt.corpus import open_corpus
+from blt.device import autocast, choose_device, choose_precision, set_seed, synchronize, threads_for
+from blt.entropies import stream_entropies
+from blt.files import git_commit, write_json
+from blt.flops import TRAINING, blt_flops, flat_shape_of_equal_flops, peak_flops, transformer_flops
+from blt.ids import BOUNDARY
+from blt.incremental import IncrementalBLT
+from blt.loop import RunConfig
+from blt.metric import row_nats
+from blt.optimizers import add_gradients, apply_gradients, make_optimizers
+from blt.patch_rules import METHODS, PatchConfig, patch_starts, threshold_for_patch_size
+from blt.rows import BitArray, DocumentStream, TrainingRows
 from blt_model import BLTConfig, BLTModel
-from data import BOUNDARY, open_corpus
 from entropy_llm import PRESETS as ENTROPY_PRESETS
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import METHODS, EntropyPatcher, PatchConfig, patch_starts, stream_entropies, threshold_for_patch_size
-from flops import TRAINING, blt_flops, flat_shape_of_equal_flops, peak_flops, synchronize, transformer_flops
-from incremental import IncrementalBLT, threads_for
+from entropy_patcher import EntropyPatcher
 from llm import PRESETS as LLM_PRESETS
 from llm import LLMConfig
 from llm_large import PRESETS as LLM_LARGE_PRESETS
 from llm_large import LLMLargeConfig
-from optimizers import add_gradients, apply_gradients, make_optimizers
-from rows import BitArray, DocumentStream, TrainingRows
-from training import RunConfig, autocast, check, check_positive, choose_device, choose_precision, git_commit
-from training import print_header, print_table, row_nats, run_script, set_seed, write_json
 
 SCRIPTS = {"llm": (LLMConfig, LLM_PRESETS), "llm_large": (LLMLargeConfig, LLM_LARGE_PRESETS)}
 AGAINST = ("transformers", "flat", "loop")
@@ -181,10 +188,6 @@ def find_model(name, config):
     return BLTConfig(**{f.name: settings[f.name] for f in fields(BLTConfig)}), settings["row_bytes"], settings["batch_rows"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-
-
 def sample_documents(data_cache):
     """The first TEXT_BYTES of the bundled sample's training documents: list of uint8 arrays."""
     corpus = open_corpus("sample", cache_dir=data_cache)
@@ -209,10 +212,6 @@ def make_rows(job):
     starts.append(np.concatenate([[True], *pieces]))
     starts.close()
     return TrainingRows(DocumentStream.of_documents(documents), job.row_bytes, starts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A model in a process of its own
 
 
 class Runner:
@@ -255,8 +254,7 @@ class Runner:
         self.model.to(device)
         self.optimizers = make_optimizers(self.model, self.run_config)
         if job.kind == "loop":
-            sys.path.insert(0, str(Path(__file__).parent / "tests"))
-            from plain_blt import plain_logits
+            from blt.plain_blt import plain_logits
 
             self.nats = lambda batch: row_nats(lambda *inputs: plain_logits(self.model, *inputs), batch)[0]
             return {precision: (precision, lambda: None) for precision in precisions}
@@ -474,10 +472,6 @@ def measure(jobs, config):
     return results, difference
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is measured
-
-
 def spread(values):
     """{"median", "q1", "q3", "n"} of some numbers."""
     q1, median, q3 = np.percentile(values, (25, 50, 75))
@@ -614,11 +608,12 @@ def bench_generation(name, job, config, device):
     Contestants write in turn, each round after another prompt, on one CPU thread (transformers: on all, and on one). The time of the prompt is left
     out. Also the time to read a byte about places 500 and 5,000 of one text: once as it is, and with rows of at most 1,024 ids.
     """
-    from generate import SamplingConfig, Writer
+    from blt.sampling import SamplingConfig
+    from generate import Writer
 
     set_seed(config.seed)
     if name.endswith(".json"):
-        from train_blt import load_blt
+        from save_entropy_model import load_blt
 
         model, patcher, _ = load_blt(Path(name).parent, device)
     else:
@@ -690,10 +685,6 @@ def bench_generation(name, job, config, device):
                 times.append(1000 * (time.perf_counter() - tick))
         out["place_ms"][str(context)] = {place: float(np.mean(times[place - 200 : place + 200])) for place in (500, 5000)}
     return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Printing
 
 
 def ms(values):
@@ -770,7 +761,7 @@ def draw_scaling(path, s, name):
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    from pictures import BLUE, GREY, ORANGE, _bare, _save
+    from blt.pictures import BLUE, GREY, ORANGE, _bare, _save
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     rows, patches, widths = _bare(*figure.subplots(1, 3))

@@ -20,10 +20,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import BOUNDARY
-from layers import Block, CausalPlan, RMSNorm, apply_function, default_heads, documents_of, init_weights, run_block
-from rows import check_patch_lengths  # noqa: F401, the contract of this model's second argument
-from training import check, check_positive
+from blt.attention import CausalPlan
+from blt.checks import check, check_positive
+from blt.ids import BOUNDARY, documents_of
+from blt.kernels import GatherAttention, SegmentAttention, apply_function
+from blt.layers import Block, RMSNorm, default_heads, init_weights, run_block
+from blt.segments import (
+    PatchMap,
+    check_patch_lengths,  # noqa: F401, the contract of this model's second argument
+)
 
 HASH_PRIME = 1_000_000_007  # base of the rolling polynomial hash
 DENSE_HASH_ROWS = 65536  # tables of more rows get sparse gradients and `optimizers.RowWiseAdam`
@@ -74,64 +79,6 @@ class BLTConfig:
         return getattr(self, f"{part}_heads") or default_heads(getattr(self, f"{part}_dim"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Patches as segments
-
-
-class Segments:
-    """Bytes as parts of patches. into_BT: int64, the patch 0..P-1 of its row that each byte is pooled into; P: into none."""
-
-    def __init__(self, into_BT, n_patches):
-        self.P = n_patches
-        # Slot P of each row takes the bytes that are left out, and is dropped.
-        self.pool = (into_BT + torch.arange(len(into_BT), device=into_BT.device)[:, None] * (n_patches + 1)).flatten()
-        self.pool_slots = len(into_BT) * (n_patches + 1)
-
-    def sum(self, x_NF):
-        """Sum over each patch's bytes: [B * T, F] -> [B * (P + 1), F]."""
-        return x_NF.new_zeros(self.pool_slots, x_NF.shape[1]).index_add(0, self.pool, x_NF)
-
-    def max(self, x_NF, empty=0.0):
-        """Maximum over each patch's bytes: [B * T, F] -> [B * (P + 1), F]; `empty` for patches without bytes."""
-        index = self.pool[:, None].expand_as(x_NF)
-        out = x_NF.new_full((self.pool_slots, x_NF.shape[1]), empty)
-        return out.scatter_reduce(0, index, x_NF, "amax", include_self=False)
-
-    def drop_left_out(self, x_NF):
-        """[B * (P + 1), ...] -> [B, P, ...] without the slots of left-out bytes."""
-        return x_NF.unflatten(0, (-1, self.P + 1))[:, :-1]
-
-
-class PatchMap(Segments):
-    """Which patch each byte is pooled into and which it reads: integer maps made once per forward.
-
-    Worked example: lengths 1, 2, 3 over 6 ids, the last of them only a target. Patches of the ids: 0 1 1 2 2 2. The encoder
-    pools the inputs as 0 1 1 2 2; input t reads the newest patch that is complete before id t + 1: 0 0 1 1 1.
-
-    A boundary inside a row may stand at the end of the last document's patch (that the document ends there is nothing a
-    patch may tell). Such a patch then belongs to the new document: the bytes before the boundary are left out of it. No byte
-    of the old document reads it.
-    """
-
-    def __init__(self, patch_lengths_BP, documents_BT):
-        B, P = patch_lengths_BP.shape
-        T = documents_BT.shape[1]
-        ends_BP = patch_lengths_BP.cumsum(dim=1)
-        places = torch.arange(T + 1, device=ends_BP.device).expand(B, T + 1).contiguous()
-        patch_of_id = torch.searchsorted(ends_BP, places, right=True).clamp_(max=P - 1)
-        last_input_BP = (ends_BP - 1).clamp(0, T - 1)
-        self.documents_BP = documents_BT.gather(1, last_input_BP)
-        pooled_into = patch_of_id[:, :T]
-        is_left_out = self.documents_BP.gather(1, pooled_into) != documents_BT
-        super().__init__(pooled_into.masked_fill(is_left_out, P), P)
-        row = torch.arange(B, device=ends_BP.device)[:, None]
-        self.read = ((patch_of_id[:, 1:] - 1).clamp_(min=0) + row * P).flatten()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Embeddings
-
-
 def hash_ngrams(ids_BT, documents_BT, sizes, rows):
     """Row of each n-gram size's table for the n-gram that ends at each id: int64 [B, T, number of sizes] (section 3.2.1).
 
@@ -179,10 +126,6 @@ def embed_ngrams(embedding, ids_BT, documents_BT):
 embed_ngrams_uncompiled = torch.compiler.disable(embed_ngrams)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cross-attention
-
-
 class CrossAttention(nn.Module):
     """Projections and norms of both cross-attentions (section 3.2.2): no positions, no biases, norms before both sides."""
 
@@ -217,84 +160,6 @@ class DecoderCrossAttention(CrossAttention):
         q, key, value = (x.flatten(0, 1) for x in self.project(bytes_BTD, patches_BPkD))
         attended_NHK = apply_function(GatherAttention, q, key, value, read_N)
         return 2 * bytes_BTD + self.wo(attended_NHK.flatten(1).unflatten(0, bytes_BTD.shape[:2]))
-
-
-# Both keep their inputs and the weights, a number per byte, vector and head; what is as wide as the bytes is gathered again
-# in the backward pass. N = B * T bytes, M patches. Loops over the k vectors keep every operation on whole rows of memory.
-
-
-class SegmentAttention(torch.autograd.Function):
-    """Attention of each patch's k queries to the bytes that `patch_map.pool` puts into it; softmax and sums in fp32."""
-
-    @staticmethod
-    def forward(ctx, q_MkHK, key_NHK, value_NHK, patch_map):
-        k, scale = q_MkHK.shape[1], key_NHK.shape[-1] ** -0.5
-        q_NkHK = gather_rows(q_MkHK, patch_map.pool)
-        scores_NkH = torch.stack([(q_NkHK[:, i] * key_NHK).sum(-1) for i in range(k)], dim=1).float() * scale
-        highest = patch_map.max(scores_NkH.flatten(1))
-        weights_NkH = (scores_NkH - gather_rows(highest, patch_map.pool).view_as(scores_NkH)).exp()
-        total = patch_map.sum(weights_NkH.flatten(1)).clamp(min=1e-30)
-        weights_NkH = weights_NkH / gather_rows(total, patch_map.pool).view_as(weights_NkH)
-        value = value_NHK.float()
-        attended = patch_map.sum(torch.stack([weights_NkH[:, i, :, None] * value for i in range(k)], dim=1).flatten(1))
-        ctx.save_for_backward(q_MkHK, key_NHK, value_NHK, weights_NkH)
-        ctx.patch_map = patch_map
-        return attended.to(value_NHK.dtype).view_as(q_MkHK)
-
-    @staticmethod
-    def backward(ctx, d_MkHK):
-        q_MkHK, key, value, weights_NkH = ctx.saved_tensors
-        patch_map, k, scale = ctx.patch_map, q_MkHK.shape[1], key.shape[-1] ** -0.5
-        d_NkHK, q_NkHK = gather_rows(d_MkHK, patch_map.pool), gather_rows(q_MkHK, patch_map.pool)
-        d_value = sum(weights_NkH[:, i, :, None].to(value.dtype) * d_NkHK[:, i] for i in range(k))
-        d_weights = torch.stack([(d_NkHK[:, i] * value).sum(-1) for i in range(k)], dim=1).float()
-        mean = patch_map.sum((weights_NkH * d_weights).flatten(1))
-        d_scores = weights_NkH * (d_weights - gather_rows(mean, patch_map.pool).view_as(d_weights)) * scale
-        d_key = sum(d_scores[:, i, :, None].to(key.dtype) * q_NkHK[:, i] for i in range(k))
-        key = key.float()
-        d_q = patch_map.sum(torch.stack([d_scores[:, i, :, None] * key for i in range(k)], dim=1).flatten(1))
-        return d_q.to(q_MkHK.dtype).view_as(q_MkHK), d_key, d_value, None
-
-
-class GatherAttention(torch.autograd.Function):
-    """Attention of each byte to the k vectors of patch read_N[byte]."""
-
-    @staticmethod
-    def forward(ctx, q_NHK, key_MkHK, value_MkHK, read_N):
-        k, scale = key_MkHK.shape[1], q_NHK.shape[-1] ** -0.5
-        key, value = gather_rows(key_MkHK, read_N), gather_rows(value_MkHK, read_N)
-        scores_NkH = torch.stack([(q_NHK * key[:, i]).sum(-1) for i in range(k)], dim=1).float() * scale
-        weights_NkH = scores_NkH.softmax(dim=1)
-        ctx.save_for_backward(q_NHK, key_MkHK, value_MkHK, weights_NkH, read_N)
-        return sum(weights_NkH[:, i, :, None].to(value.dtype) * value[:, i] for i in range(k))
-
-    @staticmethod
-    def backward(ctx, d_NHK):
-        q, key_MkHK, value_MkHK, weights_NkH, read_N = ctx.saved_tensors
-        k, scale = key_MkHK.shape[1], q.shape[-1] ** -0.5
-        key, value = gather_rows(key_MkHK, read_N), gather_rows(value_MkHK, read_N)
-        d_weights = torch.stack([(d_NHK * value[:, i]).sum(-1) for i in range(k)], dim=1).float()
-        mean = (weights_NkH * d_weights).sum(1, keepdim=True)
-        d_scores = (weights_NkH * (d_weights - mean) * scale).to(q.dtype)
-        weights = weights_NkH.to(q.dtype)
-        d_q = sum(d_scores[:, i, :, None] * key[:, i] for i in range(k))
-        d_key, d_value = (
-            torch.zeros_like(key_MkHK)
-            .flatten(1)
-            .index_add_(0, read_N, torch.stack([x[:, i, :, None] * rows for i in range(k)], dim=1).flatten(1))
-            .view_as(key_MkHK)
-            for x, rows in ((d_scores, q), (weights, d_NHK))
-        )
-        return d_q, d_key, d_value, None
-
-
-def gather_rows(x, index):
-    """x[index] along the first axis, read in whole rows."""
-    return x.flatten(1).index_select(0, index).unflatten(1, x.shape[1:])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The three parts
 
 
 class LocalEncoder(nn.Module):

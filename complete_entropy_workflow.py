@@ -15,9 +15,12 @@ from pathlib import Path
 import numpy as np
 
 import entropy_llm
-from pictures import draw_comparison
+from blt.checks import check, check_positive
+from blt.config import run_script
+from blt.corpus import DataConfig
+from blt.files import write_aside, write_json
+from blt.pictures import draw_comparison
 from train_blt import PRESETS, BLTRunConfig, run
-from training import DataConfig, check, check_positive, run_script, write_aside, write_json
 
 
 @dataclass

@@ -29,11 +29,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import BOUNDARY
-from incremental import IncrementalBLT, threads_for
-from save_entropy_model import model_hash
-from train_blt import load_blt
-from training import bits_per_byte, check, check_positive, choose_device, run_script, write_aside
+from blt.checks import check, check_positive
+from blt.config import run_script
+from blt.device import choose_device, threads_for
+from blt.files import model_hash, write_aside
+from blt.ids import BOUNDARY
+from blt.incremental import IncrementalBLT
+from blt.metric import bits_per_byte
+from save_entropy_model import load_blt
 
 HEADER = struct.Struct("<4s Q H I H 8s 4s I I")  # magic, bytes, streams, context_bytes, threads, model, machine, CRC-32 of the bytes, and of the header so far
 MAGIC = b"BLT1"
@@ -59,10 +62,6 @@ class CompressConfig:
         check(self, "streams", self.streams is None or self.streams < 2**16, "below 65536")
         if (self.file is None) == (self.decompress is None):
             raise ValueError("pass either a file to compress or --decompress with one to restore")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Coding
 
 
 def pieces(n_bytes, n_streams):
@@ -144,10 +143,6 @@ def decode(model, patcher, code_bytes, n_bytes, n_streams, context_bytes, progre
 
     follow(model, patcher, lengths, context_bytes, code, progress)
     return text.tobytes()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 
 def model_fingerprint(model, patcher):

@@ -46,14 +46,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, BltConfig, BltForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from blt.checks import check
+from blt.config import run_script
+from blt.files import git_commit, load_weights, model_hash, save_weights, write_aside, write_json
+from blt.ids import BOUNDARY, to_bytes
+from blt.layers import feed_forward_width
+from blt.patch_rules import NEEDS_ENTROPIES, PatchConfig
 from blt_model import BLTConfig, BLTModel, uninitialized
-from data import BOUNDARY
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import NEEDS_ENTROPIES, PatchConfig, to_bytes
-from layers import feed_forward_width
-from save_entropy_model import model_hash, save_entropy_model
-from train_blt import entropy_model_of, load_blt, read_record
-from training import check, git_commit, load_weights, run_script, save_weights, write_aside, write_json
+from save_entropy_model import entropy_model_of, load_blt, read_record, save_entropy_model
 
 
 @dataclass
@@ -89,17 +90,12 @@ UNKNOWN_CLASSES = [0, 1, 3]  # transformers' classes that we have not: never a t
 NO_UTF8 = [0xC0, 0xC1, *range(0xF5, 0x100)]  # bytes that no UTF-8 text holds
 ENTROPY_NORM_EPS = 1e-5  # MinimalLLM's
 PATCHER = "model.patcher."  # what the names of the patcher's weights begin with
-
 BLOCK = {
     "attention_norm": "input_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward_norm": "post_attention_layernorm",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
 }  # fmt: skip
 CROSS_ATTENTION = {"query_norm": "q_norm", "key_norm": "k_norm", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
 
 
 def from_transformers(hf_model):
@@ -205,10 +201,6 @@ def to_hf_ids(ids_BT):
     return torch.where(ids_BT == BOUNDARY, HF_BEGIN, ids_BT + HF_FIRST_BYTE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configs
-
-
 def _need(config, name, wanted, advice=""):
     """Raise ValueError unless a config's field has the one value that can be converted."""
     value, whose = getattr(config, name), getattr(config, "model_type", type(config).__name__)
@@ -281,10 +273,6 @@ def _hf_config(config, entropy_config, patch_config):
         encoder_hash_byte_group_size=list(config.ngram_sizes), encoder_hash_byte_group_vocab=config.hash_rows,
         bos_token_id=HF_BEGIN, eos_token_id=HF_END, pad_token_id=0, use_cache=False,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
 
 
 def _weight_names(config):
@@ -366,10 +354,6 @@ def _filled(model, weights):
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Inputs of transformers
-
-
 def hf_inputs(patcher, text):
     """What a `BltForCausalLM` takes for one document and the patches that our patcher makes of it.
 
@@ -405,10 +389,6 @@ def _byte_character(byte):
     """The printable character that stands for a byte in byte-level tokenizers: itself where it is one, else from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return chr(byte if byte in printable else 0x100 + sum(b not in printable for b in range(byte)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders
 
 
 def write_for_transformers(folder, output, dtype="keep", without_patcher=False):

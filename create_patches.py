@@ -9,34 +9,38 @@ Next    python llm.py
 Another method, threshold or patch size is a pass over the file of entropies: run it again, the model does not.
 """
 
-import json
-import shutil
-import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from entropy_patcher import (
-    NEEDS_ENTROPIES,
-    EntropyPatcher,
-    PatchConfig,
-    bpe_starts,
+from blt.checks import check, check_positive
+from blt.config import print_header, run_script
+from blt.corpus import DataConfig
+from blt.device import choose_device, choose_precision
+from blt.entropies import (
     entropy_distribution,
-    patch_sizes,
-    patch_starts,
-    patch_statistics,
-    stream_entropies,
+    make_entropies,
     stream_guesses,
-    threshold_for_patch_size,
-    train_tokenizer,
+    training_patch_sizes,
+    training_sample,
+    training_starts,
 )
-from rows import BitArray, DocumentStream
+from blt.files import write_json
+from blt.patch_rules import (
+    DEFAULT_PATCH_SIZE,
+    PatchConfig,
+    calibrate,
+    patch_sizes,
+    patch_statistics,
+    threshold_for_patch_size,
+    warn_about_sizes,
+)
+from blt.tokens import bpe_starts, train_tokenizer
+from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_entropy_model
-from training import DataConfig, check, check_positive, choose_device, choose_precision, print_header, run_script, write_json
 
 
 @dataclass
@@ -76,192 +80,12 @@ class CreatePatchesConfig(DataConfig):
         )  # fmt: skip
 
 
-DEFAULT_PATCH_SIZE = 4.5  # bytes a patch where neither a threshold nor a size is given: about that of the released models
-
 PRESETS = {
     "cpu": dict(max_bytes=2_200_000, val_bytes=200_000),
     "colab_t4": dict(lanes=64, chunk_bytes=2048),
     "rtx4090": dict(lanes=256, chunk_bytes=2048),
     "h200": dict(lanes=512, chunk_bytes=2048),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
-
-
-class EntropyCache:
-    """Entropies of a corpus's documents on disk: N + 1 float16 numbers a document, in nats (its bytes and its end).
-
-    manifest: what made them (corpus and entropy model by hash, precision, dtype) and which documents they cover.
-    train, validation: document numbers covered.
-    """
-
-    def __init__(self, folder, corpus):
-        self.folder = Path(folder)
-        self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        self.train, self.validation = (np.load(self.folder / f"{name}.npy") for name in ("train", "validation"))
-        self.numbers = np.concatenate((self.train, self.validation))
-        self.lengths = np.diff(corpus.offsets)[self.numbers] + 1
-        self.ends = np.cumsum(self.lengths)
-        self.entropies = np.memmap(self.folder / "entropies.f16", dtype=np.float16, mode="r")
-        if len(self.entropies) != self.ends[-1]:
-            raise ValueError(f"{self.folder} is damaged: {len(self.entropies):,} entropies, not {self.ends[-1]:,}; delete it and run: python create_patches.py")
-
-    def covers(self, train, validation):
-        """Whether the first documents in here are these."""
-        return all(
-            len(asked) <= len(held) and np.array_equal(held[: len(asked)], asked)
-            for asked, held in ((train, self.train), (validation, self.validation))
-        )
-
-    def document(self, place):
-        """Entropies [N + 1] of the document at this place of `numbers`, float32."""
-        end = int(self.ends[place])
-        return self.entropies[end - int(self.lengths[place]) : end].astype(np.float32)
-
-    def of_training(self, count, block=1 << 22):
-        """Entropies of the first `count` training documents in blocks of whole documents: yields (first, last + 1, float32)."""
-        first = 0
-        while first < count:
-            begin = int(self.ends[first - 1]) if first else 0
-            last = min(count, max(first + 1, int(np.searchsorted(self.ends, begin + block, side="right"))))
-            yield first, last, self.entropies[begin : int(self.ends[last - 1])].astype(np.float32)
-            first = last
-
-
-def cache_folder(cache_dir, corpus, model_record):
-    """Where the entropies of this corpus by this model lie."""
-    return Path(cache_dir) / f"entropies-{corpus.hash[:8]}-{model_record['sha256'][:8]}"
-
-
-def open_entropies(cache_dir, corpus, model_record, entropy_model_path):
-    """Open the cached entropies of this corpus by this model. Raises FileNotFoundError saying what is there and what to run."""
-    folder = cache_folder(cache_dir, corpus, model_record)
-    if folder.exists():
-        cache = EntropyCache(folder, corpus)
-        made_by = (cache.manifest["corpus_sha256"], cache.manifest["entropy_model_sha256"])
-        if made_by == (corpus.hash, model_record["sha256"]):
-            return cache
-    others = sorted(Path(cache_dir).glob("entropies-*"))
-    found = []
-    for other in others:
-        manifest = json.loads((other / "manifest.json").read_text())
-        what = "another corpus" if manifest["corpus_sha256"] != corpus.hash else "another entropy model"
-        found.append(f"{other.name} is of {what}")
-    raise FileNotFoundError(
-        f"{cache_dir} holds no entropies of dataset {corpus.manifest['dataset']!r} by {entropy_model_path}"
-        f"{' (' + '; '.join(found) + ')' if found else ''}; run: python create_patches.py --dataset {corpus.manifest['dataset']} "
-        f"--entropy_model_path {entropy_model_path} --cache_dir {cache_dir}"
-    )
-
-
-def make_entropies(cache_dir, corpus, model, model_record, train, validation, precision, lanes=4, chunk_bytes=1024):
-    """Compute and store the entropies of these documents, or open them if they are there already."""
-    folder = cache_folder(cache_dir, corpus, model_record)
-    if folder.exists():
-        cache = EntropyCache(folder, corpus)
-        if cache.covers(train, validation) and cache.manifest["precision"] == precision:
-            print(f"entropies: {folder} is there already ({len(cache.entropies):,} numbers)")
-            return cache
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name, suffix=".tmp"))
-    try:
-        aside.chmod(0o755)
-        numbers = np.concatenate((train, validation))
-        stream = DocumentStream.of_corpus(corpus, numbers)
-        out = np.memmap(aside / "entropies.f16", dtype=np.float16, mode="w+", shape=(len(stream) - 1,))
-        began = time.perf_counter()
-        with tqdm(total=len(out), unit="B", unit_scale=True, desc="entropies", disable=None) as progress:
-            stream_entropies(model, stream, lanes, chunk_bytes, precision, progress, out)
-        seconds = time.perf_counter() - began
-        out.flush()
-        np.save(aside / "train.npy", train)
-        np.save(aside / "validation.npy", validation)
-        write_json(aside / "manifest.json", {
-            "corpus_sha256": corpus.hash, "dataset": corpus.manifest["dataset"],
-            "entropy_model_sha256": model_record["sha256"], "precision": precision, "dtype": "float16",
-            "documents": len(numbers), "train_documents": len(train), "numbers": len(out), "unit": "nats",
-            "layout": "for each document: one number for each byte, about that byte, then one for the document's end",
-        })  # fmt: skip
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    print(f"entropies: {len(out):,} numbers in {seconds:.1f} s ({len(out) / seconds / 1e3:.0f} kB/s) -> {folder}")
-    return EntropyCache(folder, corpus)
-
-
-def training_starts(corpus, train, patch_config, cache=None):
-    """Patch starts of the training stream (`DocumentStream` of these documents), as a `BitArray`: one vectorised pass.
-
-    Place 0 is the first boundary; then each document has its bytes' places and its end's. cache: for methods that need it.
-    """
-    needs = patch_config.method in NEEDS_ENTROPIES
-    lengths = np.diff(corpus.offsets)[train] + 1
-    stream = DocumentStream.of_corpus(corpus, train)
-    starts = BitArray()
-    starts.append(np.ones(1, dtype=bool))
-    for first, last, H in cache.of_training(len(train)) if needs else _document_blocks(lengths):
-        ends = np.cumsum(lengths[first:last])
-        document_starts = np.zeros(ends[-1], dtype=bool)
-        document_starts[ends - lengths[first:last]] = True
-        byte_values = None
-        if not needs:
-            before = 1 + (int(stream.ends[first - 1]) if first else 0)
-            byte_values = stream.ids(before, before + len(document_starts)).astype(np.uint8)  # an end's place: any byte
-        starts.append(patch_starts(H, **patch_config.rule, byte_values=byte_values, document_starts=document_starts))
-    starts.close()
-    return starts
-
-
-def _document_blocks(lengths, block=1 << 22):
-    """Blocks of whole documents of about `block` places: yields (first, last + 1, None)."""
-    ends, first = np.cumsum(lengths), 0
-    while first < len(lengths):
-        before = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + block, side="right")))
-        yield first, last, None
-        first = last
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The script
-
-
-def calibrate(patch_config, target_patch_size, sample):
-    """The same rule with the threshold that gives this patch size on a sample of entropies with their document starts.
-
-    space and bpe have no threshold and stay as they are.
-    """
-    if patch_config.method in ("space", "bpe"):
-        return patch_config
-    H, document_starts = sample
-    rule = {name: value for name, value in patch_config.rule.items() if name not in ("method", "threshold")}
-    threshold = threshold_for_patch_size(H, patch_config.method, target_patch_size, document_starts, **rule)
-    return replace(patch_config, entropy_threshold=threshold)
-
-
-def training_sample(cache, places=2_000_000):
-    """Entropies of the first training documents, about so many, with the flags of where documents begin."""
-    lengths = cache.lengths[: len(cache.train)]
-    count = int(np.searchsorted(np.cumsum(lengths), places)) + 1
-    _, last, H = next(cache.of_training(min(count, len(lengths)), block=max(places, int(lengths[0]))))
-    document_starts = np.zeros(len(H), dtype=bool)
-    document_starts[np.cumsum(lengths[:last]) - lengths[:last]] = True
-    return H, document_starts
-
-
-def warn_about_sizes(patches, total_bytes, documents, threshold):
-    """Say so when a rule cuts at every byte or nowhere: both waste the latent transformer."""
-    size = total_bytes / max(1, patches)
-    advice = f"the threshold ({threshold:.3f}) or use --target_patch_size {DEFAULT_PATCH_SIZE}"
-    if size < 1.1:
-        print(f"warning: {size:.2f} bytes a patch: nearly every byte is a patch of its own; raise {advice}")
-    if patches <= 1.1 * documents:
-        print(f"warning: {patches:,} patches in {documents:,} documents: nearly a whole document is one patch; lower {advice}")
 
 
 def main(config):
@@ -315,27 +139,15 @@ def main(config):
     print("next: python llm.py" + (f" --preset {' '.join(config.preset)}" if config.preset else ""))
 
 
-def training_patch_sizes(starts, corpus, train):
-    """Sizes in bytes of the training documents' patches, int64 [P]; boundaries do not count as bytes."""
-    lengths = np.diff(corpus.offsets)[train]
-    ends = np.cumsum(lengths + 1)  # place of each document's end in the stream
-    sizes, rest, block = [], np.empty(0, np.int64), 1 << 24
-    for begin in range(1, len(starts), block):
-        flags = starts.read(begin, min(begin + block, len(starts)))
-        inside = ends[np.searchsorted(ends, begin) : np.searchsorted(ends, begin + len(flags))] - begin
-        flags[inside] = True  # cut where documents end, and leave the end's own place out below
-        places = np.flatnonzero(flags) + begin
-        places = np.concatenate((rest, places))
-        is_end = np.zeros(len(places), dtype=bool)
-        is_end[np.searchsorted(places, inside + begin)] = True
-        sizes.append(np.diff(places)[~is_end[:-1]])
-        rest = places[-1:]
-    return np.concatenate(sizes)
-
-
 def draw_pictures(config, corpus, validation, patcher, sizes):
     """entropy.png (the paper's Figure 4), patch_sizes.png and patches.html in the cache folder."""
-    from pictures import MAX_PAGE_BYTES, draw_entropy_figure, draw_patch_size_histogram, whole_characters, write_patch_page
+    from blt.pictures import (
+        MAX_PAGE_BYTES,
+        draw_entropy_figure,
+        draw_patch_size_histogram,
+        whole_characters,
+        write_patch_page,
+    )
 
     folder, rule = Path(config.cache_dir), patcher.config
     threshold = rule.entropy_threshold if rule.method in ("global", "both") else None

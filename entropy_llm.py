@@ -14,23 +14,16 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from data import BOUNDARY
-from layers import Block, CausalPlan, RMSNorm, documents_of, init_weights
-from rows import DocumentStream, TrainingRows, evaluation_batches
-from training import (
-    RunConfig,
-    check,
-    check_positive,
-    choose_device,
-    choose_precision,
-    fit,
-    leak_gate,
-    load_weights,
-    print_header,
-    run_script,
-    set_seed,
-    training_curves,
-)
+from blt.attention import CausalPlan
+from blt.checks import check, check_positive
+from blt.config import print_header, run_script
+from blt.device import choose_device, choose_precision, set_seed
+from blt.files import load_weights
+from blt.ids import BOUNDARY, documents_of
+from blt.layers import Block, RMSNorm, init_weights
+from blt.loop import RunConfig, fit, training_curves
+from blt.metric import leak_gate
+from blt.rows import DocumentStream, TrainingRows, evaluation_batches
 
 
 @dataclass

@@ -41,32 +41,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import hash_of_documents
-from entropy_patcher import EntropyPatcher, patch_sizes
-from generate import generate
-from rows import BYTES, target_places
-from save_entropy_model import load_entropy_model, model_hash
-from template_llm import load_template
-from train_blt import compressors_bpb, load_blt
-from training import (
-    DataConfig,
+from blt.checks import check, check_positive
+from blt.config import print_header, print_table, run_script
+from blt.corpus import DataConfig
+from blt.device import choose_device, choose_precision
+from blt.files import git_commit, hash_of_documents, model_hash, write_json
+from blt.ids import BYTES
+from blt.metric import (
     add_up,
-    check,
-    check_positive,
-    choose_device,
-    choose_precision,
-    git_commit,
+    compressors_bpb,
     leak_gate,
     predicts_document_ends,
-    print_header,
-    print_table,
     rates,
-    run_script,
     scoring_batches,
     target_nats,
     vocabulary_of,
-    write_json,
 )
+from blt.patch_rules import patch_sizes
+from blt.rows import target_places
+from entropy_patcher import EntropyPatcher
+from generate import generate
+from save_entropy_model import load_blt, load_entropy_model
+from template_llm import load_template
 
 
 @dataclass
@@ -109,10 +105,6 @@ PRESETS = {
     "rtx4090": dict(batch_rows=32),
     "h200": dict(batch_rows=64),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models and text
 
 
 @dataclass
@@ -278,10 +270,6 @@ def patch_record(is_start, numbers):
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise
-
-
 def ant_speak(text, generator):
     """b"a bc" as "A   B C"."""
     return " ".join(text.upper())
@@ -346,10 +334,6 @@ def robustness(contestant, documents, seed, batch_rows=8, precision="fp32"):
     return record
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples
-
-
 def is_valid_utf8(text, may_be_cut=False):
     """Whether bytes are UTF-8; may_be_cut: but for a character that the end cuts."""
     try:
@@ -372,10 +356,6 @@ def sample_record(contestant, config, precision):
         "valid": sum(valid), "of": len(texts), "valid_share": sum(valid) / len(texts), "seeds": [config.seed + i for i in range(config.samples)],
         "bytes": sum(map(len, texts)), "texts": [text.decode("utf-8", "backslashreplace") for text in texts],
     }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The script
 
 
 def evaluate_model(contestant, documents, groups, config, precision):
@@ -541,7 +521,7 @@ def print_report(card, config):
 
 def draw(path, card):
     """evaluation.png: bits per byte by context, by source, and of noised text."""
-    from pictures import draw_evaluation
+    from blt.pictures import draw_evaluation
 
     records = card["models"]
     names = [f"{name}: {number(record['bpb'], record['standard_error'])} bpb" for name, record in zip(short_names(records), records)]

@@ -10,8 +10,8 @@ The settings below are the medium model. What they do not name has the values of
 
 from dataclasses import dataclass
 
+from blt.config import run_script
 from train_blt import MACHINES, BLTRunConfig, run
-from training import run_script
 
 
 @dataclass

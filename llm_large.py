@@ -10,8 +10,8 @@ The preset cpu is a few steps of a shrunken model: it shows that the script work
 
 from dataclasses import dataclass
 
+from blt.config import run_script
 from train_blt import BLTRunConfig, run
-from training import run_script
 
 
 @dataclass

@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from create_patches import DEFAULT_PATCH_SIZE
-from entropy_patcher import EntropyPatcher, Guesses, PatchConfig, stream_guesses, threshold_for_patch_size
-from pictures import MAX_FIGURE_BYTES, MAX_PAGE_BYTES, draw_entropy_figure, whole_characters, write_patch_page
-from rows import evaluation_batches
-from save_entropy_model import load_entropy_model
-from train_blt import load_blt
-from training import autocast, check, check_positive, choose_device, choose_precision, run_script
+from blt.checks import check, check_positive
+from blt.config import run_script
+from blt.device import autocast, choose_device, choose_precision
+from blt.entropies import Guesses, stream_guesses
+from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, threshold_for_patch_size
+from blt.pictures import MAX_FIGURE_BYTES, MAX_PAGE_BYTES, draw_entropy_figure, whole_characters, write_patch_page
+from blt.rows import evaluation_batches
+from entropy_patcher import EntropyPatcher
+from save_entropy_model import load_blt, load_entropy_model
 
 
 @dataclass

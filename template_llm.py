@@ -22,28 +22,19 @@ from typing import Literal
 
 import numpy as np
 import torch.nn as nn
-from tqdm import tqdm
 
-from entropy_patcher import load_tokenizer, train_tokenizer
-from layers import Block, CausalPlan, RMSNorm, default_heads, documents_of, init_weights
-from rows import BYTES, DocumentStream, TrainingRows, Vocabulary, evaluation_batches
-from train_blt import MACHINES, result_line
-from training import (
-    RunConfig,
-    check,
-    check_positive,
-    choose_device,
-    choose_precision,
-    fit,
-    leak_gate,
-    load_weights,
-    print_header,
-    run_script,
-    set_seed,
-    training_curves,
-    write_aside,
-    write_json,
-)
+from blt.attention import CausalPlan
+from blt.checks import check, check_positive
+from blt.config import print_header, run_script
+from blt.device import choose_device, choose_precision, set_seed
+from blt.files import load_weights, write_aside, write_json
+from blt.ids import BYTES, documents_of
+from blt.layers import Block, RMSNorm, default_heads, init_weights
+from blt.loop import RunConfig, fit, training_curves
+from blt.metric import leak_gate, result_line
+from blt.rows import DocumentStream, TrainingRows, evaluation_batches
+from blt.tokens import BPEVocabulary, load_tokenizer, train_tokenizer
+from train_blt import MACHINES
 
 # (width, layers) of the model for each size of llm.py. Millions of multiply-adds that a forward pass makes per byte, attention with
 # them (a training byte costs six times as many FLOPs), with full rows of one document, 4.5 bytes a patch and 3.57 bytes a token:
@@ -128,54 +119,6 @@ PRESETS = {
 PRESETS["cpu"]["size"] = "cpu"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# BPE tokens as ids
-
-
-class BPEVocabulary(Vocabulary):
-    """The tokens of a byte-level BPE (`entropy_patcher.train_tokenizer`) as ids 0..V - 1; the id V is the document boundary.
-
-    Documents are read as latin-1, one character a byte, so every byte string has tokens and the tokens restore it.
-    bytes_per_token: mean over the training text; it makes rows of `row_bytes` bytes into rows of tokens (1: rows count tokens).
-    """
-
-    def __init__(self, tokenizer, bytes_per_token=1.0):
-        tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-        self.tokenizer, self.bytes_per_id, self.boundary = tokenizer, bytes_per_token, len(tokens)
-        self.bytes_of_id = np.array([*map(len, tokens), 0], dtype=np.int64)
-        self.dtype = np.uint16 if self.boundary < 1 << 16 else np.uint32
-
-    def encode(self, document):
-        """A uint8 document as its token ids, uint16 or uint32 [tokens]."""
-        return self.encode_all([document])[0]
-
-    def encode_all(self, documents, block_bytes=4_000_000):
-        """Documents as token ids, on all cores, block by block. Raises ValueError if tokens do not stand for all bytes."""
-        documents, encoded, begin = list(documents), [], 0
-        with tqdm(total=sum(map(len, documents)), unit="B", unit_scale=True, desc="tokens", disable=None, leave=False) as bar:
-            while begin < len(documents):
-                end, size = begin, 0
-                while end < len(documents) and size < block_bytes:
-                    size += len(documents[end])
-                    end += 1
-                block = [document.tobytes().decode("latin-1") for document in documents[begin:end]]
-                encoded += [np.array(made.ids, dtype=self.dtype) for made in self.tokenizer.encode_batch_fast(block, add_special_tokens=False)]
-                bar.update(size)
-                begin = end
-        for document, ids in zip(documents, encoded):
-            if self.bytes_of_id[ids].sum() != len(document):
-                raise ValueError("the tokenizer loses bytes; use one that entropy_patcher.train_tokenizer wrote")
-        return encoded
-
-    def decode(self, ids):
-        """Token ids as bytes; boundaries as nothing."""
-        return "".join(self.tokenizer.id_to_token(int(i)) for i in ids if i != self.boundary).encode("latin-1")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The models
-
-
 class PlainTransformer(nn.Module):
     """A causal transformer over ids: embedding, `layers.Block`s, norm, head. Attention keeps documents apart, as in the BLT.
 
@@ -233,10 +176,6 @@ class BPETransformer(PlainTransformer):
     The paper compares with transformers over the tokens of Llama 2 and Llama 3, 32 and 128 thousand, learned elsewhere; here the tokens
     are few and learned from the training text, so that nothing but that text stands behind the number.
     """
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
 
 
 def train_template(model, stream, validation, config):

@@ -10,68 +10,22 @@ Fine-tuning: --init_from FOLDER starts from the weights in an output folder of t
 presets and file (a flag that names another size is an error), and its patch rule and entropy model are used unless --patch_method names others.
 """
 
-import gzip
 import json
-import lzma
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
-
+from blt.config import given_fields, print_header, run_script
+from blt.device import choose_device, choose_precision, set_seed
+from blt.entropies import make_entropies, open_entropies, training_sample
+from blt.files import load_weights, model_hash, write_json
+from blt.loop import training_curves
+from blt.metric import evaluate, result_line
+from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, calibrate
+from blt.training import PatchedDataset, TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel, uninitialized
-from create_patches import (
-    DEFAULT_PATCH_SIZE,
-    calibrate,
-    make_entropies,
-    open_entropies,
-    training_sample,
-    training_starts,
-    warn_about_sizes,
-)
-from entropy_patcher import NEEDS_ENTROPIES, EntropyPatcher, PatchConfig, to_bytes
+from entropy_patcher import EntropyPatcher
 from generate import generate
-from rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
-from save_entropy_model import load_entropy_model, model_hash
-from training import (
-    RunConfig,
-    check,
-    choose_device,
-    choose_precision,
-    evaluate,
-    fit,
-    given_fields,
-    leak_gate,
-    load_weights,
-    print_header,
-    run_script,
-    set_seed,
-    training_curves,
-    write_json,
-)
-
-
-@dataclass
-class TrainingConfig(RunConfig):
-    # patches: None takes what create_patches.py chose
-    entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
-    patch_cache: str = "patch_cache"  # folder that create_patches.py filled
-    patch_method: str | None = None  # global, monotonic, both, static, space, cumulative; None: as create_patches.py chose
-    entropy_threshold: float | None = None  # with patch_method: the threshold in nats (bytes for static)
-    target_patch_size: float | None = None  # with patch_method: or the wanted bytes a patch
-    patch_slots: int | None = None  # patches in a row; None: chosen so that little is padding
-    # output
-    output: str = "checkpoints"  # folder for weights, metrics and curves
-    prompt: str | None = None  # text to continue when training ends; None: the beginning of a validation document
-    sample_bytes: int = 200  # bytes of that continuation; 0: none
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.patch_method is None and (self.entropy_threshold is not None or self.target_patch_size is not None):
-            raise ValueError("entropy_threshold and target_patch_size need --patch_method; without it the rule of create_patches.py is used")
-        if self.entropy_threshold is not None and self.target_patch_size is not None:
-            raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
-        if self.patch_slots is not None:
-            check(self, "patch_slots", self.patch_slots >= 4, "4 or more")
+from save_entropy_model import entropy_model_path, load_entropy_model, read_record
 
 
 @dataclass
@@ -86,131 +40,6 @@ class BLTRunConfig(TrainingConfig, BLTConfig):
         BLTConfig.__post_init__(self)
         if self.init_from is not None and Path(self.init_from).resolve() == Path(self.output).resolve():
             raise ValueError(f"init_from and output are both {self.output!r}, and the start would be overwritten; give another --output")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Patched data
-
-
-class PatchedDataset:
-    """What `train_blt` trains on: rows of patched training text, rows that score the validation text, and the patcher.
-
-    train_rows: `TrainingRows`. validation: list of uint8 documents, validation_starts: their patch starts, bool [N + 1] each.
-    patcher: the `EntropyPatcher` that made the patches; the leak gate makes them again with it.
-    """
-
-    def __init__(self, train_rows, validation, validation_starts, patcher, batch_rows=8):
-        self.train_rows, self.patcher = train_rows, patcher
-        self.validation, self.validation_starts = validation, validation_starts
-        self.validation_batches = list(evaluation_batches(validation, validation_starts, train_rows.row_bytes, batch_rows))
-
-    @classmethod
-    def from_documents(cls, training, validation, patcher, row_bytes=1024, batch_rows=8):
-        """Patch lists of documents (anything `EntropyPatcher` takes) with the patcher: for small data in memory."""
-        training, validation = [to_bytes(d) for d in training], [to_bytes(d) for d in validation]
-        if not training or not validation:
-            raise ValueError("training and validation each need at least one document")
-        starts = BitArray()
-        starts.append(np.concatenate([[True], *(patcher.starts(document) for document in training)]))
-        starts.close()
-        rows = TrainingRows(DocumentStream.of_documents(training), row_bytes, starts)
-        return cls(rows, validation, [patcher.starts(document) for document in validation], patcher, batch_rows)
-
-    @classmethod
-    def from_corpus(cls, corpus, patcher, config, cache=None):
-        """Patch a corpus by its cached entropies (`create_patches.EntropyCache`; None for static and space patches)."""
-        train = corpus.documents("train", config.max_bytes)
-        numbers = corpus.documents("validation", config.val_bytes)
-        if cache is not None and not cache.covers(train, numbers):
-            limits = [f"--{name} {value}" for name, value in (("max_bytes", config.max_bytes), ("val_bytes", config.val_bytes)) if value]
-            raise ValueError(
-                f"{cache.folder} covers {len(cache.train):,} training and {len(cache.validation):,} validation documents, "
-                f"and {len(train):,} and {len(numbers):,} are wanted; run: python create_patches.py {' '.join(limits)}, or lower max_bytes"
-            )
-        stream = DocumentStream.of_corpus(corpus, train)
-        starts = training_starts(corpus, train, patcher.config, cache)
-        rows = TrainingRows(stream, config.row_bytes, starts, config.patch_slots)
-        validation = [corpus.document(number) for number in numbers]
-        validation_starts = [
-            patcher.starts(document, None if cache is None else cache.document(len(cache.train) + place))
-            for place, document in enumerate(validation)
-        ]
-        return cls(rows, validation, validation_starts, patcher, config.batch_rows)
-
-
-def train_blt(model, patched_dataset, training_config):
-    """Train a `BLTModel` on a `PatchedDataset`. The leak gate runs before the first step and stops a model that sees ahead.
-
-    training_config: `TrainingConfig` (or any `RunConfig` with an `output` folder). Returns a dict with val_bpb, val_loss (nats
-    per target) and val_accuracy of the best weights, last_val_bpb, bytes_per_second, train_seconds, avg_patch_size and, of the padding in the
-    training rows, byte_padding and patch_padding. The best weights are in output/best.pt and are in the model afterwards.
-    """
-    if not isinstance(patched_dataset, PatchedDataset):
-        raise ValueError(f"train_blt needs a PatchedDataset (see PatchedDataset.from_documents), not {type(patched_dataset).__name__}")
-    data = patched_dataset
-    text = np.concatenate([*data.validation[:8]])[:512]
-    print(f"leak gate passed: largest difference {leak_gate(model, data.patcher, text):.1e} nats")
-    byte_padding, patch_padding = data.train_rows.padding()
-    patches = sum(int(starts[:-1].sum()) for starts in data.validation_starts)
-    total_bytes = sum(len(document) for document in data.validation)
-    size = total_bytes / patches
-    warn_about_sizes(patches, total_bytes, len(data.validation), data.patcher.config.entropy_threshold)
-    print(
-        f"rows: {len(data.train_rows):,} of {data.train_rows.row_bytes:,} bytes and {data.train_rows.patch_slots} patches | "
-        f"padding {byte_padding:.1%} of bytes, {patch_padding:.1%} of patches | {size:.2f} bytes a patch in validation"
-    )
-    result = fit(model, training_config, data.train_rows, data.validation_batches, training_config.output)
-    load_weights(Path(training_config.output) / "best.pt", model)
-    return {**result, "avg_patch_size": size, "byte_padding": byte_padding, "patch_padding": patch_padding}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saved models
-
-
-def load_blt(folder, device="cpu"):
-    """Read a trained model from its output folder: (BLTModel in fp32, EntropyPatcher, the record in model.json)."""
-    folder = Path(folder)
-    record = read_record(folder)
-    model = uninitialized(BLTConfig(**record["model_config"]), device)
-    load_weights(folder / "best.pt", model)
-    patch_config = PatchConfig(**record["patch_config"])
-    entropy_model = None
-    if patch_config.method in NEEDS_ENTROPIES:
-        entropy_model, _ = entropy_model_of(folder, record, device)
-    return model.eval(), EntropyPatcher(entropy_model, patch_config, precision=record["precision"]), record
-
-
-def read_record(folder):
-    """The record in the model.json of an output folder of a BLT."""
-    folder = Path(folder)
-    for file in (folder / "model.json", folder / "best.pt"):
-        if not file.exists():
-            raise FileNotFoundError(f"{file} not found; run: python llm.py --output {folder}")
-    record = json.loads((folder / "model.json").read_text())
-    if "patch_config" not in record:
-        raise ValueError(f"{folder} holds no BLT but a baseline without patches; read it with template_llm.load_template")
-    return record
-
-
-def entropy_model_path(folder, record):
-    """Where the entropy model of an output folder lies: in it (convert_hf.py writes it there), else where it was in training."""
-    path = Path(record["entropy_model_path"])
-    inside = Path(folder) / path.name
-    return str(inside if inside.exists() else path)
-
-
-def entropy_model_of(folder, record, device="cpu"):
-    """The entropy model that an output folder's BLT was trained with, and its record. Raises ValueError if another is in its place."""
-    path = entropy_model_path(folder, record)
-    entropy_model, entropy_record = load_entropy_model(path, device)
-    if entropy_record["sha256"] != record["entropy_model_sha256"]:
-        raise ValueError(f"{folder} was trained on patches of another entropy model than {path} holds now; train again, or put that model back")
-    return entropy_model, entropy_record
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The script
 
 
 def settings_of_start(config):
@@ -328,24 +157,6 @@ def run(config, make_patches=False):
     return result
 
 
-def compressors_bpb(documents):
-    """Bits per byte of gzip -9, xz -9 and zstd -19 on the same documents, joined: what any compressor gets without training."""
-    from pyarrow import Codec
-
-    raw = b"".join(document.tobytes() for document in documents)
-    made = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9), "zstd -19": Codec("zstd", 19).compress(raw, asbytes=True)}
-    return {name: 8 * len(compressed) / len(raw) for name, compressed in made.items()}
-
-
-def result_line(result, validation):
-    """One line: bits per byte of the best weights beside gzip's, xz's and zstd's on the same documents."""
-    others = ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressors_bpb(validation).items())
-    return (
-        f"val {result['val_bpb']:.4f} bpb over {result['val_bytes']:,} bytes of held-out text "
-        f"(accuracy {result['val_accuracy']:.1%}); the same bytes by {others}"
-    )
-
-
 def print_footer(result, validation, output):
     """The result beside gzip, xz and zstd, the files written and what to do next."""
     print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s | {result['avg_patch_size']:.2f} bytes a patch")
@@ -363,7 +174,6 @@ MACHINES = {
     "rtx4090": dict(batch_rows=16),
     "h200": dict(batch_rows=32),
 }  # fmt: skip
-
 PRESETS = {
     "quick_demo": dict(
         encoder_dim=128, global_dim=192, global_layers=3, decoder_dim=128, decoder_layers=2, hash_rows=4096, window=64,

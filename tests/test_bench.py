@@ -11,15 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plain_blt import plain_logits
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import TINY, BenchConfig, Job, ModelFlags, Runner, bench_patching, find_model, log_slope, memory, reset_peak, serve, spread
-from blt_model import BLTConfig, BLTModel
-from data import BOUNDARY
-from entropy_llm import EntropyConfig, MinimalLLM
-from flops import (
+from bench import (
+    TINY,
+    BenchConfig,
+    Job,
+    ModelFlags,
+    Runner,
+    bench_patching,
+    find_model,
+    log_slope,
+    memory,
+    reset_peak,
+    serve,
+    spread,
+)
+from blt.flops import (
     attention_flops,
     block_flops,
     blt_flops,
@@ -29,7 +38,11 @@ from flops import (
     measured_peak,
     transformer_flops,
 )
-from rows import check_patch_lengths
+from blt.ids import BOUNDARY
+from blt.plain_blt import plain_logits
+from blt.segments import check_patch_lengths
+from blt_model import BLTConfig, BLTModel
+from entropy_llm import EntropyConfig, MinimalLLM
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from test_incremental import TEXT, model_of, patcher_of
 
 import compress
+from blt.files import save_weights, write_json
+from blt.metric import bits_per_byte
+from blt.patch_rules import PatchConfig
 from compress import HEADER, decompress, encode, pieces
-from entropy_patcher import EntropyPatcher, PatchConfig
-from training import bits_per_byte, save_weights, write_json
+from entropy_patcher import EntropyPatcher
 
 BINARY = np.random.default_rng(0).integers(0, 256, 700).astype(np.uint8).tobytes()
 FILES = {"empty": b"", "one byte": b"\xff", "text": TEXT[:500], "code": Path(__file__).read_bytes()[:600], "binary": BINARY, "zeros": bytes(300), "gzip": gzip.compress(TEXT)}
@@ -45,8 +47,8 @@ def test_a_model_that_knows_the_text_makes_small_files():
     """Not an identity: a model trained on the bytes codes them in far fewer bits than one that was not."""
     model, patcher, data = model_of(window=12), EntropyPatcher(None, PatchConfig("static", 4.0)), b"abcdefgh" * 60
     before = len(compress.compress(data, model, patcher, 1, 512)[0])
-    from rows import evaluation_batches
-    from training import row_nats
+    from blt.metric import row_nats
+    from blt.rows import evaluation_batches
 
     (batch,) = evaluation_batches([np.frombuffer(data, np.uint8)], [patcher.starts(data)], 512)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

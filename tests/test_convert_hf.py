@@ -21,7 +21,17 @@ from transformers import AutoConfig, AutoTokenizer, BltConfig, BltForCausalLM
 import blt_model
 import llm
 import train_blt
-import training
+from blt import loop
+from blt.config import field_comments, parse_config
+from blt.corpus import open_corpus
+from blt.entropies import entropy_of
+from blt.files import model_hash, save_weights, write_json
+from blt.ids import BOUNDARY, documents_of
+from blt.layers import feed_forward_width
+from blt.loop import read_metrics
+from blt.metric import bits_per_byte, row_nats
+from blt.patch_rules import PatchConfig, patch_starts
+from blt.segments import check_patch_lengths
 from blt_model import BLTConfig, BLTModel, hash_ngrams
 from convert_hf import (
     INPUT_ROWS,
@@ -37,15 +47,11 @@ from convert_hf import (
     write_for_transformers,
     write_from_transformers,
 )
-from data import BOUNDARY, open_corpus
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import EntropyPatcher, PatchConfig, entropy_of, patch_starts
+from entropy_patcher import EntropyPatcher
 from generate import generate
-from layers import documents_of, feed_forward_width
-from rows import check_patch_lengths
-from save_entropy_model import model_hash, save_entropy_model
-from train_blt import BLTRunConfig, load_blt
-from training import bits_per_byte, field_comments, parse_config, read_metrics, row_nats, save_weights, write_json
+from save_entropy_model import load_blt, save_entropy_model
+from train_blt import BLTRunConfig
 
 TOLERANCE = 1e-4  # measured: at most 5e-6 at 117 ids, 8e-6 at 300 and 1600, on logits up to 6
 CHARACTERS = [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x40)]  # in UTF-8 they take all bytes it has
@@ -813,16 +819,16 @@ def test_first_loss_is_the_imported_models(tuned, monkeypatch):
 def test_fine_tuning_resumes(tuned, monkeypatch, capsys):
     folder, _ = tuned
     monkeypatch.chdir(folder)
-    save = training.save_checkpoint
+    save = loop.save_checkpoint
 
     def save_and_stop(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train_blt.run(run_config(folder, output="stopped"), make_patches=True)
-    monkeypatch.setattr(training, "save_checkpoint", save)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
     train_blt.run(run_config(folder, output="stopped", resume=True), make_patches=True)
     assert "resumed stopped/last.pt at step 6" in capsys.readouterr().out
     straight, resumed = (torch.load(folder / name / "last.pt", weights_only=True)["model"] for name in ("tuned", "stopped"))

@@ -20,10 +20,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import data
-from data import Corpus, cut_text, open_corpus, split_off
+from blt import corpus as data
+from blt.corpus import Corpus, cut_text, open_corpus, split_off
 
-ROOT = Path(data.__file__).resolve().parent
+ROOT = Path(data.__file__).resolve().parent.parent
 COMPRESSIONS = ["", ".gz", ".xz", ".zst"]
 
 
@@ -577,7 +577,7 @@ def test_interrupted_build_leaves_nothing(tmp_path, opened, monkeypatch):
 def test_killed_build_does_not_break_the_next(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines(numbered(10)))
     killed = (
-        "import data, os, sys; data.split_off = lambda *_: os._exit(9);"
+        "import os, sys; from blt import corpus as data; data.split_off = lambda *_: os._exit(9);"
         "data.open_corpus(sys.argv[1], cache_dir=sys.argv[2])"
     )
     cache = tmp_path / "cache"

@@ -14,15 +14,29 @@ import pytest
 import torch
 
 import evaluate
+from blt.files import model_hash, save_weights, write_json
+from blt.metric import bits_per_byte, compressors_bpb
+from blt.patch_rules import PatchConfig
+from blt.rows import evaluation_batches, target_places
+from blt.tokens import BPEVocabulary, train_tokenizer
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import EntropyPatcher, PatchConfig, train_tokenizer
-from evaluate import Contestant, EvaluateConfig, bootstrap, bucket_range, first_bytes, group_sources, is_valid_utf8, measure, noised, part, robustness
-from rows import evaluation_batches, target_places
-from save_entropy_model import model_hash, save_entropy_model
-from template_llm import BPEConfig, BPETransformer, BPEVocabulary, FlatByteTransformer, FlatConfig
-from train_blt import compressors_bpb
-from training import bits_per_byte, save_weights, write_json
+from entropy_patcher import EntropyPatcher
+from evaluate import (
+    Contestant,
+    EvaluateConfig,
+    bootstrap,
+    bucket_range,
+    first_bytes,
+    group_sources,
+    is_valid_utf8,
+    measure,
+    noised,
+    part,
+    robustness,
+)
+from save_entropy_model import save_entropy_model
+from template_llm import BPEConfig, BPETransformer, FlatByteTransformer, FlatConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = b"the cat sat on the mat and the dog ate the food that the cat had left on the mat. ".split()
@@ -209,7 +223,7 @@ def test_compressors():
 
 
 def test_picture_of_numbers_that_are_missing(tmp_path):
-    from pictures import draw_evaluation
+    from blt.pictures import draw_evaluation
 
     path = draw_evaluation(tmp_path / "a.png", ["a$1$", "b"], [("0", [2.0, None])], [("s" * 60, [2.0, None], [None, None])], [("Drop", [-0.1, None])])
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_incremental import CONFIGS, RULES, TEXT, model_of, patcher_of
 
+from blt.files import model_hash, save_weights, write_json
+from blt.sampling import Chooser, SamplingConfig
 from entropy_patcher import EntropyPatcher
-from generate import Chooser, FullPass, GenerateConfig, SamplingConfig, Writer, generate
-from save_entropy_model import model_hash, save_entropy_model
-from training import save_weights, write_json
+from generate import FullPass, GenerateConfig, Writer, generate
+from save_entropy_model import save_entropy_model
 
 
 def test_cached_equals_uncached_on_200_random_prompts():

@@ -6,14 +6,15 @@ import torch
 import torch._dynamo
 from test_incremental import TEXT, model_of, patcher_of
 
+from blt.device import autocast
+from blt.metric import leak_gate, row_nats
+from blt.optimizers import apply_gradients, make_optimizers
+from blt.rows import evaluation_batches
+from blt.training import PatchedDataset, TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel
 from compress import compress, decompress
 from entropy_patcher import EntropyPatcher
 from generate import generate
-from optimizers import apply_gradients, make_optimizers
-from rows import evaluation_batches
-from train_blt import PatchedDataset, TrainingConfig, train_blt
-from training import autocast, leak_gate, row_nats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CONFIG = dict(encoder_dim=64, global_dim=64, decoder_dim=64, global_layers=2, decoder_layers=2, hash_rows=64, window=16)

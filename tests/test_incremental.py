@@ -6,11 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blt.incremental import CHUNK, IncrementalBLT
+from blt.patch_rules import NEEDS_ENTROPIES, OnlineStarts, PatchConfig, patch_starts
+from blt.rows import make_batch
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import NEEDS_ENTROPIES, EntropyPatcher, OnlineStarts, PatchConfig, patch_starts
-from incremental import CHUNK, IncrementalBLT
-from rows import make_batch
+from entropy_patcher import EntropyPatcher
 
 RULES = {
     "global": dict(entropy_threshold=2.93), "monotonic": dict(entropy_threshold=0.12), "both": dict(entropy_threshold=2.2, monotonic_threshold=0.1),

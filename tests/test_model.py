@@ -7,12 +7,16 @@ import pytest
 import torch
 
 import blt_model
-from blt_model import BLTConfig, BLTModel, PatchMap, hash_ngrams
+from blt.attention import Blocks, CausalPlan, rotate
+from blt.ids import documents_of
+from blt.layers import RMSNorm
+from blt.metric import bits_per_byte, leak_gate, row_nats
+from blt.patch_rules import PatchConfig
+from blt.rows import evaluation_batches, make_batch
+from blt.segments import PatchMap, check_patch_lengths
+from blt_model import BLTConfig, BLTModel, hash_ngrams
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import EntropyPatcher, PatchConfig
-from layers import Blocks, CausalPlan, RMSNorm, documents_of, rotate
-from rows import check_patch_lengths, evaluation_batches, make_batch
-from training import bits_per_byte, leak_gate, row_nats
+from entropy_patcher import EntropyPatcher
 
 TINY = dict(encoder_dim=32, global_dim=48, decoder_dim=32, global_layers=2, decoder_layers=2, hash_rows=64, window=8)
 VARIANTS = {
@@ -85,7 +89,7 @@ def next_patch_early(self, patch_lengths_BP, documents_BT):
 
 @pytest.mark.parametrize("mistake", [own_patch, next_patch_early])
 def test_leak_gate_sees_a_patch_that_is_read_too_early(entropy_model, monkeypatch, mistake):
-    monkeypatch.setattr(blt_model.PatchMap, "__init__", mistake)
+    monkeypatch.setattr(PatchMap, "__init__", mistake)
     with pytest.raises(ValueError, match="leak"):
         leak_gate(make(), EntropyPatcher(entropy_model, threshold=5.05), random_bytes(70))
 
@@ -114,7 +118,7 @@ def test_leak_gate_sees_attention_to_the_future(entropy_model, monkeypatch):
 
 
 def test_leak_gate_refuses_bpe(entropy_model, tmp_path):
-    from entropy_patcher import train_tokenizer
+    from blt.tokens import train_tokenizer
 
     train_tokenizer([random_bytes(500)], 260, tmp_path / "t.json")
     with pytest.raises(ValueError, match="looks ahead"):

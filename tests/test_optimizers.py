@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+from blt.optimizers import GroupedMuon, RowWiseAdam, add_gradients, clip_gradients, make_optimizers
 from blt_model import DENSE_HASH_ROWS, BLTConfig, BLTModel
-from optimizers import GroupedMuon, RowWiseAdam, add_gradients, clip_gradients, make_optimizers
 
 RATES = SimpleNamespace(lr=0.01, adam_lr=0.01, weight_decay=0.1)
 

@@ -21,15 +21,17 @@ import numpy as np
 import pytest
 import torch
 
-import pictures
+from blt import pictures
+from blt.entropies import Guesses, stream_guesses
+from blt.files import save_weights, write_json
+from blt.metric import row_nats
+from blt.patch_rules import PatchConfig, patch_sizes, patch_starts, threshold_for_patch_size
+from blt.rows import evaluation_batches
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import EntropyPatcher, Guesses, PatchConfig, patch_sizes, patch_starts, stream_guesses, threshold_for_patch_size
-from rows import evaluation_batches
-from save_entropy_model import load_entropy_model, save_entropy_model
+from entropy_patcher import EntropyPatcher
+from save_entropy_model import load_blt, load_entropy_model, save_entropy_model
 from show_patches import ShowPatchesConfig, blt_guesses, main, read_text
-from train_blt import load_blt
-from training import row_nats, save_weights, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSER = next((found for found in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")) if found), None)

@@ -8,19 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blt.entropies import entropy_of, stream_entropies
+from blt.patch_rules import PatchConfig, patch_sizes, patch_starts, threshold_for_patch_size
+from blt.rows import DocumentStream
+from blt.tokens import train_tokenizer
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import (
-    EntropyPatcher,
-    PatchConfig,
-    analyze_entropy_distribution,
-    entropy_of,
-    patch_sizes,
-    patch_starts,
-    stream_entropies,
-    threshold_for_patch_size,
-    train_tokenizer,
-)
-from rows import DocumentStream
+from entropy_patcher import EntropyPatcher, analyze_entropy_distribution
 
 # The worked example of the released code: "Daenerys T. is in", the last number is about what follows the text.
 DAENERYS = np.array([3.0, 2.5, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 2.4, 1.8, 0.2, 2.2, 1.9, 0.3, 2.1, 1.5, 2.9], dtype=np.float32)

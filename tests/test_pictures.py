@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pictures
+from blt import pictures
 
 TEXT = b"abc de\xc3\xa9f"                                                      # 9 bytes, 8 characters
 ENTROPIES = np.array([3, 0.5, 0.25, 2, 1, 0.5, 0.25, 2.5, 0.5], dtype=np.float32)

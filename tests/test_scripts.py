@@ -72,9 +72,10 @@ def test_patch_files(pipeline):
 
 
 def test_cached_entropies_are_the_live_ones(pipeline):
-    from create_patches import open_entropies, training_patch_sizes, training_starts
-    from data import open_corpus
-    from entropy_patcher import EntropyPatcher, PatchConfig
+    from blt.corpus import open_corpus
+    from blt.entropies import open_entropies, training_patch_sizes, training_starts
+    from blt.patch_rules import PatchConfig
+    from entropy_patcher import EntropyPatcher
     from save_entropy_model import load_entropy_model
 
     folder, _ = pipeline
@@ -231,7 +232,7 @@ def test_readme_commands_exist():
     """Every script and flag that the README shows is real."""
     import importlib
 
-    from training import field_comments
+    from blt.config import field_comments
 
     readme = (ROOT / "README.md").read_text()
     classes = {"entropy_llm": "EntropyConfig", "create_patches": "CreatePatchesConfig", "llm": "LLMConfig", "llm_large": "LLMLargeConfig",

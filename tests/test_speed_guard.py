@@ -17,15 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import blt_model
-import layers
+from blt import attention as layers
+from blt.incremental import IncrementalBLT
+from blt.loop import fit
+from blt.metric import row_nats
+from blt.optimizers import GroupedMuon, add_gradients, apply_gradients, make_optimizers
+from blt.patch_rules import PatchConfig, patch_starts
+from blt.rows import RowBatch
+from blt.segments import check_patch_lengths
+from blt.training import PatchedDataset, TrainingConfig
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import EntropyPatcher, PatchConfig, patch_starts
-from incremental import IncrementalBLT
-from optimizers import GroupedMuon, add_gradients, apply_gradients, make_optimizers
-from rows import RowBatch, check_patch_lengths
-from train_blt import PatchedDataset, TrainingConfig
-from training import fit, row_nats
+from entropy_patcher import EntropyPatcher
 
 TINY = dict(
     encoder_dim=32, encoder_heads=2, global_dim=48, global_heads=2, decoder_dim=32, decoder_heads=2,

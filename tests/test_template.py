@@ -12,32 +12,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llm
 import template_llm
-from data import open_corpus
-from entropy_patcher import train_tokenizer
-from flops import blt_flops, transformer_flops
-from layers import CausalPlan
-from optimizers import make_optimizers
-from rows import BYTES, DocumentStream, TrainingRows, evaluation_batches, make_batch
+from blt.attention import CausalPlan
+from blt.corpus import open_corpus
+from blt.flops import blt_flops, transformer_flops
+from blt.ids import BYTES
+from blt.loop import RunConfig
+from blt.metric import bits_per_byte, evaluate, leak_gate
+from blt.optimizers import make_optimizers
+from blt.rows import DocumentStream, TrainingRows, evaluation_batches, make_batch
+from blt.tokens import BPEVocabulary, train_tokenizer
+from save_entropy_model import load_blt
 from template_llm import (
     SIZES,
     BPEConfig,
     BPETransformer,
-    BPEVocabulary,
     FlatByteTransformer,
     FlatConfig,
     TemplateConfig,
     load_template,
     train_template,
 )
-from train_blt import load_blt
-from training import RunConfig, bits_per_byte, evaluate, leak_gate
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = b"the cat sat on the mat and the dog ate the food that the cat had left on the mat. ".split()

@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from blt.config import field_comments
+from blt.files import model_hash, save_weights, write_aside
+from blt.loop import RunConfig, check_compiled, read_metrics
+from blt.metric import bits_per_byte, row_nats
+from blt.optimizers import learning_rate_scale, make_optimizers
+from blt.patch_rules import PatchConfig
+from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
+from blt.segments import check_patch_lengths
+from blt.training import PatchedDataset, TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
-from entropy_patcher import EntropyPatcher, PatchConfig
+from entropy_patcher import EntropyPatcher
 from generate import generate
-from optimizers import learning_rate_scale, make_optimizers
-from rows import BitArray, DocumentStream, TrainingRows, check_patch_lengths, evaluation_batches
-from save_entropy_model import load_entropy_model, model_hash, save_entropy_model
-from train_blt import PatchedDataset, TrainingConfig, load_blt, train_blt
-from training import RunConfig, bits_per_byte, check_compiled, field_comments, read_metrics, row_nats, save_weights, write_aside
+from save_entropy_model import load_blt, load_entropy_model, save_entropy_model
 
 TINY = dict(encoder_dim=32, global_dim=48, decoder_dim=32, global_layers=1, decoder_layers=1, hash_rows=64, window=16)
 WORDS = b"the cat sat on the mat and the dog ate the food that the cat had left on the mat. ".split()
@@ -131,7 +136,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(tmp_path):
     blt = model()
     blt.head.weight.data[5] = float("inf")
     data = dataset()
-    import train_blt as module
+    from blt import training as module
 
     original, module.leak_gate = module.leak_gate, lambda *args: 0.0
     try:

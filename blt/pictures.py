@@ -14,6 +14,7 @@ Index t always means "about byte t, from what stands before t": a high entropy a
 foresee, and by the global rule byte t then starts a patch. (The paper's Figure 4 draws the same number one byte to
 the left, over the last byte read.)
 """
+
 import base64
 import io
 import json

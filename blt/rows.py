@@ -13,29 +13,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from data import BOUNDARY
-
-
-class Vocabulary:
-    """What ids stand for, here bytes: ids 0..255 are themselves, `boundary` opens and ends documents and stands for no byte.
-
-    A model over other ids carries its own in `.vocabulary` (template_llm.BPEVocabulary); one without is a byte model.
-    bytes_of_id: int64 [boundary + 1], raw bytes that each id stands for. bytes_per_id: their mean in text.
-    """
-
-    boundary, bytes_per_id = BOUNDARY, 1.0
-    bytes_of_id = np.append(np.ones(BOUNDARY, dtype=np.int64), 0)
-
-    def encode(self, document):
-        """A uint8 document as an array of ids."""
-        return document
-
-    def row_ids(self, row_bytes):
-        """Ids in a row that holds about row_bytes bytes of text: for bytes as many."""
-        return max(1, round(row_bytes / self.bytes_per_id))
-
-
-BYTES = Vocabulary()
+from blt.ids import BYTES
+from blt.segments import check_patch_lengths
 
 
 class DocumentStream:
@@ -172,26 +151,6 @@ def make_batch(rows, row_bytes, patch_slots=None, score_ends=True, vocabulary=BY
         targets=int(is_scored.sum()),
         bytes=int(vocabulary.bytes_of_id[ids[:, 1:][is_scored]].sum()),
     )
-
-
-def check_patch_lengths(patch_lengths_BP, n_ids):
-    """Raise ValueError unless every row of lengths is a cut of n_ids ids that the model can read without seeing ahead.
-
-    The first length must be 1 (else the first patch would be read before it is complete), lengths are positive with
-    zeros on the right only, and they sum to n_ids = T + 1. Reads values: not for compiled code.
-    """
-    lengths = torch.as_tensor(patch_lengths_BP)
-    if lengths.dim() != 2 or lengths.is_floating_point():
-        raise ValueError(f"patch_lengths must be integers [B, P], not {lengths.dtype} {list(lengths.shape)}")
-    if not bool((lengths[:, :1] == 1).all()) or lengths.shape[1] == 0:
-        raise ValueError("the first patch of a row must have length 1: the boundary or a single byte, alone")
-    if bool((lengths < 0).any()):
-        raise ValueError("patch lengths must not be negative")
-    if bool(((lengths[:, 1:] > 0) & (lengths[:, :-1] == 0)).any()):
-        raise ValueError("zero patch lengths may stand on the right of a row only")
-    sums = lengths.sum(dim=1)
-    if not bool((sums == n_ids).all()):
-        raise ValueError(f"patch lengths must sum to {n_ids}, all ids of a row with its last target, not to {sums.tolist()}")
 
 
 MAX_PATCH_PADDING = 0.045  # share of patch slots

@@ -17,7 +17,8 @@ import time
 
 import torch
 
-from layers import feed_forward_width
+from blt.device import synchronize
+from blt.layers import feed_forward_width
 
 TRAINING = 3  # a training step's FLOPs by those of its forward pass (paper, section 4.5: a backward pass costs two forward passes)
 
@@ -119,10 +120,6 @@ def flat_shape_of_equal_flops(flops_per_byte, row_bytes, window, n_classes=257):
     return usual if miss(usual) <= 0.05 else min(shapes, key=miss)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a device can do
-
-
 # Dense peaks in FLOP/s by the vendor's data sheet (tensor cores without sparsity; GeForce: with fp32 accumulation), for the names
 # that torch.cuda.get_device_name gives. A name must match whole: laptop, D, NVL and MIG variants are slower and get measured.
 # fp32 is that of the plain cores, tf32 what fp32 products run at where torch may use it.
@@ -182,9 +179,3 @@ def measured_peak(device, precision, shapes=None, seconds=0.3):
             tock = time.perf_counter()
             best, tick = max(best, 2.0 * rows * inner * columns / (tock - tick)), tock
     return best
-
-
-def synchronize(device):
-    """Wait until the device has done what was asked of it, so that a clock read next is honest."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()

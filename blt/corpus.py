@@ -26,15 +26,50 @@ import time
 import uuid
 import zlib
 from array import array
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
-BOUNDARY = 256  # document boundary id: as input it opens a document, as target it ends one
+from blt.checks import check, check_positive
+from blt.files import add_to_hash
+
+
+@dataclass
+class DataConfig:
+    """Settings of every script that reads a corpus."""
+
+    preset: list[str] = field(default_factory=list)  # named sets of changes to these settings, applied left to right; flags beat them
+    # data
+    dataset: str = "sample"  # sample, a file or folder (.txt .md .jsonl .json .parquet, also .gz .xz .zst), or a Hugging Face id[:subset]
+    text_field: str = "text"  # the field of a JSON or parquet record that holds the text
+    corpus_bytes: int | None = None  # store at most so many bytes of the dataset (needed for a Hugging Face dataset)
+    val_fraction: float = 0.03  # share of documents held out, chosen by a hash of each document
+    max_document_bytes: int = 65536  # plain text files are cut into documents of at most so many bytes
+    max_bytes: int | None = None  # use the first so many bytes of the training documents; None: all
+    val_bytes: int = 1_000_000  # and the first so many bytes of the validation documents
+    data_cache: str = "data_cache"  # folder of the byte stores
+    # machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where the hardware computes in it, fp16 on older GPUs
+
+    def __post_init__(self):
+        check_positive(self, "max_bytes", "val_bytes", "corpus_bytes", "max_document_bytes")
+        check(self, "val_fraction", 0 < self.val_fraction <= 0.5, "above 0 and at most 0.5")
+        check(self, "precision", self.precision in ("auto", "bf16", "fp16", "fp32"), "one of auto, bf16, fp16, fp32")
+
+    def corpus(self):
+        """Open the byte store of the dataset; the first time it is built."""
+        return open_corpus(
+            self.dataset, text_field=self.text_field, max_bytes=self.corpus_bytes, val_fraction=self.val_fraction,
+            max_document_bytes=self.max_document_bytes, cache_dir=self.data_cache,
+        )  # fmt: skip
+
 
 FORMAT = 1  # of the store; part of its key, so a store of another format is never opened
-SAMPLE_PATH = Path(__file__).resolve().parent / "data" / "sample.jsonl.xz"
+SAMPLE_PATH = Path(__file__).resolve().parent.parent / "data" / "sample.jsonl.xz"
 TEXT_KINDS, RECORD_KINDS = (".txt", ".md"), (".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 READABLE = f"{', '.join(TEXT_KINDS + RECORD_KINDS)}, each plain or {', '.join(COMPRESSIONS)}"
@@ -144,9 +179,6 @@ def check_limits(**limits):
             raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
-# ---- Finding the input
-
-
 def kind_of(path):
     """The format and the compression that a name shows: "A.jsonl.gz" gives (".jsonl", ".gz"), "a.csv" (None, "")."""
     stem, compression = str(path).lower(), ""
@@ -201,9 +233,6 @@ def find_files(path, cache_dir):
     if not files:
         raise ValueError(f"no text in folder {path}: {skipped:,} files, none of them {READABLE}")
     return dict(sorted(files.items())), skipped
-
-
-# ---- Reading
 
 
 def read_files(files, text_field, max_document_bytes):
@@ -264,9 +293,6 @@ def cut_text(stream, max_document_bytes):
         del buffer[:start]
     if buffer:
         yield bytes(buffer)
-
-
-# The readers of records yield (place, record); a place such as "FILE line 3" is for error messages.
 
 
 def read_json_lines(lines, path, text_field, first_number=1):
@@ -383,9 +409,6 @@ def check_hub_answers():
         raise ConnectionError(f"no answer from {constants.ENDPOINT} ({error})") from error
 
 
-# ---- Writing and checking the store
-
-
 def build_store(folder, documents, settings, origin):
     """Write a store under a temporary name and rename it: an interrupted build is never taken for a store."""
     print(f"building {folder} from {origin}")
@@ -411,20 +434,6 @@ def build_store(folder, documents, settings, origin):
         f"built {folder}: {made['documents']:,} documents, {made['bytes']:,} bytes (train {made['train_bytes']:,},"
         f" validation {made['validation_bytes']:,}) in {seconds:.1f} s, {made['bytes'] / seconds / 1e6:.1f} MB/s"
     )
-
-
-def add_to_hash(digest, document):
-    """Add a document's length (8 bytes, little endian) and bytes to a hash: how documents are told from others everywhere."""
-    digest.update(len(document).to_bytes(8, "little"))
-    digest.update(document)
-
-
-def hash_of_documents(documents):
-    """sha256 of a list of documents in hex; of all documents of a store, the store's."""
-    digest = hashlib.sha256()
-    for document in documents:
-        add_to_hash(digest, np.ascontiguousarray(document))
-    return digest.hexdigest()
 
 
 def write_store(folder, documents, settings, origin):

@@ -10,30 +10,17 @@ What is kept of each row of text (a document that is being written or read):
 Rows keep their own pace: in one step each may read another number of bytes. Not a script; generate.py and compress.py use it.
 """
 
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 
-from blt_model import Segments
-from data import BOUNDARY
-from entropy_patcher import NEEDS_ENTROPIES, OnlineStarts, entropy_of
-from layers import rotary_turns, rotate
-from training import autocast
+from blt.attention import rotary_turns, rotate
+from blt.device import autocast
+from blt.entropies import entropy_of
+from blt.ids import BOUNDARY
+from blt.patch_rules import NEEDS_ENTROPIES, OnlineStarts
+from blt.segments import Segments
 
 CHUNK = 128  # ids that a row reads in one step, at most
-FEW_ROWS = 16  # below this many rows one CPU thread is as fast as several, and seven times faster where another program uses a core
-
-
-@contextmanager
-def threads_for(n_rows):
-    """Compute with one thread while few rows are read byte by byte; the number of threads is put back at the end."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if n_rows < FEW_ROWS else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class LayerCaches:
