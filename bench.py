@@ -69,7 +69,9 @@ BATCHES = 8  # different batches, taken in turn
 EAGER_SCORES = 1 << 29  # bytes of one layer's attention scores up to which transformers' eager attention is tried
 HF_NEW_BYTES = 10  # that transformers writes in a round
 LOGITS_TOLERANCE = 1e-3  # ours against transformers', fp32
-TINY = BLTConfig(encoder_dim=32, global_dim=32, global_layers=1, decoder_dim=32, decoder_layers=1, hash_rows=16, window=16)
+TINY = BLTConfig(
+    encoder_dim=32, global_dim=32, global_layers=1, decoder_dim=32, decoder_layers=1, hash_rows=16, window=16
+)
 
 
 @dataclass
@@ -103,10 +105,16 @@ class ModelFlags:
 @dataclass
 class BenchConfig(ModelFlags):
     # what
-    models: list[str] = field(default_factory=list)  # llm, llm_large, with presets as in llm:small:cpu; custom; or a model.json
-    against: list[str] = field(default_factory=list)  # transformers (BltForCausalLM), flat (byte transformer of equal FLOPs), loop (Python loops)
+    models: list[str] = field(
+        default_factory=list
+    )  # llm, llm_large, with presets as in llm:small:cpu; custom; or a model.json
+    against: list[str] = field(
+        default_factory=list
+    )  # transformers (BltForCausalLM), flat (byte transformer of equal FLOPs), loop (Python loops)
     scaling: bool = False  # sweep row length, patch size and width of the first model
-    generation: bool = False  # time generation with each model (nothing else); a model.json's weights are read, others are random
+    generation: bool = (
+        False  # time generation with each model (nothing else); a model.json's weights are read, others are random
+    )
     entropy_pass: bool = True  # time the entropy models of entropy_llm.py (default and preset cpu)
     repatching: bool = True  # time the patching rules on cached entropies
     # rows
@@ -116,7 +124,9 @@ class BenchConfig(ModelFlags):
     data_cache: str = "data_cache"  # folder of the byte stores
     # machine and measurement
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: as training chooses; other contestants then take their fastest
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # auto: as training chooses; other contestants then take their fastest
+    )
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     repeats: int = 7  # timed steps, or rounds
     warmup: int = 2  # steps before them; the first of them compiles
@@ -135,14 +145,36 @@ class BenchConfig(ModelFlags):
     output: str = "bench.json"  # where the numbers go
 
     def __post_init__(self):
-        check_positive(self, "row_bytes", "batch_rows", "accumulate", "repeats", "warmup", "lanes", "scaling_bytes", "prompt_bytes", "new_bytes", "draft_bytes")
+        check_positive(
+            self,
+            "row_bytes",
+            "batch_rows",
+            "accumulate",
+            "repeats",
+            "warmup",
+            "lanes",
+            "scaling_bytes",
+            "prompt_bytes",
+            "new_bytes",
+            "draft_bytes",
+        )
         check(self, "against", set(self.against) <= set(AGAINST), "among " + ", ".join(AGAINST))
-        check(self, "patches", re.fullmatch(r"space|random|static:\d+(\.\d+)?", self.patches), "space, random or static:BYTES, as in static:4.5")
+        check(
+            self,
+            "patches",
+            re.fullmatch(r"space|random|static:\d+(\.\d+)?", self.patches),
+            "space, random or static:BYTES, as in static:4.5",
+        )
         check(self, "patch_size", self.patch_size >= 1, "1 or more bytes")
         check(self, "output", self.output.endswith(".json"), "a file name in .json")
         for name in ("scaling_rows", "scaling_patches", "scaling_widths"):
             check(self, name, getattr(self, name) and min(getattr(self, name)) > 0, "numbers above 0")
-        check(self, "scaling_rows", max(self.scaling_rows) <= self.scaling_bytes, f"at most scaling_bytes = {self.scaling_bytes}")
+        check(
+            self,
+            "scaling_rows",
+            max(self.scaling_rows) <= self.scaling_bytes,
+            f"at most scaling_bytes = {self.scaling_bytes}",
+        )
 
 
 @dataclass
@@ -168,7 +200,9 @@ def find_model(name, config):
     script, *presets = name.split(":")
     if name.endswith(".json"):
         if not Path(name).exists():
-            raise FileNotFoundError(f"{name} not found; --models takes llm, llm_large, llm:PRESET, custom, or the model.json of a training run")
+            raise FileNotFoundError(
+                f"{name} not found; --models takes llm, llm_large, llm:PRESET, custom, or the model.json of a training run"
+            )
         record = json.loads(Path(name).read_text())
         if not {"settings", "model_config"} <= set(record):
             raise ValueError(f"{name} is not the model.json of a training run: it has no settings and model_config")
@@ -180,12 +214,20 @@ def find_model(name, config):
         settings = asdict(script_config())
         for preset in presets:
             if preset not in known:
-                raise ValueError(f"models has {name!r}, but {script}.py has no preset {preset!r}; it has {', '.join(known)}")
+                raise ValueError(
+                    f"models has {name!r}, but {script}.py has no preset {preset!r}; it has {', '.join(known)}"
+                )
             settings |= known[preset]
     else:
-        raise ValueError(f"models has {name!r}; it must be {', '.join(SCRIPTS)}, one of them with presets (llm:small:cpu), custom, or a model.json")
+        raise ValueError(
+            f"models has {name!r}; it must be {', '.join(SCRIPTS)}, one of them with presets (llm:small:cpu), custom, or a model.json"
+        )
     settings |= {f.name: getattr(config, f.name) for f in fields(ModelFlags) if getattr(config, f.name) is not None}
-    return BLTConfig(**{f.name: settings[f.name] for f in fields(BLTConfig)}), settings["row_bytes"], settings["batch_rows"]
+    return (
+        BLTConfig(**{f.name: settings[f.name] for f in fields(BLTConfig)}),
+        settings["row_bytes"],
+        settings["batch_rows"],
+    )
 
 
 def sample_documents(data_cache):
@@ -220,9 +262,13 @@ class Runner:
     def __init__(self, job):
         config, self.job, self.device = job.config, job, torch.device(job.device)
         rows = make_rows(job)
-        self.batches = [rows.shuffled_batch(i, job.batch_rows, config.seed) for i in range(max(BATCHES, config.accumulate))]
+        self.batches = [
+            rows.shuffled_batch(i, job.batch_rows, config.seed) for i in range(max(BATCHES, config.accumulate))
+        ]
         targets = sum(batch.targets for batch in self.batches)
-        padding_patches = sum(int((~batch.is_scored).any(1).sum()) for batch in self.batches)  # one in a row that is not full
+        padding_patches = sum(
+            int((~batch.is_scored).any(1).sum()) for batch in self.batches
+        )  # one in a row that is not full
         patches = sum(int((batch.patch_lengths > 0).sum()) for batch in self.batches) - padding_patches
         if self.device.type == "cuda":
             self.batches = [batch.pin() for batch in self.batches]
@@ -266,20 +312,34 @@ class Runner:
     def _make_transformers(self, precisions, is_compiled):
         from convert_hf import HF_END, HF_FIRST_BYTE, OUTPUT_ROWS, to_hf_ids, to_transformers
 
-        self.model = to_transformers(self.model).to(self.device)  # the weights that our contestant draws from the same seed
-        self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)]
-        self.hf_logits = lambda batch: self.model(input_ids=to_hf_ids(batch.ids[:, :-1]), patch_lengths=batch.patch_lengths, use_cache=False).logits
+        self.model = to_transformers(self.model).to(
+            self.device
+        )  # the weights that our contestant draws from the same seed
+        self.optimizers = [
+            torch.optim.AdamW(self.model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        ]
+        self.hf_logits = lambda batch: (
+            self.model(
+                input_ids=to_hf_ids(batch.ids[:, :-1]), patch_lengths=batch.patch_lengths, use_cache=False
+            ).logits
+        )
         self.logits_rows = OUTPUT_ROWS
         forward = self.model.forward
 
         def nats(batch):
             targets = batch.ids[:, 1:]
-            targets = torch.where(targets == BOUNDARY, HF_END, targets + HF_FIRST_BYTE).masked_fill(~batch.is_scored, -100)
+            targets = torch.where(targets == BOUNDARY, HF_END, targets + HF_FIRST_BYTE).masked_fill(
+                ~batch.is_scored, -100
+            )
             logits = self.hf_logits(batch)
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none").view_as(targets)
+            return F.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none"
+            ).view_as(targets)
 
         def prepare(attention, compiled):
-            self.model.set_attn_implementation(dict.fromkeys(("", "encoder_config", "global_config", "decoder_config"), attention))
+            self.model.set_attn_implementation(
+                dict.fromkeys(("", "encoder_config", "global_config", "decoder_config"), attention)
+            )
             self.model.forward = torch.compile(forward) if compiled else forward
 
         self.nats = nats
@@ -307,7 +367,9 @@ class Runner:
                     synchronize(self.device)
                     tried[name] = time.perf_counter() - tick
                     self.model.zero_grad(set_to_none=True)
-                    others = [seconds for other, seconds in tried.items() if other != name and not isinstance(seconds, str)]
+                    others = [
+                        seconds for other, seconds in tried.items() if other != name and not isinstance(seconds, str)
+                    ]
                     if "compiled" not in name and others and tried[name] > 1.5 * min(others):
                         break
             except Exception as error:  # whatever a setting fails with, another may work
@@ -355,7 +417,9 @@ class Runner:
     def logits(self):
         """fp32 logits of the first row's scored places, float32 [places, 257], before any step."""
         first = self.batches[0]
-        first = replace(first, ids=first.ids[:1], is_scored=first.is_scored[:1], patch_lengths=first.patch_lengths[:1]).to(self.device)
+        first = replace(
+            first, ids=first.ids[:1], is_scored=first.is_scored[:1], patch_lengths=first.patch_lengths[:1]
+        ).to(self.device)
         self.model.eval()
         if self.job.kind == "transformers":
             logits = self.hf_logits(first)[..., self.logits_rows]
@@ -366,7 +430,13 @@ class Runner:
 
     def memory(self):
         """{"peak_bytes" over the steps so far, less what was there before the model; "state_bytes" of weights and optimizers}."""
-        states = [x for o in self.optimizers for state in o.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        states = [
+            x
+            for o in self.optimizers
+            for state in o.state.values()
+            for x in state.values()
+            if isinstance(x, torch.Tensor)
+        ]
         state_bytes = sum(x.numel() * x.element_size() for x in [*self.model.parameters(), *states])
         return {"peak_bytes": memory(self.device, peak=True) - self.before, "state_bytes": state_bytes}
 
@@ -393,8 +463,19 @@ def serve(pipe, job):
     """A process's whole life: make the `Runner`, send its facts, answer questions (method, *arguments) until the pipe closes."""
     try:
         torch.set_num_threads(job.threads)
-        if job.device == "cpu":  # a tiny model's step first: what libraries load at their first use is not the model's memory
-            Runner(replace(job, model=TINY, flat_shape=(32, 1), row_bytes=64, batch_rows=1, config=replace(job.config, compile="no"))).step(0)
+        if (
+            job.device == "cpu"
+        ):  # a tiny model's step first: what libraries load at their first use is not the model's memory
+            Runner(
+                replace(
+                    job,
+                    model=TINY,
+                    flat_shape=(32, 1),
+                    row_bytes=64,
+                    batch_rows=1,
+                    config=replace(job.config, compile="no"),
+                )
+            ).step(0)
         runner = Runner(job)
         pipe.send((True, runner.facts))
         while True:
@@ -413,7 +494,9 @@ class Worker:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload(["torch._dynamo"])  # a clean process that only imports torch; workers begin as copies of it
+            context.set_forkserver_preload(
+                ["torch._dynamo"]
+            )  # a clean process that only imports torch; workers begin as copies of it
         self.job, (self.pipe, theirs) = job, context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, job), daemon=True)
         self.process.start()
@@ -436,7 +519,9 @@ class Worker:
                 self.pipe.send(question)
             is_good, answer = self.pipe.recv()
         except (EOFError, ConnectionError):
-            raise ValueError(f"the process of {self.job.name} ({self.job.kind}) was ended, as when memory runs out; lower --batch_rows, --row_bytes or --hash_rows") from None
+            raise ValueError(
+                f"the process of {self.job.name} ({self.job.kind}) was ended, as when memory runs out; lower --batch_rows, --row_bytes or --hash_rows"
+            ) from None
         if not is_good:
             raise ValueError(f"{self.job.name} ({self.job.kind}): {answer}")
         return answer
@@ -454,13 +539,17 @@ def measure(jobs, config):
         if jobs[-1].kind == "transformers":
             difference = float(np.abs(workers[0].ask("logits") - workers[1].ask("logits")).max())
             if not difference < LOGITS_TOLERANCE:
-                raise ValueError(f"our logits and transformers' differ by {difference:.1e} (allowed: {LOGITS_TOLERANCE}): a comparison would mean nothing")
+                raise ValueError(
+                    f"our logits and transformers' differ by {difference:.1e} (allowed: {LOGITS_TOLERANCE}): a comparison would mean nothing"
+                )
         seconds, first = [[] for _ in jobs], [None] * len(jobs)
         for round_number in range(config.warmup + config.repeats):
             for i in range(len(jobs))[:: 1 if round_number % 2 else -1]:
                 phases, loss = workers[i].ask("step", round_number)
                 if not np.isfinite(loss):
-                    raise ValueError(f"the loss of {jobs[i].name} ({jobs[i].kind}) is {loss} after {round_number + 1} steps; try --precision fp32")
+                    raise ValueError(
+                        f"the loss of {jobs[i].name} ({jobs[i].kind}) is {loss} after {round_number + 1} steps; try --precision fp32"
+                    )
                 if round_number == 0:
                     first[i] = sum(phases)
                 if round_number >= config.warmup:
@@ -506,7 +595,11 @@ def bench_against(kind, job, bytes_per_patch, config, peak):
         theirs.flat_shape = flat_shape_of_equal_flops(wanted, job.row_bytes, job.model.window)
     (a, b), difference = measure([ours, theirs], config)
     flops = blt_flops(job.model, a["facts"]["bytes_per_patch"], job.row_bytes)
-    their_flops = transformer_flops(*theirs.flat_shape, BOUNDARY + 1, job.row_bytes, job.model.window) if kind == "flat" else flops
+    their_flops = (
+        transformer_flops(*theirs.flat_shape, BOUNDARY + 1, job.row_bytes, job.model.window)
+        if kind == "flat"
+        else flops
+    )
     ratios = {key: spread(b["seconds"][:, i] / a["seconds"][:, i]) for i, key in enumerate(PHASES)}
     flops_ratio = sum(their_flops.values()) / sum(flops.values())
     return {
@@ -575,14 +668,23 @@ def bench_scaling(job, config, peak):
     def point(row_bytes, batch_rows, patches=job.patches, width=1.0):
         key = (row_bytes, batch_rows, patches, width)
         if key not in known:
-            widths = {f"{part}_dim": max(64, 64 * round(width * getattr(job.model, f"{part}_dim") / 64)) for part in ("encoder", "global", "decoder")}
+            widths = {
+                f"{part}_dim": max(64, 64 * round(width * getattr(job.model, f"{part}_dim") / 64))
+                for part in ("encoder", "global", "decoder")
+            }
             heads = {f"{part}_heads": None for part in ("encoder", "global", "decoder")}
             model = job.model if width == 1.0 else replace(job.model, **widths, **heads)
             name = f"{batch_rows} x {row_bytes:,} bytes, {patches}, width {width:g}"
-            known[key] = bench_model(replace(job, name=name, model=model, row_bytes=row_bytes, batch_rows=batch_rows, patches=patches), config, peak)
+            known[key] = bench_model(
+                replace(job, name=name, model=model, row_bytes=row_bytes, batch_rows=batch_rows, patches=patches),
+                config,
+                peak,
+            )
             made = known[key]
             activations = made["activation_bytes"] = made["peak_bytes"] - made["state_bytes"]
-            print(f"  {name}: step {made['step_ms']['median']:,.0f} ms, {made['bytes_per_second'] / 1e3:.1f} kB/s, activations {activations / 1e6:,.0f} MB")
+            print(
+                f"  {name}: step {made['step_ms']['median']:,.0f} ms, {made['bytes_per_second'] / 1e3:.1f} kB/s, activations {activations / 1e6:,.0f} MB"
+            )
         return known[key]
 
     rows = config.scaling_rows
@@ -596,8 +698,12 @@ def bench_scaling(job, config, peak):
     out["slopes"] = {  # 1: linear in the row's length, 2: quadratic
         "step time of one row": log_slope(rows, [p["step_ms"]["median"] for p in one_row]),
         "forward and backward of one row": log_slope(rows, [p["forward_backward_ms"]["median"] for p in one_row]),
-        "time a row, at equal bytes a step": log_slope(rows, [p["step_ms"]["median"] / n for p, n in zip(out["equal_bytes"], rows_in_step)]),
-        "peak memory of one row without weights and optimizers": log_slope(rows, [p["activation_bytes"] for p in one_row]),
+        "time a row, at equal bytes a step": log_slope(
+            rows, [p["step_ms"]["median"] / n for p, n in zip(out["equal_bytes"], rows_in_step)]
+        ),
+        "peak memory of one row without weights and optimizers": log_slope(
+            rows, [p["activation_bytes"] for p in one_row]
+        ),
     }
     return out
 
@@ -617,9 +723,14 @@ def bench_generation(name, job, config, device):
 
         model, patcher, _ = load_blt(Path(name).parent, device)
     else:
-        model, entropy_model = BLTModel(job.model).to(device).eval(), MinimalLLM(EntropyConfig(**ENTROPY_PRESETS["cpu"])).to(device).eval()
+        model, entropy_model = (
+            BLTModel(job.model).to(device).eval(),
+            MinimalLLM(EntropyConfig(**ENTROPY_PRESETS["cpu"])).to(device).eval(),
+        )
         H = EntropyPatcher(entropy_model).entropies(np.concatenate(sample_documents(config.data_cache))[:20_000])
-        patcher = EntropyPatcher(entropy_model, threshold=threshold_for_patch_size(H, "global", config.patch_size), method="global")
+        patcher = EntropyPatcher(
+            entropy_model, threshold=threshold_for_patch_size(H, "global", config.patch_size), method="global"
+        )
     corpus = open_corpus("sample", cache_dir=config.data_cache)
     text = np.concatenate([corpus.document(number) for number in corpus.documents("validation")])
     prompts = [text[i * 20_000 :][: config.prompt_bytes].tobytes() for i in range(config.warmup + config.repeats)]
@@ -644,7 +755,9 @@ def bench_generation(name, job, config, device):
 
     contestants = {"cached": lambda prompt: write("cached", prompt, 0)}
     if patcher.entropy_model is not None:
-        contestants[f"cached, {config.draft_bytes} drafts"] = lambda prompt: write(f"cached, {config.draft_bytes} drafts", prompt, config.draft_bytes)
+        contestants[f"cached, {config.draft_bytes} drafts"] = lambda prompt: write(
+            f"cached, {config.draft_bytes} drafts", prompt, config.draft_bytes
+        )
     if "transformers" in config.against:
         from convert_hf import HF_FIRST_BYTE, to_hf_ids, to_transformers
 
@@ -654,21 +767,39 @@ def bench_generation(name, job, config, device):
             ids = to_hf_ids(torch.tensor([[BOUNDARY, *prompt]], device=device))
             tick = time.perf_counter()
             with threads:
-                made = hf_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=HF_NEW_BYTES, do_sample=False, use_cache=False)[0, ids.shape[1] :]
+                made = hf_model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=HF_NEW_BYTES,
+                    do_sample=False,
+                    use_cache=False,
+                )[0, ids.shape[1] :]
                 synchronize(device)
-            seconds.setdefault(who, []).append((time.perf_counter() - tick) / len(made))  # each a full pass, the first too
+            seconds.setdefault(who, []).append(
+                (time.perf_counter() - tick) / len(made)
+            )  # each a full pass, the first too
             written.setdefault(who, []).append(bytes((made - HF_FIRST_BYTE).clamp(0, 255).tolist()))
 
         contestants["transformers"] = lambda prompt: write_by_transformers("transformers", prompt, nullcontext())
-        contestants["transformers, one thread"] = lambda prompt: write_by_transformers("transformers, one thread", prompt, threads_for(1))
+        contestants["transformers, one thread"] = lambda prompt: write_by_transformers(
+            "transformers, one thread", prompt, threads_for(1)
+        )
     for number, prompt in enumerate(prompts):
         for who in list(contestants)[:: 1 if number % 2 else -1]:
             contestants[who](prompt)
-    out = {"name": name, "patch_config": asdict(patcher.config), "prompt_bytes": config.prompt_bytes, "new_bytes": config.new_bytes, "contestants": {}}
+    out = {
+        "name": name,
+        "patch_config": asdict(patcher.config),
+        "prompt_bytes": config.prompt_bytes,
+        "new_bytes": config.new_bytes,
+        "contestants": {},
+    }
     reference = seconds["cached"][config.warmup :]
     for who, all_seconds in seconds.items():
         timed = all_seconds[config.warmup :]
-        same = [new.startswith(old[: len(new)]) or old.startswith(new) for new, old in zip(written["cached"], written[who])]
+        same = [
+            new.startswith(old[: len(new)]) or old.startswith(new) for new, old in zip(written["cached"], written[who])
+        ]
         out["contestants"][who] = {
             "ms_per_byte": spread(1000 * np.array(timed)), "time_ratio": spread(np.array(timed) / np.array(reference)), "same_text": f"{sum(same)} of {len(same)}",
         }  # fmt: skip
@@ -683,7 +814,9 @@ def bench_generation(name, job, config, device):
                 reader.extend(np.array([[identity]]))
                 synchronize(device)
                 times.append(1000 * (time.perf_counter() - tick))
-        out["place_ms"][str(context)] = {place: float(np.mean(times[place - 200 : place + 200])) for place in (500, 5000)}
+        out["place_ms"][str(context)] = {
+            place: float(np.mean(times[place - 200 : place + 200])) for place in (500, 5000)
+        }
     return out
 
 
@@ -697,7 +830,20 @@ def between(values, digits=2):
 
 def print_results(out):
     """The one table: training steps, entropy passes and patching rules, '-' where a column does not apply."""
-    header = ["", "batch", "forward", "fwd+bwd", "step [quartiles] ms", "speed", "memory", "FLOPs/byte", "MFU fwd", "MFU step", "padding byte, patch", "compile"]
+    header = [
+        "",
+        "batch",
+        "forward",
+        "fwd+bwd",
+        "step [quartiles] ms",
+        "speed",
+        "memory",
+        "FLOPs/byte",
+        "MFU fwd",
+        "MFU step",
+        "padding byte, patch",
+        "compile",
+    ]
     rows = []
     for m in out["models"]:
         step = m["step_ms"]
@@ -713,28 +859,46 @@ def print_results(out):
             f"{sum(e['flops_per_byte'].values()) / 1e6:.2f}M", f"{e['mfu']:.1%}", "-", "-", "-",
         ])  # fmt: skip
     for method, speed in out.get("patch_starts_bytes_per_second", {}).items():
-        rows.append([f"patch starts, {method} (one core)", "-", "-", "-", "-", f"{speed['median'] / 1e6:,.0f} MB/s", *["-"] * 6])
+        rows.append(
+            [f"patch starts, {method} (one core)", "-", "-", "-", "-", f"{speed['median'] / 1e6:,.0f} MB/s", *["-"] * 6]
+        )
     print()
     print_table(header, rows)
     print("forward, fwd+bwd: median ms; batch: rows x bytes / bytes a patch; FLOPs/byte: one forward pass")
     for m in out["models"]:
         total = sum(m["flops_per_byte"].values())
-        parts = ", ".join(f"{part} {value / 1e6:.3f}M ({value / total:.0%})" for part, value in m["flops_per_byte"].items())
+        parts = ", ".join(
+            f"{part} {value / 1e6:.3f}M ({value / total:.0%})" for part, value in m["flops_per_byte"].items()
+        )
         print(f"forward FLOPs per byte of {m['name']}: {total / 1e6:.3f}M = {parts}")
 
 
 def print_against(r):
     a, b, kind = r["ours"], r["theirs"], r["kind"]
-    print(f"\n{a['name']} against {kind}, {a['batch_rows']} x {a['row_bytes']:,} bytes, {a['bytes_per_patch']:.2f} a patch, {a['step_ms']['n']} rounds")
+    print(
+        f"\n{a['name']} against {kind}, {a['batch_rows']} x {a['row_bytes']:,} bytes, {a['bytes_per_patch']:.2f} a patch, {a['step_ms']['n']} rounds"
+    )
     print(f"settings: ours {a['setting']}; {kind} {b['setting']}")
     for name, seconds in b["tried"].items():
-        print(f"  tried {name}: " + (seconds if isinstance(seconds, str) else f"{1000 * seconds:,.0f} ms forward and backward"))
+        print(
+            f"  tried {name}: "
+            + (seconds if isinstance(seconds, str) else f"{1000 * seconds:,.0f} ms forward and backward")
+        )
     if r["logits_difference"] is not None:
-        print(f"logits with equal weights and patches agree to {r['logits_difference']:.1e} (fp32, {a['row_bytes']:,} bytes)")
+        print(
+            f"logits with equal weights and patches agree to {r['logits_difference']:.1e} (fp32, {a['row_bytes']:,} bytes)"
+        )
     rows = []
     for key, phase in PHASES.items():
         rows.append([phase, f"{ms(a[key])} ms", f"{ms(b[key])} ms", between(r["time_ratio"][key])])
-    rows.append(["peak memory", f"{a['peak_bytes'] / 1e6:,.0f} MB", f"{b['peak_bytes'] / 1e6:,.0f} MB", "-" if r["memory_ratio"] is None else f"{r['memory_ratio']:.2f}"])
+    rows.append(
+        [
+            "peak memory",
+            f"{a['peak_bytes'] / 1e6:,.0f} MB",
+            f"{b['peak_bytes'] / 1e6:,.0f} MB",
+            "-" if r["memory_ratio"] is None else f"{r['memory_ratio']:.2f}",
+        ]
+    )
     if kind == "flat":
         dim, layers = r["flat_shape"]
         rows.append(["MFU of a step", f"{a['mfu']:.1%}", f"{b['mfu']:.1%}", between(r["mfu_ratio"]) + " (ours / flat)"])
@@ -745,7 +909,14 @@ def print_against(r):
 def print_generation(g):
     print(f"\n{g['name']}: greedy generation in fp32, {g['new_bytes']} bytes after prompts of {g['prompt_bytes']:,}")
     rows = [
-        [who, between(c["ms_per_byte"]), f"{1000 / c['ms_per_byte']['median']:,.0f}", between(c["time_ratio"]), c["same_text"]] for who, c in g["contestants"].items()
+        [
+            who,
+            between(c["ms_per_byte"]),
+            f"{1000 / c['ms_per_byte']['median']:,.0f}",
+            between(c["time_ratio"]),
+            c["same_text"],
+        ]
+        for who, c in g["contestants"].items()
     ]
     print_table(["", "ms a byte [quartiles]", "bytes/s", "time by that of cached", "same text"], rows)
     if "drafts" in g:
@@ -753,7 +924,9 @@ def print_generation(g):
         print(f"drafts: {d['accepted'] / d['drafted']:.1%} of {d['drafted']:,} accepted, in {d['passes']:,} passes")
     for context, times in g["place_ms"].items():
         rows = "rows of any length" if context == "None" else f"rows of {int(context):,} ids"
-        print(f"reading a byte, {rows}: {times[500]:.2f} ms about byte 500, {times[5000]:.2f} ms about byte 5,000, {times[5000] / times[500]:.2f} times")
+        print(
+            f"reading a byte, {rows}: {times[500]:.2f} ms about byte 500, {times[5000]:.2f} ms about byte 5,000, {times[5000] / times[500]:.2f} times"
+        )
 
 
 def draw_scaling(path, s, name):
@@ -767,11 +940,27 @@ def draw_scaling(path, s, name):
     rows, patches, widths = _bare(*figure.subplots(1, 3))
     step = lambda points: [p["step_ms"]["median"] for p in points]  # noqa: E731
     x, slope = np.array(s["row_bytes"]), s["slopes"]["step time of one row"]
-    rows.loglog(x, step(s["equal_bytes"]), "o-", color=GREY, base=2, label=f"{s['equal_bytes'][0]['step_bytes'] / 1024:.0f} KiB a step")
-    rows.loglog(x, step(s["one_row"]), "o-", color=BLUE, base=2, label="one row" + ("" if slope is None else f", slope {slope:.2f}"))
+    rows.loglog(
+        x,
+        step(s["equal_bytes"]),
+        "o-",
+        color=GREY,
+        base=2,
+        label=f"{s['equal_bytes'][0]['step_bytes'] / 1024:.0f} KiB a step",
+    )
+    rows.loglog(
+        x,
+        step(s["one_row"]),
+        "o-",
+        color=BLUE,
+        base=2,
+        label="one row" + ("" if slope is None else f", slope {slope:.2f}"),
+    )
     rows.set_xlabel("row (bytes)")
     rows.set_ylabel("training step (ms)")
-    patches.plot(s["patch_sizes"], [p["bytes_per_second"] / 1e3 for p in s["patches"]], "o-", color=BLUE, label="measured")
+    patches.plot(
+        s["patch_sizes"], [p["bytes_per_second"] / 1e3 for p in s["patches"]], "o-", color=BLUE, label="measured"
+    )
     patches.set_ylim(0)
     patches.set_xlabel("patch size (bytes)")
     patches.set_ylabel("training speed (kB/s)")
@@ -801,7 +990,9 @@ def main(config):
     jobs = []
     for name in names:
         model, row_bytes, batch_rows = find_model(name, config)
-        jobs.append(Job("ours", name, model, row_bytes, batch_rows, config.patches, config, str(device), precision, threads))
+        jobs.append(
+            Job("ours", name, model, row_bytes, batch_rows, config.patches, config, str(device), precision, threads)
+        )
     machine = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     print_header(config, device, precision)
     peak, source = peak_flops(device, precision)
@@ -820,7 +1011,9 @@ def main(config):
         print(f"wrote {config.output}")
         return
     for job in jobs:
-        print(f"measuring {job.name}: {config.warmup} + {config.repeats} steps of {config.accumulate} x {job.batch_rows} rows of {job.row_bytes:,} bytes")
+        print(
+            f"measuring {job.name}: {config.warmup} + {config.repeats} steps of {config.accumulate} x {job.batch_rows} rows of {job.row_bytes:,} bytes"
+        )
         out["models"].append({**bench_model(job, config, peak), "model_config": asdict(job.model)})
     if config.entropy_pass:
         print("measuring the entropy pass")
@@ -840,8 +1033,17 @@ def main(config):
         print(f"\nscaling of {names[0]}")
         out["scaling"] = bench_scaling(jobs[0], config, peak)
         for what, slope in out["scaling"]["slopes"].items():
-            print(f"slope of log {what} by log row length: " + ("not defined here" if slope is None else f"{slope:.2f} (1 is linear)"))
-        files.append(str(draw_scaling(Path(config.output).with_name(Path(config.output).stem + "_scaling.png"), out["scaling"], names[0])))
+            print(
+                f"slope of log {what} by log row length: "
+                + ("not defined here" if slope is None else f"{slope:.2f} (1 is linear)")
+            )
+        files.append(
+            str(
+                draw_scaling(
+                    Path(config.output).with_name(Path(config.output).stem + "_scaling.png"), out["scaling"], names[0]
+                )
+            )
+        )
         write_json(config.output, out)
     print("wrote " + ", ".join(files))
 

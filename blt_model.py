@@ -61,18 +61,29 @@ class BLTConfig:
     norm_eps: float = 1e-5  # RMSNorm's epsilon
     qk_norm: bool = False  # RMSNorm of queries and keys in self-attention
     dropout: float = 0.0  # dropout rate
-    recompute: bool = False  # keep only each layer's input for the backward pass: about half the memory, a third more compute
+    recompute: bool = (
+        False  # keep only each layer's input for the backward pass: about half the memory, a third more compute
+    )
 
     def __post_init__(self):
-        check_positive(self, "encoder_layers", "encoder_dim", "global_layers", "global_dim", "decoder_layers", "decoder_dim")
+        check_positive(
+            self, "encoder_layers", "encoder_dim", "global_layers", "global_dim", "decoder_layers", "decoder_dim"
+        )
         check_positive(self, "hash_rows", "cross_attn_k", "window", "rope_theta", "norm_eps")
         check(self, "pooling", self.pooling in ("max", "mean"), "max or mean")
         check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
-        good_sizes = all(isinstance(n, int) and n >= 2 for n in self.ngram_sizes) and len(set(self.ngram_sizes)) == len(self.ngram_sizes)
+        good_sizes = all(isinstance(n, int) and n >= 2 for n in self.ngram_sizes) and len(set(self.ngram_sizes)) == len(
+            self.ngram_sizes
+        )
         check(self, "ngram_sizes", good_sizes, "different whole numbers, 2 or more each (or empty)")
         for part in ("encoder", "global", "decoder"):
             heads, dim = self.heads(part), getattr(self, f"{part}_dim")
-            check(self, f"{part}_dim", heads > 0 and dim % (2 * heads) == 0, f"a multiple of 2 * {part}_heads = {2 * heads}")
+            check(
+                self,
+                f"{part}_dim",
+                heads > 0 and dim % (2 * heads) == 0,
+                f"a multiple of 2 * {part}_heads = {2 * heads}",
+            )
 
     def heads(self, part):
         """Attention heads of 'encoder', 'global' or 'decoder'."""
@@ -284,7 +295,9 @@ class BLTModel(nn.Module):
         Checks shapes only; `check_patch_lengths` checks values (it would stall a GPU here).
         """
         if ids_BT.dim() != 2 or patch_lengths_BP.dim() != 2 or ids_BT.shape[0] != patch_lengths_BP.shape[0]:
-            raise ValueError(f"ids must be [B, T] and patch lengths [B, P], not {list(ids_BT.shape)} and {list(patch_lengths_BP.shape)}")
+            raise ValueError(
+                f"ids must be [B, T] and patch lengths [B, P], not {list(ids_BT.shape)} and {list(patch_lengths_BP.shape)}"
+            )
         config, hash_embedding = self.config, self.encoder.hash_embedding
         documents_BT = documents_of(ids_BT, BOUNDARY)
         ngrams_BTD = None
@@ -292,10 +305,14 @@ class BLTModel(nn.Module):
             embed = embed_ngrams_uncompiled if hash_embedding.tables.sparse else embed_ngrams
             ngrams_BTD = embed(hash_embedding, ids_BT, documents_BT)
         patch_map = PatchMap(patch_lengths_BP, documents_BT)
-        head_dims = {part: getattr(config, f"{part}_dim") // config.heads(part) for part in ("encoder", "global", "decoder")}
+        head_dims = {
+            part: getattr(config, f"{part}_dim") // config.heads(part) for part in ("encoder", "global", "decoder")
+        }
         plan = CausalPlan(documents_BT, head_dims["encoder"], config.rope_theta, config.window)
         bytes_BTD, patches_BPkD = self.encoder(ids_BT, ngrams_BTD, plan, patch_map)
-        latents_BPG = self.latent(patches_BPkD, CausalPlan(patch_map.documents_BP, head_dims["global"], config.rope_theta))
+        latents_BPG = self.latent(
+            patches_BPkD, CausalPlan(patch_map.documents_BP, head_dims["global"], config.rope_theta)
+        )
         if head_dims["decoder"] != head_dims["encoder"]:
             plan = CausalPlan(documents_BT, head_dims["decoder"], config.rope_theta, config.window)
         return self.head(self.decoder(bytes_BTD, latents_BPG, plan, patch_map.read))

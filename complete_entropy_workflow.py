@@ -28,7 +28,9 @@ class WorkflowConfig(BLTRunConfig):
     train_entropy: bool = False  # train the entropy model first
     entropy_preset: str = "cpu"  # preset of entropy_llm.py for that
     entropy_steps: int | None = None  # updates of the entropy model; None: as its preset says
-    methods: list[str] = field(default_factory=lambda: ["global", "monotonic", "space", "static"])  # patching methods to compare
+    methods: list[str] = field(
+        default_factory=lambda: ["global", "monotonic", "space", "static"]
+    )  # patching methods to compare
     patch_size: float = 4.5  # average bytes a patch, for the methods that have a threshold
     seeds: int = 1  # runs of each method, with seeds seed, seed + 1, ...
     output: str = "workflow"  # folder of everything written
@@ -37,10 +39,19 @@ class WorkflowConfig(BLTRunConfig):
         super().__post_init__()
         check_positive(self, "seeds", "patch_size", "entropy_steps")
         allowed = ("global", "monotonic", "both", "cumulative", "space", "static")
-        check(self, "methods", bool(self.methods) and set(self.methods) <= set(allowed), "some of " + ", ".join(allowed))
-        check(self, "entropy_preset", self.entropy_preset in entropy_llm.PRESETS, "one of " + ", ".join(entropy_llm.PRESETS))
+        check(
+            self, "methods", bool(self.methods) and set(self.methods) <= set(allowed), "some of " + ", ".join(allowed)
+        )
+        check(
+            self,
+            "entropy_preset",
+            self.entropy_preset in entropy_llm.PRESETS,
+            "one of " + ", ".join(entropy_llm.PRESETS),
+        )
         if self.init_from is not None:
-            raise ValueError("the workflow compares patching methods from the start; --init_from is for train_blt.py, llm.py and llm_large.py")
+            raise ValueError(
+                "the workflow compares patching methods from the start; --init_from is for train_blt.py, llm.py and llm_large.py"
+            )
         if self.patch_method is not None:
             raise ValueError("the workflow compares patching methods; use --methods instead of --patch_method")
 
@@ -52,7 +63,11 @@ def train_entropy_model(config):
         changes.update(steps=config.entropy_steps, eval_every=config.entropy_steps)
     shared = [f.name for f in fields(DataConfig) if f.name not in ("preset", "max_bytes", "val_bytes")] + ["seed"]
     same = {name: getattr(config, name) for name in shared}
-    entropy_llm.main(entropy_llm.EntropyConfig(preset=[config.entropy_preset], output=config.entropy_model_path, **{**changes, **same}))
+    entropy_llm.main(
+        entropy_llm.EntropyConfig(
+            preset=[config.entropy_preset], output=config.entropy_model_path, **{**changes, **same}
+        )
+    )
 
 
 def run_method(config, method, seed):
@@ -83,7 +98,9 @@ def main(config):
     lines = ["| method | bytes a patch | val bpb | spread | trained at |", "| - | - | - | - | - |"]
     for row in rows:
         spread = f"± {row['ci']:.4f} (std of {config.seeds} seeds)" if "ci" in row else "one seed"
-        lines.append(f"| {row['method']} | {row['avg_patch_size']:.2f} | {row['val_bpb']:.4f} | {spread} | {row['bytes_per_second'] / 1e3:.1f} kB/s |")
+        lines.append(
+            f"| {row['method']} | {row['avg_patch_size']:.2f} | {row['val_bpb']:.4f} | {spread} | {row['bytes_per_second'] / 1e3:.1f} kB/s |"
+        )
     table = "\n".join(lines)
     print(f"\n{table}\n")
     trained = config.steps * config.accumulate * config.batch_rows * config.row_bytes

@@ -38,7 +38,9 @@ from blt.incremental import IncrementalBLT
 from blt.metric import bits_per_byte
 from save_entropy_model import load_blt
 
-HEADER = struct.Struct("<4s Q H I H 8s 4s I I")  # magic, bytes, streams, context_bytes, threads, model, machine, CRC-32 of the bytes, and of the header so far
+HEADER = struct.Struct(
+    "<4s Q H I H 8s 4s I I"
+)  # magic, bytes, streams, context_bytes, threads, model, machine, CRC-32 of the bytes, and of the header so far
 MAGIC = b"BLT1"
 LEAST = 2.0**-20  # what each id's probability is raised by: the coder works with multiples of 2 ** -24
 
@@ -147,7 +149,11 @@ def decode(model, patcher, code_bytes, n_bytes, n_streams, context_bytes, progre
 
 def model_fingerprint(model, patcher):
     """8 bytes that depend on the weights of both models and on the patch rule."""
-    parts = [model_hash(model), json.dumps(asdict(model.config), sort_keys=True), json.dumps(patcher.config.rule, sort_keys=True)]
+    parts = [
+        model_hash(model),
+        json.dumps(asdict(model.config), sort_keys=True),
+        json.dumps(patcher.config.rule, sort_keys=True),
+    ]
     if patcher.entropy_model is not None:
         parts.append(model_hash(patcher.entropy_model))
     return hashlib.sha256("\n".join(parts).encode()).digest()[:8]
@@ -167,14 +173,25 @@ def compress(data, model, patcher, n_streams, context_bytes, progress=None):
     with threads_for(n_streams):
         code, bits = encode(model, patcher, data, n_streams, context_bytes, progress)
         threads = torch.get_num_threads()
-    fields = (MAGIC, len(data), n_streams, context_bytes, threads, model_fingerprint(model, patcher), machine_fingerprint(device)[0], zlib.crc32(data))
+    fields = (
+        MAGIC,
+        len(data),
+        n_streams,
+        context_bytes,
+        threads,
+        model_fingerprint(model, patcher),
+        machine_fingerprint(device)[0],
+        zlib.crc32(data),
+    )
     return HEADER.pack(*fields, zlib.crc32(HEADER.pack(*fields, 0)[:-4])) + code, bits
 
 
 def read_header(compressed):
     """(bytes, streams, context_bytes, threads, model's fingerprint, machine's, CRC-32 of the bytes) of a compressed file, or ValueError."""
     header = compressed[: HEADER.size]
-    is_ours = len(header) == HEADER.size and header[:4] == MAGIC and zlib.crc32(header[:-4]) == HEADER.unpack(header)[-1]
+    is_ours = (
+        len(header) == HEADER.size and header[:4] == MAGIC and zlib.crc32(header[:-4]) == HEADER.unpack(header)[-1]
+    )
     if not is_ours or (len(compressed) - HEADER.size) % 4:
         raise ValueError("this is no file that compress.py wrote, or a part of one, or it is damaged")
     return HEADER.unpack(header)[1:-1]
@@ -185,9 +202,13 @@ def decompress(compressed, model, patcher, progress=None):
     n_bytes, n_streams, context_bytes, threads, model_print, machine_print, checksum = read_header(compressed)
     here, words = machine_fingerprint(next(model.parameters()).device)
     if model_print != model_fingerprint(model, patcher):
-        raise ValueError("the file was compressed with another model, entropy model or patch rule; pass the folder of that one as --model")
+        raise ValueError(
+            "the file was compressed with another model, entropy model or patch rule; pass the folder of that one as --model"
+        )
     if machine_print != here:
-        raise ValueError(f"the file was compressed on another kind of machine than this one ({words}), whose probabilities may differ in the last digit")
+        raise ValueError(
+            f"the file was compressed on another kind of machine than this one ({words}), whose probabilities may differ in the last digit"
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)  # sums may be split otherwise among other numbers of threads
     try:
@@ -195,7 +216,9 @@ def decompress(compressed, model, patcher, progress=None):
     finally:
         torch.set_num_threads(before)
     if zlib.crc32(data) != checksum:
-        raise ValueError("the restored bytes are not those that were compressed: the file is damaged, or this machine computes otherwise")
+        raise ValueError(
+            "the restored bytes are not those that were compressed: the file is damaged, or this machine computes otherwise"
+        )
     return data
 
 
@@ -225,7 +248,9 @@ def main(config):
             restored = decompress(data, model, patcher, progress)
         write_aside(output, lambda temporary: Path(temporary).write_bytes(restored))
         seconds = time.perf_counter() - tick
-        print(f"restored {len(restored):,} bytes in {seconds:.1f} s, {len(restored) / seconds / 1e3:.2f} kB/s; checksum right")
+        print(
+            f"restored {len(restored):,} bytes in {seconds:.1f} s, {len(restored) / seconds / 1e3:.2f} kB/s; checksum right"
+        )
         print(f"wrote {output}")
         return
     context = config.context_bytes or record["settings"]["row_bytes"]
@@ -241,11 +266,18 @@ def main(config):
     output = config.output or f"{config.file}.blt"
     write_aside(output, lambda temporary: Path(temporary).write_bytes(compressed))
     n = max(1, len(data))
-    print(f"{len(data):,} bytes to {len(compressed):,}, header {HEADER.size} | {8 * len(compressed) / n:.4f} bits per byte on disk, {bits / n:.4f} by the model's probabilities")
+    print(
+        f"{len(data):,} bytes to {len(compressed):,}, header {HEADER.size} | {8 * len(compressed) / n:.4f} bits per byte on disk, {bits / n:.4f} by the model's probabilities"
+    )
     if n_streams > 1:
         whole = bits_per_byte(model, patcher, [data], context)
-        print(f"{n_streams} streams side by side cost {bits / n - whole:+.4f} bits per byte (in one stream {whole:.4f})")
-    print(f"{seconds:.1f} s, {len(data) / seconds / 1e3:.2f} kB/s" + ("; restored and compared" if config.verify else "; not restored (--no_verify)"))
+        print(
+            f"{n_streams} streams side by side cost {bits / n - whole:+.4f} bits per byte (in one stream {whole:.4f})"
+        )
+    print(
+        f"{seconds:.1f} s, {len(data) / seconds / 1e3:.2f} kB/s"
+        + ("; restored and compared" if config.verify else "; not restored (--no_verify)")
+    )
     print(f"wrote {output}\nnext: python compress.py --decompress {output} --model {config.model}")
 
 

@@ -62,14 +62,20 @@ class ConvertConfig:
     to_hf: str | None = None  # output folder of llm.py or train_blt.py to convert for transformers
     from_hf: str | None = None  # or: folder of transformers, or Hugging Face id, to convert for this project
     output: str | None = None  # folder to write; None: hf_model or checkpoints_from_hf
-    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"  # of the weights written; keep: as they are (an entropy model for this project: fp32)
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = (
+        "keep"  # of the weights written; keep: as they are (an entropy model for this project: fp32)
+    )
     without_patcher: bool = False  # to_hf: leave the entropy model out; transformers must then be given patch_lengths
     patches_of: str | None = None  # from_hf: rule and entropy model of this output folder instead of the patcher's
-    check: Literal["auto", "yes", "no"] = "auto"  # compare the logits of both (takes both in fp32 at once); auto: up to 1 billion parameters
+    check: Literal["auto", "yes", "no"] = (
+        "auto"  # compare the logits of both (takes both in fp32 at once); auto: up to 1 billion parameters
+    )
 
     def __post_init__(self):
         if (self.to_hf is None) == (self.from_hf is None):
-            raise ValueError("give either --to_hf (a folder of llm.py or train_blt.py) or --from_hf (a folder of transformers, or a Hugging Face id)")
+            raise ValueError(
+                "give either --to_hf (a folder of llm.py or train_blt.py) or --from_hf (a folder of transformers, or a Hugging Face id)"
+            )
         if self.from_hf is None and self.patches_of is not None:
             raise ValueError("patches_of goes with --from_hf")
         if self.to_hf is None and self.without_patcher:
@@ -81,7 +87,10 @@ class ConvertConfig:
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKED_SIZE = 1_000_000_000  # parameters up to which check=auto compares logits
-CHECK_TEXT = ("Bytes in, patches through the large transformer, bytes out. " * 3 + "In 2024 the paper (arXiv 2412.09871) said: naïve Ω, 漢字, 🙂.\n").encode()
+CHECK_TEXT = (
+    "Bytes in, patches through the large transformer, bytes out. " * 3
+    + "In 2024 the paper (arXiv 2412.09871) said: naïve Ω, 漢字, 🙂.\n"
+).encode()
 HF_IDS, HF_FIRST_BYTE, HF_BEGIN, HF_END = 260, 4, 1, 2
 BYTE_ROWS = list(range(HF_FIRST_BYTE, HF_IDS))  # those of the bytes
 INPUT_ROWS = [*BYTE_ROWS, HF_BEGIN]  # transformers' embedding row of each of our ids
@@ -95,7 +104,14 @@ BLOCK = {
     "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward_norm": "post_attention_layernorm",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
 }  # fmt: skip
-CROSS_ATTENTION = {"query_norm": "q_norm", "key_norm": "k_norm", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
+CROSS_ATTENTION = {
+    "query_norm": "q_norm",
+    "key_norm": "k_norm",
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+}
 
 
 def from_transformers(hf_model):
@@ -141,7 +157,9 @@ def entropy_model_from_transformers(hf_model):
         d_model=config.hidden_size, n_heads=config.num_attention_heads, n_layers=config.num_hidden_layers,
         max_seq_len=config.sliding_window, rope_theta=config.rope_parameters["rope_theta"], dropout=config.dropout,
     )  # fmt: skip
-    return _filled(MinimalLLM(entropy_config), _our_weights(hf_model, _entropy_weight_names(entropy_config), of_patcher=True))
+    return _filled(
+        MinimalLLM(entropy_config), _our_weights(hf_model, _entropy_weight_names(entropy_config), of_patcher=True)
+    )
 
 
 def to_transformers(model, entropy_model=None, patch_config=None):
@@ -214,19 +232,27 @@ def _check_part(config):
     _need(config, "intermediate_size", feed_forward_width(config.hidden_size))
     _need(config, "hidden_act", "silu")
     if config.rope_parameters["rope_type"] != "default":
-        raise ValueError(f"{config.model_type}.rope_parameters is {config.rope_parameters}; to be converted its rope_type must be 'default'")
+        raise ValueError(
+            f"{config.model_type}.rope_parameters is {config.rope_parameters}; to be converted its rope_type must be 'default'"
+        )
 
 
 def _blt_config(hf_config):
     """`BltConfig` -> `BLTConfig`."""
-    parts = {"encoder": hf_config.encoder_config, "global": hf_config.global_config, "decoder": hf_config.decoder_config}
+    parts = {
+        "encoder": hf_config.encoder_config,
+        "global": hf_config.global_config,
+        "decoder": hf_config.decoder_config,
+    }
     encoder, decoder, theta = parts["encoder"], parts["decoder"], parts["encoder"].rope_parameters["rope_theta"]
     for part in parts.values():
         _check_part(part)
         _need(part, "rms_norm_eps", encoder.rms_norm_eps)
         _need(part, "dropout", encoder.dropout)
         if part.rope_parameters["rope_theta"] != theta:
-            raise ValueError(f"{part.model_type}.rope_parameters is {part.rope_parameters}; to be converted its rope_theta must be the encoder's, {theta}")
+            raise ValueError(
+                f"{part.model_type}.rope_parameters is {part.rope_parameters}; to be converted its rope_theta must be the encoder's, {theta}"
+            )
     for part in (hf_config, encoder, decoder):
         _need(part, "vocab_size", HF_IDS)
         _need(part, "cross_attn_k", hf_config.cross_attn_k)
@@ -249,7 +275,9 @@ def _blt_config(hf_config):
 
 
 def _hf_part(dim, heads, layers, theta, norm_eps, dropout):
-    sizes = dict(hidden_size=dim, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=feed_forward_width(dim))
+    sizes = dict(
+        hidden_size=dim, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=feed_forward_width(dim)
+    )
     rope = {"rope_type": "default", "rope_theta": float(theta)}
     return sizes | dict(rope_parameters=rope, rms_norm_eps=norm_eps, dropout=dropout)
 
@@ -307,14 +335,22 @@ def _entropy_weight_names(config):
 
 
 def _stack(ours, theirs, n_layers, parts):
-    return {f"{ours}.{i}.{a}.weight": (f"{theirs}.{i}.{b}.weight", None) for i in range(n_layers) for a, b in parts.items()}
+    return {
+        f"{ours}.{i}.{a}.weight": (f"{theirs}.{i}.{b}.weight", None) for i in range(n_layers) for a, b in parts.items()
+    }
 
 
 def _our_weights(hf_model, names, of_patcher):
     """The weights of transformers' patcher, or all others, under our names; rows without a counterpart left out."""
     weights = {name: weight for name, weight in hf_model.state_dict().items() if name.startswith(PATCHER) == of_patcher}
-    _check_names((hf_name for hf_name, _ in names.values()), weights, "transformers' patcher" if of_patcher else "the transformers model")
-    return {name: weights[hf_name] if rows is None else weights[hf_name][rows] for name, (hf_name, rows) in names.items()}
+    _check_names(
+        (hf_name for hf_name, _ in names.values()),
+        weights,
+        "transformers' patcher" if of_patcher else "the transformers model",
+    )
+    return {
+        name: weights[hf_name] if rows is None else weights[hf_name][rows] for name, (hf_name, rows) in names.items()
+    }
 
 
 def _their_weights(weights, names):
@@ -333,7 +369,9 @@ def _check_names(expected, found, whose):
     assert len(set(expected)) == len(expected), "a weight would be used twice"
     missing, unexpected = sorted(set(expected) - found), sorted(found - set(expected))
     if missing or unexpected:
-        raise ValueError(f"the weights of {whose} are not those of its config: missing {missing}, unexpected {unexpected}")
+        raise ValueError(
+            f"the weights of {whose} are not those of its config: missing {missing}, unexpected {unexpected}"
+        )
 
 
 def _kind(weights):
@@ -374,7 +412,9 @@ def make_tokenizer():
     Special tokens are not found in text: "<s>" in a text is three bytes. Text that is no UTF-8 cannot be a str: `hf_inputs` takes bytes.
     """
     special = ["<pad>", "<s>", "</s>", "<delim>"]
-    vocabulary = {token: i for i, token in enumerate(special)} | {_byte_character(b): b + HF_FIRST_BYTE for b in range(256)}
+    vocabulary = {token: i for i, token in enumerate(special)} | {
+        _byte_character(b): b + HF_FIRST_BYTE for b in range(256)
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -398,7 +438,9 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
     """
     folder, output = Path(folder), Path(output)
     if (output / "config.json").exists() and not (output / "convert_hf.json").exists():
-        raise ValueError(f"{output} holds a model of transformers that convert_hf.py has not written; give another --output")
+        raise ValueError(
+            f"{output} holds a model of transformers that convert_hf.py has not written; give another --output"
+        )
     record = read_record(folder)
     with torch.device("meta"):
         model = BLTModel(BLTConfig(**record["model_config"]))
@@ -406,7 +448,12 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
     wanted = DTYPES[dtype] or model.head.weight.dtype
     patch_config, entropy_model = PatchConfig(**record["patch_config"]), None
     if not without_patcher:
-        _need(patch_config, "method", "global", " (or leave the patcher out: --without_patcher; patches must then be passed to transformers)")
+        _need(
+            patch_config,
+            "method",
+            "global",
+            " (or leave the patcher out: --without_patcher; patches must then be passed to transformers)",
+        )
         entropy_model = entropy_model_of(folder, record)[0].to(wanted)
     config, weights = hf_config_and_weights(model, entropy_model, None if without_patcher else patch_config)
     weights = {name: weight.to(wanted).contiguous() for name, weight in weights.items()}
@@ -421,7 +468,9 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
     config.save_pretrained(output)
     generation.save_pretrained(output)
     make_tokenizer().save_pretrained(output)
-    write_aside(output / "model.safetensors", lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    write_aside(
+        output / "model.safetensors", lambda temporary: save_file(weights, temporary, metadata={"format": "pt"})
+    )
     return converted
 
 
@@ -442,7 +491,9 @@ def write_from_transformers(source, output, dtype="keep", patches_of=None):
         if patch_config.method in NEEDS_ENTROPIES:
             entropy_model = entropy_model_of(patches_of, other)[0]
     elif hf_model.model.patcher is None:
-        raise ValueError(f"{source} has no patcher; name an output folder whose patch rule and entropy model it is to have: --patches_of checkpoints")
+        raise ValueError(
+            f"{source} has no patcher; name an output folder whose patch rule and entropy model it is to have: --patches_of checkpoints"
+        )
     else:
         _need(config, "patching_mode", "entropy")
         if config.patching_threshold is None:
@@ -473,7 +524,9 @@ def open_hf_model(source, dtype="auto"):
     (from_pretrained itself fills weights that the file lacks with random numbers.)
     """
     if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
-        raise FileNotFoundError(f"{source} not found; give a folder that transformers can open, or an id like itazap/blt-1b-hf")
+        raise FileNotFoundError(
+            f"{source} not found; give a folder that transformers can open, or an id like itazap/blt-1b-hf"
+        )
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "blt":
@@ -483,9 +536,16 @@ def open_hf_model(source, dtype="auto"):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "" if Path(source).exists() else "; there is no such folder here, so it was taken for a Hugging Face id"
         raise ValueError(f"transformers cannot open {str(source)!r} as a BLT: {reason}{where}") from None
-    wrong = {what: sorted(map(str, report[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[what]}
+    wrong = {
+        what: sorted(map(str, report[what]))
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report[what]
+    }
     if wrong:
-        raise ValueError(f"the weights of {source} are not those of its config: " + "; ".join(f"{what} {keys[:5]}" for what, keys in wrong.items()))
+        raise ValueError(
+            f"the weights of {source} are not those of its config: "
+            + "; ".join(f"{what} {keys[:5]}" for what, keys in wrong.items())
+        )
     return hf_model.eval()
 
 
@@ -513,27 +573,47 @@ def main(config):
         logging.disable_progress_bar()
     if config.from_hf is None:
         record = write_for_transformers(config.to_hf, config.output, config.dtype, config.without_patcher)
-        ours, theirs, files = config.to_hf, config.output, "model.safetensors, config.json, generation_config.json, tokenizer, convert_hf.json"
-        following = f"next: BltForCausalLM.from_pretrained({config.output!r}); docs/transformers.md says with which settings"
+        ours, theirs, files = (
+            config.to_hf,
+            config.output,
+            "model.safetensors, config.json, generation_config.json, tokenizer, convert_hf.json",
+        )
+        following = (
+            f"next: BltForCausalLM.from_pretrained({config.output!r}); docs/transformers.md says with which settings"
+        )
     else:
         record = write_from_transformers(config.from_hf, config.output, config.dtype, config.patches_of)
-        ours, theirs, files = config.output, config.from_hf, "best.pt, model.json" + (", entropy_model.pth, entropy_model.json" if record["entropy_model_sha256"] else "")
+        ours, theirs, files = (
+            config.output,
+            config.from_hf,
+            "best.pt, model.json"
+            + (", entropy_model.pth, entropy_model.json" if record["entropy_model_sha256"] else ""),
+        )
         following = f"next: python generate.py --model {config.output} --prompt 'The history of', or python train_blt.py --init_from {config.output}"
     rule = record["patch_config"]
     with torch.device("meta"):
         parts = BLTModel(BLTConfig(**read_record(ours)["model_config"])).parameters_by_part()
     size = sum(parts.values())
-    print(f"BLT: {size:,} parameters ({', '.join(f'{part} {count:,}' for part, count in parts.items())}), {record['dtype']}")
-    print(f"patches: {rule['method']}, threshold {rule['entropy_threshold']:.4f}" + ("" if record.get("patcher", True) else "; without patcher: pass patch_lengths (convert_hf.hf_inputs)"))
+    print(
+        f"BLT: {size:,} parameters ({', '.join(f'{part} {count:,}' for part, count in parts.items())}), {record['dtype']}"
+    )
+    print(
+        f"patches: {rule['method']}, threshold {rule['entropy_threshold']:.4f}"
+        + ("" if record.get("patcher", True) else "; without patcher: pass patch_lengths (convert_hf.hf_inputs)")
+    )
     if config.check == "yes" or (config.check == "auto" and size <= CHECKED_SIZE):
         difference, boundaries, differing = compare(ours, theirs)
         print(f"check: logits differ by at most {difference:.1e} over {len(CHECK_TEXT)} bytes, same patches, in fp32")
         if differing:
-            print(f"check: {differing} of {boundaries} patches begin elsewhere: the patcher of transformers takes entropies over 260 classes, ours over 256 (docs/transformers.md)")
+            print(
+                f"check: {differing} of {boundaries} patches begin elsewhere: the patcher of transformers takes entropies over 260 classes, ours over 256 (docs/transformers.md)"
+            )
         elif boundaries:
             print(f"check: all {boundaries} patches begin at the same bytes")
         if config.dtype == "keep" and not difference < 1e-3:
-            raise ValueError(f"the converted model gives other logits (by {difference:.2g}); please report this with its config")
+            raise ValueError(
+                f"the converted model gives other logits (by {difference:.2g}); please report this with its config"
+            )
     print(f"wrote {config.output}/: {files}")
     print(following)
 

@@ -51,7 +51,9 @@ class CreatePatchesConfig(DataConfig):
     chunk_bytes: int = 1024  # bytes of each read at once
     # patches
     method: Literal["global", "monotonic", "both", "static", "space", "cumulative", "bpe"] = "global"  # the rule
-    target_patch_size: float | None = None  # find the threshold that gives so many bytes a patch (4.5 if no threshold is given)
+    target_patch_size: float | None = (
+        None  # find the threshold that gives so many bytes a patch (4.5 if no threshold is given)
+    )
     entropy_threshold: float | None = None  # or the threshold itself: nats; bytes for static
     monotonic_threshold: float = 0.0  # nats; both: the rise of entropy that a start also needs
     min_patch_size: int = 1  # bytes; a start that comes earlier is suppressed
@@ -102,14 +104,23 @@ def main(config):
 
     sample = training_sample(cache)
     distribution = entropy_distribution(sample[0])
-    print(f"entropy: mean {distribution['mean']:.3f}, std {distribution['std']:.3f}, from {distribution['min']:.3f} to {distribution['max']:.3f} nats")
-    print("percentiles (nats): " + ", ".join(f"{level}% {value:.3f}" for level, value in distribution["percentiles"].items()))
+    print(
+        f"entropy: mean {distribution['mean']:.3f}, std {distribution['std']:.3f}, from {distribution['min']:.3f} to {distribution['max']:.3f} nats"
+    )
+    print(
+        "percentiles (nats): "
+        + ", ".join(f"{level}% {value:.3f}" for level, value in distribution["percentiles"].items())
+    )
     for method in ("global", "monotonic"):
         suggestions = [(size, threshold_for_patch_size(sample[0], method, size, sample[1])) for size in (3, 4.5, 6, 8)]
-        print(f"thresholds for {method}: " + ", ".join(f"{size} bytes a patch {value:.3f}" for size, value in suggestions))
+        print(
+            f"thresholds for {method}: " + ", ".join(f"{size} bytes a patch {value:.3f}" for size, value in suggestions)
+        )
 
     if config.method == "bpe":
-        train_tokenizer((corpus.document(n) for n in train[:2000]), config.bpe_vocab_size, Path(config.cache_dir) / "tokenizer.json")
+        train_tokenizer(
+            (corpus.document(n) for n in train[:2000]), config.bpe_vocab_size, Path(config.cache_dir) / "tokenizer.json"
+        )
     patch_config = config.patch_config(config.entropy_threshold or 1.0)
     if config.entropy_threshold is None:
         patch_config = calibrate(patch_config, config.target_patch_size or DEFAULT_PATCH_SIZE, sample)
@@ -117,10 +128,15 @@ def main(config):
     patcher = EntropyPatcher(model, patch_config, precision=precision)
     began = time.perf_counter()
     if config.method == "bpe":
-        sizes = np.concatenate([patch_sizes(bpe_starts(patcher.tokenizer, corpus.document(n))[:-1]) for n in train[:2000]])
+        sizes = np.concatenate(
+            [patch_sizes(bpe_starts(patcher.tokenizer, corpus.document(n))[:-1]) for n in train[:2000]]
+        )
         documents = min(len(train), 2000)
     else:
-        sizes, documents = training_patch_sizes(training_starts(corpus, train, patch_config, cache), corpus, train), len(train)
+        sizes, documents = (
+            training_patch_sizes(training_starts(corpus, train, patch_config, cache), corpus, train),
+            len(train),
+        )
     statistics = patch_statistics(sizes, sample[0])
     places = int(sizes.sum())
     print(
@@ -151,7 +167,9 @@ def draw_pictures(config, corpus, validation, patcher, sizes):
 
     folder, rule = Path(config.cache_dir), patcher.config
     threshold = rule.entropy_threshold if rule.method in ("global", "both") else None
-    title = f"{rule.method} patches" + (f", threshold {rule.entropy_threshold:.3f}" if rule.method not in ("space", "bpe") else "")
+    title = f"{rule.method} patches" + (
+        f", threshold {rule.entropy_threshold:.3f}" if rule.method not in ("space", "bpe") else ""
+    )
     if config.picture_text:
         text = whole_characters(config.picture_text.encode("utf-8", "surrogateescape"), MAX_PAGE_BYTES)
     else:
@@ -162,7 +180,17 @@ def draw_pictures(config, corpus, validation, patcher, sizes):
     draw_patch_size_histogram(folder / "patch_sizes.png", sizes, title)
     figures = [("entropy model, bits a byte", f"{guesses.bits_per_byte:.3f}")]
     token_starts = starts if rule.method == "bpe" else None
-    write_patch_page(folder / "patches.html", text, H[:-1], rule.rule, {"entropy model": guesses}, "Patches", title, figures, token_starts)
+    write_patch_page(
+        folder / "patches.html",
+        text,
+        H[:-1],
+        rule.rule,
+        {"entropy model": guesses},
+        "Patches",
+        title,
+        figures,
+        token_starts,
+    )
 
 
 if __name__ == "__main__":

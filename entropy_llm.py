@@ -106,7 +106,9 @@ class MinimalLLM(nn.Module):
         B, device = ids_BT.shape[0], ids_BT.device
         carry = CausalPlan.carry_length(self.config.max_seq_len)
         if state is None:
-            nothing = self.embedding.weight.new_zeros(B, carry, self.config.n_heads, self.config.d_model // self.config.n_heads)
+            nothing = self.embedding.weight.new_zeros(
+                B, carry, self.config.n_heads, self.config.d_model // self.config.n_heads
+            )
             past_documents = torch.full((B, carry), -1, dtype=torch.int64, device=device)
             past = [(nothing, nothing)] * len(self.blocks)
             documents = documents_of(ids_BT, BOUNDARY)
@@ -117,7 +119,9 @@ class MinimalLLM(nn.Module):
         x_BTD, new_past = self.embedding(ids_BT), []
         for block, layer_past in zip(self.blocks, past):
             x_BTD, layer_new = block(x_BTD, plan, layer_past)
-            new_past.append(tuple(torch.cat((old.to(x.dtype), x), dim=1)[:, x.shape[1] :] for old, x in zip(layer_past, layer_new)))
+            new_past.append(
+                tuple(torch.cat((old.to(x.dtype), x), dim=1)[:, x.shape[1] :] for old, x in zip(layer_past, layer_new))
+            )
         new_documents = torch.cat((past_documents, documents), dim=1)[:, documents.shape[1] :]
         return self.head(self.norm(x_BTD)), (new_documents, new_past, documents[:, -1:])
 

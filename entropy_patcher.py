@@ -30,11 +30,15 @@ class EntropyPatcher:
 
     def __init__(self, entropy_model, patch_config=None, *, threshold=None, method=None, precision="fp32"):
         if patch_config is None:
-            patch_config = PatchConfig(method=method or "global", entropy_threshold=0.6 if threshold is None else threshold)
+            patch_config = PatchConfig(
+                method=method or "global", entropy_threshold=0.6 if threshold is None else threshold
+            )
         elif threshold is not None or method is not None:
             raise ValueError("pass either a PatchConfig or threshold and method, not both")
         if not isinstance(patch_config, PatchConfig):
-            raise ValueError(f"patch_config must be a PatchConfig, not {type(patch_config).__name__}; a threshold goes by name: threshold=0.6")
+            raise ValueError(
+                f"patch_config must be a PatchConfig, not {type(patch_config).__name__}; a threshold goes by name: threshold=0.6"
+            )
         if entropy_model is None and patch_config.method in NEEDS_ENTROPIES:
             raise ValueError(f"method {patch_config.method!r} needs an entropy model; train one: python entropy_llm.py")
         self.entropy_model, self.config, self.precision = entropy_model, patch_config, precision
@@ -95,14 +99,20 @@ class EntropyPatcher:
 
         if not cache_key or Path(cache_key).name != cache_key:
             raise ValueError(f"cache_key is {cache_key!r}; it must be a plain file name")
-        made_from = {"sequences": hash_of_documents(documents), "entropy_model": model_hash(self.entropy_model), "precision": self.precision}
+        made_from = {
+            "sequences": hash_of_documents(documents),
+            "entropy_model": model_hash(self.entropy_model),
+            "precision": self.precision,
+        }
         path = Path(self.config.cache_dir) / f"{cache_key}.npz"
         lengths = [len(d) + 1 for d in documents]
         if path.exists():
             with np.load(path) as kept:
                 for name, value in made_from.items():
                     if str(kept[name]) != value:
-                        raise ValueError(f"{path} was made from another {name.replace('_', ' ')}; delete it or use another cache_key")
+                        raise ValueError(
+                            f"{path} was made from another {name.replace('_', ' ')}; delete it or use another cache_key"
+                        )
                 flat = kept["entropies"]
         else:
             flat = np.concatenate(self._entropies_with_end(documents) or [np.empty(0, np.float32)])

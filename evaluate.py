@@ -68,13 +68,23 @@ from template_llm import load_template
 @dataclass
 class EvaluateConfig(DataConfig):
     # models
-    model: list[str] = field(default_factory=lambda: ["checkpoints"])  # output folders of BLTs or baselines, or entropy_model.pth files
-    row_bytes: int | None = None  # bytes in a row, what a model sees at once; None: as each was trained; windows stand half a row apart
+    model: list[str] = field(
+        default_factory=lambda: ["checkpoints"]
+    )  # output folders of BLTs or baselines, or entropy_model.pth files
+    row_bytes: int | None = (
+        None  # bytes in a row, what a model sees at once; None: as each was trained; windows stand half a row apart
+    )
     batch_rows: int = 8  # rows in one forward pass
     # text
-    file: list[str] = field(default_factory=list)  # score the raw bytes of these files, the first val_bytes of each, instead of a dataset
-    split: Literal["validation", "train", "all"] = "validation"  # which documents of the dataset, the first val_bytes bytes of them
-    group_by: Literal["source", "folder"] = "source"  # by source: a "source" field or file name, or the first folder of that name
+    file: list[str] = field(
+        default_factory=list
+    )  # score the raw bytes of these files, the first val_bytes of each, instead of a dataset
+    split: Literal["validation", "train", "all"] = (
+        "validation"  # which documents of the dataset, the first val_bytes bytes of them
+    )
+    group_by: Literal["source", "folder"] = (
+        "source"  # by source: a "source" field or file name, or the first folder of that name
+    )
     max_sources: int = 20  # the largest so many sources stand alone, the others together
     resamples: int = 1000  # draws of the bootstrap over documents
     # robustness and samples
@@ -96,7 +106,12 @@ class EvaluateConfig(DataConfig):
         check(self, "split", self.split in ("validation", "train", "all"), "validation, train or all")
         check(self, "group_by", self.group_by in ("source", "folder"), "source or folder")
         check(self, "max_bytes", self.max_bytes is None, "left out: the text to score is limited by --val_bytes")
-        check(self, "file", not (self.file and self.dataset != "sample"), "left out with --dataset: give either files or a dataset")
+        check(
+            self,
+            "file",
+            not (self.file and self.dataset != "sample"),
+            "left out with --dataset: give either files or a dataset",
+        )
 
 
 PRESETS = {
@@ -122,7 +137,12 @@ class Contestant:
         """How it reads: row and stride in the ids of its vocabulary, and what an id is."""
         vocabulary = vocabulary_of(self.model)
         row_ids = vocabulary.row_ids(self.row_bytes)
-        return {"row_bytes": self.row_bytes, "row_ids": row_ids, "stride_ids": max(1, row_ids // 2), "ids": "bytes" if vocabulary is BYTES else "tokens"}
+        return {
+            "row_bytes": self.row_bytes,
+            "row_ids": row_ids,
+            "stride_ids": max(1, row_ids // 2),
+            "ids": "bytes" if vocabulary is BYTES else "tokens",
+        }
 
     def starts(self, documents):
         """Patch starts of each document, bool [N + 1] each; None for a model without patches."""
@@ -166,7 +186,12 @@ def read_documents(config):
         numbers = corpus.documents(config.split, config.val_bytes)
         documents = [np.array(corpus.document(number)) for number in numbers]
         sources = [corpus.sources[corpus.source_ids[number]] for number in numbers]
-        what = {"dataset": config.dataset, "split": config.split, "corpus_sha256": corpus.hash, "val_fraction": config.val_fraction}
+        what = {
+            "dataset": config.dataset,
+            "split": config.split,
+            "corpus_sha256": corpus.hash,
+            "val_fraction": config.val_fraction,
+        }
     if config.group_by == "folder":
         sources = [source.split("/")[0] if "/" in source else "(no folder)" for source in sources]
     what |= {"documents": len(documents), "bytes": sum(map(len, documents)), "sha256": hash_of_documents(documents)}
@@ -194,7 +219,9 @@ def measure(contestant, documents, is_start, batch_rows=8, precision="fp32"):
     device, vocabulary = next(model.parameters()).device, vocabulary_of(model)
     by_document_DC, by_context_KC = np.zeros((len(documents), 4)), np.zeros((64, 4))
     batches = scoring_batches(model, documents, is_start, contestant.row_bytes, batch_rows)
-    bar = tqdm(total=sum(map(len, documents)), unit="B", unit_scale=True, desc=contestant.name, disable=None, leave=False)
+    bar = tqdm(
+        total=sum(map(len, documents)), unit="B", unit_scale=True, desc=contestant.name, disable=None, leave=False
+    )
 
     def costs():
         for batch, nats, is_right in target_nats(model, batches, device, precision):
@@ -202,7 +229,9 @@ def measure(contestant, documents, is_start, batch_rows=8, precision="fp32"):
             document, context = (places[is_scored] for places in target_places(batch, vocabulary))
             size = vocabulary.bytes_of_id[batch.ids[:, 1:].cpu().numpy()[is_scored]]
             values = [nats.cpu().numpy()[is_scored], is_right.cpu().numpy()[is_scored], np.ones(len(size)), size]
-            bucket = np.where(context, np.frexp(context - 1)[1] + 1, 0)  # frexp gives 0, 1, 2 to 3, 4 to 7 the exponents 0, 1, 2, 3
+            bucket = np.where(
+                context, np.frexp(context - 1)[1] + 1, 0
+            )  # frexp gives 0, 1, 2 to 3, 4 to 7 the exponents 0, 1, 2, 3
             for column, value in enumerate(values):
                 by_document_DC[:, column] += np.bincount(document, value, len(by_document_DC))
                 by_context_KC[:, column] += np.bincount(bucket, value, len(by_context_KC))
@@ -234,7 +263,9 @@ def bootstrap(by_document_DC, resamples, seed):
     generator = np.random.default_rng(seed)
     nats, size = by_document_DC[:, 0], by_document_DC[:, 3]
     drawn = (generator.integers(0, D, D) for _ in range(resamples))
-    return np.array([rates({"nats": nats[d].sum(), "right": 0, "targets": 1, "bytes": size[d].sum()})["val_bpb"] for d in drawn])
+    return np.array(
+        [rates({"nats": nats[d].sum(), "right": 0, "targets": 1, "bytes": size[d].sum()})["val_bpb"] for d in drawn]
+    )
 
 
 def spread(bpb_of_draws):
@@ -282,7 +313,10 @@ def drop(text, generator):
 
 def random_case(text, generator):
     """Each character upper or lower case, by a fair coin."""
-    return "".join(character.upper() if chance < 0.5 else character.lower() for character, chance in zip(text, generator.random(len(text))))
+    return "".join(
+        character.upper() if chance < 0.5 else character.lower()
+        for character, chance in zip(text, generator.random(len(text)))
+    )
 
 
 def repeat(text, generator):
@@ -307,7 +341,9 @@ def noised(document, name, seed=0):
     if name not in NOISES:
         raise ValueError(f"noise is {name!r}; it must be one of {', '.join(NOISES)}")
     text = document.tobytes().decode("utf-8", "surrogateescape")
-    return np.frombuffer(NOISES[name](text, np.random.default_rng(seed)).encode("utf-8", "surrogateescape"), dtype=np.uint8)
+    return np.frombuffer(
+        NOISES[name](text, np.random.default_rng(seed)).encode("utf-8", "surrogateescape"), dtype=np.uint8
+    )
 
 
 def first_bytes(documents, limit):
@@ -321,7 +357,11 @@ def robustness(contestant, documents, seed, batch_rows=8, precision="fp32"):
     original_bytes = sum(map(len, documents))
     record = {"original_bytes": original_bytes}
     for name in (None, *NOISES):
-        texts = documents if name is None else [noised(document, name, (seed, number)) for number, document in enumerate(documents)]
+        texts = (
+            documents
+            if name is None
+            else [noised(document, name, (seed, number)) for number, document in enumerate(documents)]
+        )
         if not any(map(len, texts)):
             record[name] = {"bpb": None, "change": None, "bytes": 0}  # Drop took the only characters
             continue
@@ -350,7 +390,9 @@ def sample_record(contestant, config, precision):
     prompt = config.prompt.encode("utf-8", "surrogateescape")
     prompts = [prompt] * config.samples  # continuation i has seed + i
     sampling = dict(temperature=config.temperature, seed=config.seed, context_bytes=contestant.row_bytes)
-    texts = generate(contestant.model, contestant.patcher, prompts, config.sample_bytes, precision=precision, **sampling)
+    texts = generate(
+        contestant.model, contestant.patcher, prompts, config.sample_bytes, precision=precision, **sampling
+    )
     valid = [is_valid_utf8(text, may_be_cut=len(text) == config.sample_bytes) for text in texts]
     return {
         "valid": sum(valid), "of": len(texts), "valid_share": sum(valid) / len(texts), "seeds": [config.seed + i for i in range(config.samples)],
@@ -410,14 +452,24 @@ def main(config):
     documents, sources, what = read_documents(config)
     groups = group_sources(sources, documents, config.max_sources)
     name = ", ".join(what["files"]) if config.file else f"{config.dataset}, {config.split}"
-    cut = f" (the first {config.val_bytes:,} bytes only of {', '.join(what['cut_to_val_bytes'])}; --val_bytes)" if what.get("cut_to_val_bytes") else ""
-    print(f"text: {name} | documents: {what['documents']:,}, bytes: {what['bytes']:,}{cut}, sha256 {what['sha256'][:12]}")
+    cut = (
+        f" (the first {config.val_bytes:,} bytes only of {', '.join(what['cut_to_val_bytes'])}; --val_bytes)"
+        if what.get("cut_to_val_bytes")
+        else ""
+    )
+    print(
+        f"text: {name} | documents: {what['documents']:,}, bytes: {what['bytes']:,}{cut}, sha256 {what['sha256'][:12]}"
+    )
     records, draws = [], []
     for contestant in contestants:
         record, drawn = evaluate_model(contestant, documents, groups, config, precision)
         records.append(record)
         draws.append(drawn)
-        gate = f"leak gate passed: largest difference {record['leak_gate_nats']:.1e} nats" if "leak_gate_nats" in record else "text too short for the leak gate"
+        gate = (
+            f"leak gate passed: largest difference {record['leak_gate_nats']:.1e} nats"
+            if "leak_gate_nats" in record
+            else "text too short for the leak gate"
+        )
         print(
             f"{record['path']}: {record['kind']}, {record['parameters']:,} parameters, sha256 {record['sha256'][:12]} | rows of {record['row_ids']:,} "
             f"{record['ids']}, windows {record['stride_ids']:,} apart | {gate}"
@@ -467,7 +519,10 @@ def context_label(entry):
 def by_context_lines(records):
     """(label, the entry of each model or None) of every bucket that a model has."""
     found = {entry["first"]: context_label(entry) for record in records for entry in record["by_context"]}
-    return [(found[first], [next((e for e in record["by_context"] if e["first"] == first), None) for record in records]) for first in sorted(found)]
+    return [
+        (found[first], [next((e for e in record["by_context"] if e["first"] == first), None) for record in records])
+        for first in sorted(found)
+    ]
 
 
 def print_report(card, config):
@@ -479,21 +534,55 @@ def print_report(card, config):
     error = f"± bootstrap standard error over {documents:,} documents" if documents > 1 else "one document: no ±"
     lines = [("bits per byte", cells(lambda r: number(r["bpb"], r["standard_error"])))]
     if len(records) > 1:
-        lines.append(("  against the first (paired)", cells(lambda r: number(r["difference_to_first"]["bpb"], r["difference_to_first"]["standard_error"], True) if "difference_to_first" in r else "-")))
+        lines.append(
+            (
+                "  against the first (paired)",
+                cells(
+                    lambda r: (
+                        number(r["difference_to_first"]["bpb"], r["difference_to_first"]["standard_error"], True)
+                        if "difference_to_first" in r
+                        else "-"
+                    )
+                ),
+            )
+        )
     lines += [
         ("accuracy", cells(lambda r: f"{r['accuracy']:.1%} of {r['ids']}")),
         ("document ends scored", cells(lambda r: "yes" if r["scores_document_ends"] else "no")),
         ("row and stride", cells(lambda r: f"{r['row_ids']:,} and {r['stride_ids']:,} {r['ids']}")),
-        ("bytes a patch or token", cells(lambda r: f"{r['patches']['mean_bytes']:.2f} a patch" if "patches" in r else f"{r['bytes_a_token']:.2f} a token" if "bytes_a_token" in r else "-")),
+        (
+            "bytes a patch or token",
+            cells(
+                lambda r: (
+                    f"{r['patches']['mean_bytes']:.2f} a patch"
+                    if "patches" in r
+                    else f"{r['bytes_a_token']:.2f} a token"
+                    if "bytes_a_token" in r
+                    else "-"
+                )
+            ),
+        ),
     ]
     print_titled_table(f"bytes: {card['text']['bytes']:,} (fewer bits are better; {error})", names, lines)
     print("  the same bytes by " + ", ".join(f"{name} {bpb:.4f}" for name, bpb in card["compressors_bpb"].items()))
     groups = records[0]["by_source"]
     if len(groups) > 1:
-        label = lambda source: f"{source} ({groups[source]['bytes']:,} bytes, documents: {groups[source]['documents']:,})"  # noqa: E731
-        print_titled_table(f"bits per byte by {config.group_by}", names, [(label(s), cells(lambda r: number(r["by_source"][s]["bpb"], r["by_source"][s]["standard_error"]))) for s in groups])
+        label = lambda source: (
+            f"{source} ({groups[source]['bytes']:,} bytes, documents: {groups[source]['documents']:,})"
+        )  # noqa: E731
+        print_titled_table(
+            f"bits per byte by {config.group_by}",
+            names,
+            [
+                (label(s), cells(lambda r: number(r["by_source"][s]["bpb"], r["by_source"][s]["standard_error"])))
+                for s in groups
+            ],
+        )
         if any("patches" in record for record in records):
-            lines = [(s, cells(lambda r: f"{r['by_source'][s]['bytes_a_patch']:.2f}" if "patches" in r else "-")) for s in groups]
+            lines = [
+                (s, cells(lambda r: f"{r['by_source'][s]['bytes_a_patch']:.2f}" if "patches" in r else "-"))
+                for s in groups
+            ]
             print_titled_table(f"bytes a patch by {config.group_by}", names, lines)
     lines = [(label, [number(e and e["bpb"]) for e in entries]) for label, entries in by_context_lines(records)]
     print_titled_table("bits per byte by context: bytes of the document before it in the row", names, lines)
@@ -503,17 +592,35 @@ def print_report(card, config):
             shares = [(size, count / made["patches"]) for size, count in made["histogram"].items()]
             shown = ", ".join(f"{size}: {share:.1%}" for size, share in shares if size <= 12)
             rest = sum(share for size, share in shares if size > 12)
-            print(f"\npatches of {record['path']}: {made['patches']:,}, of {made['median_bytes']:g} bytes in the median, {made['longest_bytes']:,} at most; share by bytes")
+            print(
+                f"\npatches of {record['path']}: {made['patches']:,}, of {made['median_bytes']:g} bytes in the median, {made['longest_bytes']:,} at most; share by bytes"
+            )
             print(f"  {shown}, more: {rest:.1%}")
     if config.robustness_bytes:
         lines = [("as it is", cells(lambda r: number(r["robustness"]["original"])))]
-        lines += [(noise, cells(lambda r: number(r["robustness"][noise]["bpb"]) + " " * 2 + number(r["robustness"][noise]["change"], signed=True))) for noise in NOISES]
+        lines += [
+            (
+                noise,
+                cells(
+                    lambda r: (
+                        number(r["robustness"][noise]["bpb"])
+                        + " " * 2
+                        + number(r["robustness"][noise]["change"], signed=True)
+                    )
+                ),
+            )
+            for noise in NOISES
+        ]
         size = records[0]["robustness"]["original_bytes"]
-        print_titled_table(f"bits per original byte of noised text, and the change (the first {size:,} bytes)", names, lines)
+        print_titled_table(
+            f"bits per original byte of noised text, and the change (the first {size:,} bytes)", names, lines
+        )
     for record in records:
         made = record["samples"]
         if made:
-            print(f"\nsamples of {record['path']} at temperature {config.temperature:g}: {made['valid']} of {made['of']} are valid UTF-8 ({made['bytes']:,} bytes)")
+            print(
+                f"\nsamples of {record['path']} at temperature {config.temperature:g}: {made['valid']} of {made['of']} are valid UTF-8 ({made['bytes']:,} bytes)"
+            )
             for text in made["texts"]:
                 print(f"  {text!r}")
     print()
@@ -524,12 +631,28 @@ def draw(path, card):
     from blt.pictures import draw_evaluation
 
     records = card["models"]
-    names = [f"{name}: {number(record['bpb'], record['standard_error'])} bpb" for name, record in zip(short_names(records), records)]
+    names = [
+        f"{name}: {number(record['bpb'], record['standard_error'])} bpb"
+        for name, record in zip(short_names(records), records)
+    ]
     contexts = [(label, [e and e["bpb"] for e in entries]) for label, entries in by_context_lines(records)]
-    sources = [(source, [r["by_source"][source]["bpb"] for r in records], [r["by_source"][source]["standard_error"] for r in records]) for source in records[0]["by_source"]]
-    noises = [(noise, [r["robustness"][noise]["change"] for r in records]) for noise in NOISES] if "robustness" in records[0] else []
+    sources = [
+        (
+            source,
+            [r["by_source"][source]["bpb"] for r in records],
+            [r["by_source"][source]["standard_error"] for r in records],
+        )
+        for source in records[0]["by_source"]
+    ]
+    noises = (
+        [(noise, [r["robustness"][noise]["change"] for r in records]) for noise in NOISES]
+        if "robustness" in records[0]
+        else []
+    )
     what = card["text"]
-    title = (", ".join(what["files"]) if "files" in what else f"{what['dataset']}, {what['split']}") + f": {what['bytes']:,} bytes; "
+    title = (
+        ", ".join(what["files"]) if "files" in what else f"{what['dataset']}, {what['split']}"
+    ) + f": {what['bytes']:,} bytes; "
     title += ", ".join(f"{name} {bpb:.3f}" for name, bpb in card["compressors_bpb"].items())
     draw_evaluation(path, names, contexts, sources, noises, title)
 

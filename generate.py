@@ -47,7 +47,18 @@ class GenerateConfig(SamplingConfig):
         check(self, "draft_confidence", 0 <= self.draft_confidence <= 1, "from 0 to 1")
 
 
-def generate(model, patcher, prompt, max_new_bytes, *, precision="fp32", cached=True, draft_bytes=0, draft_confidence=0.6, **sampling):
+def generate(
+    model,
+    patcher,
+    prompt,
+    max_new_bytes,
+    *,
+    precision="fp32",
+    cached=True,
+    draft_bytes=0,
+    draft_confidence=0.6,
+    **sampling,
+):
     """Continue a prompt by up to max_new_bytes bytes, until the model ends the document or a stop string comes. Returns the new bytes.
 
     prompt: whatever `to_bytes` takes; or a list of such prompts, for a list of continuations, each as it would be alone.
@@ -60,7 +71,17 @@ def generate(model, patcher, prompt, max_new_bytes, *, precision="fp32", cached=
         return []
     was_training = model.training
     model.eval()
-    writer = Writer(model, patcher, prompts, max_new_bytes, SamplingConfig(**sampling), precision, cached, draft_bytes, draft_confidence)
+    writer = Writer(
+        model,
+        patcher,
+        prompts,
+        max_new_bytes,
+        SamplingConfig(**sampling),
+        precision,
+        cached,
+        draft_bytes,
+        draft_confidence,
+    )
     with threads_for(len(prompts)):
         for _ in writer.steps():
             pass
@@ -77,20 +98,35 @@ class Writer:
     chosen itself, and what comes next. drafted, accepted, passes: counts of proposals, of those kept and of the BLT's passes.
     """
 
-    def __init__(self, model, patcher, prompts, max_new_bytes, config, precision="fp32", cached=True, draft_bytes=0, draft_confidence=0.6):
+    def __init__(
+        self,
+        model,
+        patcher,
+        prompts,
+        max_new_bytes,
+        config,
+        precision="fp32",
+        cached=True,
+        draft_bytes=0,
+        draft_confidence=0.6,
+    ):
         if not patcher.is_causal:
             raise ValueError(f"patch method {patcher.config.method!r} looks ahead and cannot generate")
         reader_class = IncrementalBLT if cached else FullPass
         self.reader = reader_class(model, patcher, len(prompts), config.context_bytes, precision)
         if draft_bytes and (not cached or self.reader.entropy_model is None):
-            raise ValueError("drafts come from the entropy model's cached steps; use draft_bytes=0 with cached=False or static or space patches")
+            raise ValueError(
+                "drafts come from the entropy model's cached steps; use draft_bytes=0 with cached=False or static or space patches"
+            )
         self.choosers = [Chooser(prompt, max_new_bytes, config, row) for row, prompt in enumerate(prompts)]
         self.prompts, self.draft_bytes, self.draft_confidence = prompts, draft_bytes, draft_confidence
         self.drafted = self.accepted = self.passes = 0
 
     def steps(self):
         """Yields after each pass of the BLT, until all rows are over."""
-        ids = [np.concatenate(([BOUNDARY], np.frombuffer(prompt, np.uint8))).astype(np.int64) for prompt in self.prompts]
+        ids = [
+            np.concatenate(([BOUNDARY], np.frombuffer(prompt, np.uint8))).astype(np.int64) for prompt in self.prompts
+        ]
         logits = self.reader.feed(ids).float().cpu().numpy()
         nexts = np.array([chooser.choose(row_logits) for chooser, row_logits in zip(self.choosers, logits)])
         yield
@@ -101,8 +137,15 @@ class Writer:
             yield
 
     def _one_byte(self, nexts, is_open):
-        logits = self.reader.extend(np.where(is_open, nexts, 0)[:, None], is_open.astype(np.int64))[:, 0].float().cpu().numpy()
-        return np.array([chooser.choose(logits[row]) if is_open[row] else 0 for row, chooser in enumerate(self.choosers)])
+        logits = (
+            self.reader.extend(np.where(is_open, nexts, 0)[:, None], is_open.astype(np.int64))[:, 0]
+            .float()
+            .cpu()
+            .numpy()
+        )
+        return np.array(
+            [chooser.choose(logits[row]) if is_open[row] else 0 for row, chooser in enumerate(self.choosers)]
+        )
 
     def _with_drafts(self, nexts, is_open):
         reader, before, rows = self.reader, self.reader.document_length, np.arange(len(nexts))
@@ -127,7 +170,9 @@ class Writer:
                     kept[row] = i + 1
                     break
         reader.commit(kept)
-        states = {name: np.stack([state[name] for state in states])[np.maximum(kept, 1) - 1, rows] for name in states[0]}
+        states = {
+            name: np.stack([state[name] for state in states])[np.maximum(kept, 1) - 1, rows] for name in states[0]
+        }
         reader.take_back(before + kept, states)
         self.drafted += int((counts - is_open).sum())
         self.accepted += int((kept - is_open).sum())
@@ -141,7 +186,9 @@ class FullPass:
 
     def __init__(self, model, patcher, n_rows, context_bytes, precision):
         self.model, self.context_bytes, self.precision = model, context_bytes, precision
-        self.patcher = EntropyPatcher(patcher.entropy_model, patcher.config, precision=precision)  # as the cached steps compute
+        self.patcher = EntropyPatcher(
+            patcher.entropy_model, patcher.config, precision=precision
+        )  # as the cached steps compute
         self.texts = [bytearray() for _ in range(n_rows)]
 
     def feed(self, texts):
@@ -153,7 +200,9 @@ class FullPass:
         for row in np.flatnonzero(counts_B):
             self.texts[row].append(int(ids_BN[row, 0]))
         nothing = torch.zeros(self.model.n_classes)
-        return torch.stack([self._next_logits(row) if count else nothing for row, count in enumerate(counts_B)])[:, None]
+        return torch.stack([self._next_logits(row) if count else nothing for row, count in enumerate(counts_B)])[
+            :, None
+        ]
 
     @torch.no_grad()
     def _next_logits(self, row):
@@ -173,9 +222,19 @@ class FullPass:
 
 def continue_and_print(model, patcher, prompts, config, context_bytes):
     """Write the continuations to the standard output, a single one while it is being made, and the speed to stderr."""
-    sampling = SamplingConfig(**{f.name: getattr(config, f.name) for f in fields(SamplingConfig)} | {"context_bytes": context_bytes})
+    sampling = SamplingConfig(
+        **{f.name: getattr(config, f.name) for f in fields(SamplingConfig)} | {"context_bytes": context_bytes}
+    )
     tick = time.perf_counter()
-    writer = Writer(model, patcher, prompts, config.max_new_bytes, sampling, draft_bytes=config.draft_bytes, draft_confidence=config.draft_confidence)
+    writer = Writer(
+        model,
+        patcher,
+        prompts,
+        config.max_new_bytes,
+        sampling,
+        draft_bytes=config.draft_bytes,
+        draft_confidence=config.draft_confidence,
+    )
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
     shown = [prompt.decode(errors="replace") for prompt in prompts]
     if len(prompts) == 1:
@@ -199,7 +258,10 @@ def continue_and_print(model, patcher, prompts, config, context_bytes):
     drafts = ""
     if config.draft_bytes:
         drafts = f" | {writer.accepted / max(1, writer.drafted):.0%} of {writer.drafted} drafts accepted, {new_bytes / max(1, writer.passes):.2f} bytes a pass"
-    print(f"{new_bytes} bytes, {new_bytes / max(seconds, 1e-9):.0f} a second after {begin - tick:.2f} s for the prompt{drafts}", file=sys.stderr)
+    print(
+        f"{new_bytes} bytes, {new_bytes / max(seconds, 1e-9):.0f} a second after {begin - tick:.2f} s for the prompt{drafts}",
+        file=sys.stderr,
+    )
 
 
 def main(config):
@@ -208,13 +270,17 @@ def main(config):
 
     device = choose_device(config.device)
     model, patcher, record = load_blt(config.model, device)
-    context_bytes = config.context_bytes or record["settings"]["row_bytes"]  # no longer rows than those it was trained on
+    context_bytes = (
+        config.context_bytes or record["settings"]["row_bytes"]
+    )  # no longer rows than those it was trained on
     if config.interactive:
         print("a line is a prompt; an empty one ends", file=sys.stderr)
         for line in sys.stdin:
             if not line.strip("\n"):
                 return
-            continue_and_print(model, patcher, [line.rstrip("\n").encode("utf-8", "surrogateescape")], config, context_bytes)
+            continue_and_print(
+                model, patcher, [line.rstrip("\n").encode("utf-8", "surrogateescape")], config, context_bytes
+            )
         return
     prompts = [prompt.encode("utf-8", "surrogateescape") for prompt in config.prompt]
     if config.prompt_file is not None:

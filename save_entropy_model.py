@@ -32,7 +32,9 @@ def read_record(folder):
             raise FileNotFoundError(f"{file} not found; run: python llm.py --output {folder}")
     record = json.loads((folder / "model.json").read_text())
     if "patch_config" not in record:
-        raise ValueError(f"{folder} holds no BLT but a baseline without patches; read it with template_llm.load_template")
+        raise ValueError(
+            f"{folder} holds no BLT but a baseline without patches; read it with template_llm.load_template"
+        )
     return record
 
 
@@ -48,7 +50,9 @@ def entropy_model_of(folder, record, device="cpu"):
     path = entropy_model_path(folder, record)
     entropy_model, entropy_record = load_entropy_model(path, device)
     if entropy_record["sha256"] != record["entropy_model_sha256"]:
-        raise ValueError(f"{folder} was trained on patches of another entropy model than {path} holds now; train again, or put that model back")
+        raise ValueError(
+            f"{folder} was trained on patches of another entropy model than {path} holds now; train again, or put that model back"
+        )
     return entropy_model, entropy_record
 
 
@@ -71,7 +75,9 @@ def load_entropy_model(path="entropy_model.pth", device="cpu"):
         known = {field.name for field in dataclasses.fields(EntropyConfig)}
         config = EntropyConfig(**{name: value for name, value in record["config"].items() if name in known})
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.with_suffix('.json')} is no record of an entropy model ({error}); run entropy_llm.py again") from None
+        raise ValueError(
+            f"{path.with_suffix('.json')} is no record of an entropy model ({error}); run entropy_llm.py again"
+        ) from None
     model = MinimalLLM(config)
     load_weights(path, model)
     if record.get("sha256") != model_hash(model):

@@ -35,13 +35,21 @@ class ShowPatchesConfig:
     text: str | None = None  # the text to show
     file: str | None = None  # or a file with it, any bytes; neither: standard input
     # models
-    entropy_model_path: str | None = None  # trained entropy model; None: entropy_model.pth, or the one that --model was trained with
-    model: str | None = None  # output folder of llm.py or train_blt.py: its rule cuts the text, and what it expected is shown too
+    entropy_model_path: str | None = (
+        None  # trained entropy model; None: entropy_model.pth, or the one that --model was trained with
+    )
+    model: str | None = (
+        None  # output folder of llm.py or train_blt.py: its rule cuts the text, and what it expected is shown too
+    )
     context_bytes: int = 2048  # bytes that the BLT sees at once, in windows half of that apart
     top_k: int = 5  # likeliest bytes to show at each place
     # patches, without --model
-    method: Literal["global", "monotonic", "both", "static", "space", "cumulative"] | None = None  # the rule; None: the model's, else global
-    target_patch_size: float | None = None  # find the threshold that gives so many bytes a patch of this text (4.5 if no threshold is given)
+    method: Literal["global", "monotonic", "both", "static", "space", "cumulative"] | None = (
+        None  # the rule; None: the model's, else global
+    )
+    target_patch_size: float | None = (
+        None  # find the threshold that gives so many bytes a patch of this text (4.5 if no threshold is given)
+    )
     entropy_threshold: float | None = None  # or the threshold itself: nats; bytes for static
     monotonic_threshold: float = 0.0  # nats; both: the rise of entropy that a start also needs
     min_patch_size: int = 1  # bytes; a start that comes earlier is suppressed
@@ -51,7 +59,9 @@ class ShowPatchesConfig:
     title: str | None = None  # heading of both; None: the file's name
     picture_bytes: int = 384  # the picture shows the first so many bytes, 4000 at most
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the entropy model without --model; a BLT keeps that of its training
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # of the entropy model without --model; a BLT keeps that of its training
+    )
 
     def __post_init__(self):
         check_positive(self, "target_patch_size", "picture_bytes")
@@ -62,15 +72,26 @@ class ShowPatchesConfig:
             raise ValueError("give either text or file, not both")
         if self.target_patch_size is not None and self.entropy_threshold is not None:
             raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
-        names = ("method", "target_patch_size", "entropy_threshold", "monotonic_threshold", "min_patch_size", "max_patch_size")
+        names = (
+            "method",
+            "target_patch_size",
+            "entropy_threshold",
+            "monotonic_threshold",
+            "min_patch_size",
+            "max_patch_size",
+        )
         changed = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         if self.model and changed:
-            raise ValueError(f"leave out {' and '.join(changed)}: a BLT reads the patches that it was trained with; other rules can be tried in the page")
+            raise ValueError(
+                f"leave out {' and '.join(changed)}: a BLT reads the patches that it was trained with; other rules can be tried in the page"
+            )
         self.patch_config(self.entropy_threshold or 1.0)  # its checks, before any work is done
 
     def patch_config(self, threshold):
         """The rule as a `PatchConfig`."""
-        return PatchConfig(self.method or "global", threshold, self.monotonic_threshold, self.min_patch_size, self.max_patch_size)
+        return PatchConfig(
+            self.method or "global", threshold, self.monotonic_threshold, self.min_patch_size, self.max_patch_size
+        )
 
 
 def read_text(config):
@@ -130,7 +151,9 @@ def main(config):
         blt, patcher, _ = load_blt(config.model, device)
         entropy_model, precision = patcher.entropy_model, patcher.precision
         if entropy_model is not None and config.entropy_model_path is not None:
-            raise ValueError("leave out entropy_model_path: the BLT's patches come from the entropy model that it was trained with")
+            raise ValueError(
+                "leave out entropy_model_path: the BLT's patches come from the entropy model that it was trained with"
+            )
     if blt is None or entropy_model is None:
         entropy_model, _ = load_entropy_model(config.entropy_model_path or "entropy_model.pth", device)
     with tqdm(total=len(text), unit="B", unit_scale=True, desc="entropies", disable=None) as progress:
@@ -138,26 +161,46 @@ def main(config):
     if blt is None:
         threshold = config.entropy_threshold
         if threshold is None and config.method != "space":
-            options = {name: value for name, value in config.patch_config(1.0).rule.items() if name not in ("method", "threshold")}
-            threshold = threshold_for_patch_size(H, config.method or "global", config.target_patch_size or DEFAULT_PATCH_SIZE, **options)
-        patcher = EntropyPatcher(entropy_model, config.patch_config(1.0 if threshold is None else threshold), precision=precision)
+            options = {
+                name: value
+                for name, value in config.patch_config(1.0).rule.items()
+                if name not in ("method", "threshold")
+            }
+            threshold = threshold_for_patch_size(
+                H, config.method or "global", config.target_patch_size or DEFAULT_PATCH_SIZE, **options
+            )
+        patcher = EntropyPatcher(
+            entropy_model, config.patch_config(1.0 if threshold is None else threshold), precision=precision
+        )
     expected, starts, rule = {"entropy model": guesses}, patcher.starts(document, H), patcher.config
     if blt is not None:
         with tqdm(total=len(text), unit="B", unit_scale=True, desc="BLT", disable=None) as progress:
-            expected["BLT"] = blt_guesses(blt, starts, document, config.top_k, config.context_bytes, precision, progress)
+            expected["BLT"] = blt_guesses(
+                blt, starts, document, config.top_k, config.context_bytes, precision, progress
+            )
 
     folder, starts, H = Path(config.output), starts[:-1], H[:-1]
     title = config.title or (Path(config.file).name if config.file else "Patches")
     costs = [(f"{name}, bits a byte", f"{guess.bits_per_byte:.3f}") for name, guess in expected.items()]
-    subtitle = describe(rule) + ("; the BLT's expectations belong to this rule and stay as they are" if blt is not None else "")
+    subtitle = describe(rule) + (
+        "; the BLT's expectations belong to this rule and stay as they are" if blt is not None else ""
+    )
     page = write_patch_page(folder / "patches.html", text, H, rule.rule, expected, title, subtitle, costs)
     sentence = whole_characters(text, config.picture_bytes)
     n = len(sentence)
     threshold = rule.entropy_threshold if rule.method in ("global", "both") else None
-    picture = draw_entropy_figure(folder / "patches.png", sentence, H[:n], starts[:n], threshold, f"{title}: {describe(rule)}")
+    picture = draw_entropy_figure(
+        folder / "patches.png", sentence, H[:n], starts[:n], threshold, f"{title}: {describe(rule)}"
+    )
 
-    print(f"{len(text):,} bytes, {starts.sum():,} patches, {len(text) / starts.sum():.2f} bytes a patch ({describe(rule)})")
-    print(f"entropy: mean {H.mean(dtype=np.float64):.3f} nats | " + " | ".join(f"{name} {cost}" for name, cost in costs) + " (end of text not counted)")
+    print(
+        f"{len(text):,} bytes, {starts.sum():,} patches, {len(text) / starts.sum():.2f} bytes a patch ({describe(rule)})"
+    )
+    print(
+        f"entropy: mean {H.mean(dtype=np.float64):.3f} nats | "
+        + " | ".join(f"{name} {cost}" for name, cost in costs)
+        + " (end of text not counted)"
+    )
     print(f"wrote {page} ({page.stat().st_size / 1e6:.2f} MB)")
     print(f"wrote {picture} ({picture.stat().st_size / 1e3:.0f} kB, the first {n:,} bytes)")
 

@@ -83,14 +83,22 @@ class BPEConfig(FlatConfig):
 class TemplateConfig(RunConfig, FlatConfig):
     # model
     model: Literal["flat", "bpe"] = "flat"  # flat: transformer over bytes; bpe: over BPE tokens
-    size: Literal["tiny", "small", "medium", "cpu"] = "medium"  # a byte costs about what it costs in llm.py of this preset
+    size: Literal["tiny", "small", "medium", "cpu"] = (
+        "medium"  # a byte costs about what it costs in llm.py of this preset
+    )
     dim: int | None = None  # width; None: by model and size
     n_layers: int | None = None  # transformer layers; None: by model and size
-    window: int | None = None  # bytes or tokens that one attends to, itself included; None: 512 bytes, or all of a row's tokens
+    window: int | None = (
+        None  # bytes or tokens that one attends to, itself included; None: 512 bytes, or all of a row's tokens
+    )
     vocab_size: int = 4096  # bpe: tokens in the vocabulary, the 256 bytes with them
-    tokenizer_bytes: int = 10_000_000  # bpe: the tokenizer learns from the first so many bytes of the training documents
+    tokenizer_bytes: int = (
+        10_000_000  # bpe: the tokenizer learns from the first so many bytes of the training documents
+    )
     # run
-    row_bytes: int = 4096  # bytes in a row; bpe: a row holds as many tokens as stand for about so many bytes of training text
+    row_bytes: int = (
+        4096  # bytes in a row; bpe: a row holds as many tokens as stand for about so many bytes of training text
+    )
     batch_rows: int = 16  # rows in one forward and backward pass
     steps: int = 3000  # updates
     output: str | None = None  # folder for weights, metrics and curves; None: checkpoints_flat or checkpoints_bpe
@@ -114,7 +122,10 @@ class TemplateConfig(RunConfig, FlatConfig):
 _RUN_FIELDS = {field.name for field in fields(RunConfig)}
 PRESETS = {
     **{size: dict(size=size) for size in ("tiny", "small", "medium")},
-    **{machine: {name: value for name, value in preset.items() if name in _RUN_FIELDS} for machine, preset in MACHINES.items()},
+    **{
+        machine: {name: value for name, value in preset.items() if name in _RUN_FIELDS}
+        for machine, preset in MACHINES.items()
+    },
 }
 PRESETS["cpu"]["size"] = "cpu"
 
@@ -132,7 +143,8 @@ class PlainTransformer(nn.Module):
         self.embedding = nn.Embedding(self.n_classes, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(config.dim, config.heads, config.norm_eps, config.qk_norm, config.dropout) for _ in range(config.n_layers)
+            Block(config.dim, config.heads, config.norm_eps, config.qk_norm, config.dropout)
+            for _ in range(config.n_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, self.n_classes, bias=False)
@@ -143,7 +155,9 @@ class PlainTransformer(nn.Module):
         if ids_BT.dim() != 2:
             raise ValueError(f"ids must be [B, T], not {list(ids_BT.shape)}")
         config = self.config
-        plan = CausalPlan(documents_of(ids_BT, self.n_classes - 1), config.dim // config.heads, config.rope_theta, config.window)
+        plan = CausalPlan(
+            documents_of(ids_BT, self.n_classes - 1), config.dim // config.heads, config.rope_theta, config.window
+        )
         x_BTD = self.dropout(self.embedding(ids_BT))
         for block in self.blocks:
             x_BTD, _ = block(x_BTD, plan)
@@ -187,7 +201,9 @@ def train_template(model, stream, validation, config):
     """
     vocabulary = model.vocabulary
     if stream.vocabulary is not vocabulary:
-        raise ValueError("the training stream is not of the model's ids; make it with training_stream(corpus, numbers, model.vocabulary)")
+        raise ValueError(
+            "the training stream is not of the model's ids; make it with training_stream(corpus, numbers, model.vocabulary)"
+        )
     row_ids = vocabulary.row_ids(config.row_bytes)
     train_rows = TrainingRows(stream, row_ids)
     validation_ids = [vocabulary.encode(document) for document in validation]
@@ -214,7 +230,9 @@ def make_tokenizer(config, corpus):
     wanted = min(config.tokenizer_bytes, config.max_bytes or config.tokenizer_bytes)
     numbers = corpus.documents("train", wanted)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = train_tokenizer((corpus.document(number) for number in numbers), config.vocab_size, Path(folder) / "tokenizer.json")
+        tokenizer = train_tokenizer(
+            (corpus.document(number) for number in numbers), config.vocab_size, Path(folder) / "tokenizer.json"
+        )
     if tokenizer.get_vocab_size() < config.vocab_size:
         print(f"note: this text gives {tokenizer.get_vocab_size():,} tokens only, not {config.vocab_size:,}")
     return tokenizer
@@ -279,7 +297,11 @@ def main(config):
         model = BPETransformer(model_config, vocabulary)
     model = model.to(device)
     parts = model.parameters_by_part()
-    print(f"{config.model}: {sum(parts.values()):,} parameters (" + ", ".join(f"{part} {count:,}" for part, count in parts.items()) + ")")
+    print(
+        f"{config.model}: {sum(parts.values()):,} parameters ("
+        + ", ".join(f"{part} {count:,}" for part, count in parts.items())
+        + ")"
+    )
     epochs = config.steps * config.accumulate * config.batch_rows * config.row_bytes / train_bytes
     print(f"training text {train_bytes:,} bytes, {epochs:.2f} epochs")
 
@@ -297,9 +319,14 @@ def main(config):
     training_curves(output / "curves.png", output, model.vocabulary.bytes_per_id)
     print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s")
     print(result_line(result, validation))
-    print(f"wrote {output}/best.pt, model.json, {'tokenizer.json, ' if tokenizer is not None else ''}metrics.jsonl, curves.png")
+    print(
+        f"wrote {output}/best.pt, model.json, {'tokenizer.json, ' if tokenizer is not None else ''}metrics.jsonl, curves.png"
+    )
     other = "bpe" if config.model == "flat" else "flat"
-    print(f"next: python template_llm.py --model {other}" + (f" --preset {' '.join(config.preset)}" if config.preset else ""))
+    print(
+        f"next: python template_llm.py --model {other}"
+        + (f" --preset {' '.join(config.preset)}" if config.preset else "")
+    )
 
 
 if __name__ == "__main__":

@@ -32,14 +32,18 @@ from save_entropy_model import entropy_model_path, load_entropy_model, read_reco
 class BLTRunConfig(TrainingConfig, BLTConfig):
     """A training run's settings and the model's, in one."""
 
-    init_from: str | None = None  # start from the weights in this output folder; its sizes, patch rule and entropy model are used
+    init_from: str | None = (
+        None  # start from the weights in this output folder; its sizes, patch rule and entropy model are used
+    )
     quick_demo: bool = False  # a small model and few steps: the preset quick_demo
 
     def __post_init__(self):
         TrainingConfig.__post_init__(self)
         BLTConfig.__post_init__(self)
         if self.init_from is not None and Path(self.init_from).resolve() == Path(self.output).resolve():
-            raise ValueError(f"init_from and output are both {self.output!r}, and the start would be overwritten; give another --output")
+            raise ValueError(
+                f"init_from and output are both {self.output!r}, and the start would be overwritten; give another --output"
+            )
 
 
 def settings_of_start(config):
@@ -51,9 +55,15 @@ def settings_of_start(config):
     record = read_record(folder)
     saved, given = asdict(BLTConfig(**record["model_config"])), given_fields(config)
     of_run = {"recompute"} | ({"dropout"} & given)
-    differing = [f"--{name} {getattr(config, name)}, there {value}" for name, value in saved.items() if name in given - of_run and getattr(config, name) != value]
+    differing = [
+        f"--{name} {getattr(config, name)}, there {value}"
+        for name, value in saved.items()
+        if name in given - of_run and getattr(config, name) != value
+    ]
     if differing:
-        raise ValueError(f"{folder} has other sizes than asked for ({'; '.join(differing)}); leave these flags out, or --init_from")
+        raise ValueError(
+            f"{folder} has other sizes than asked for ({'; '.join(differing)}); leave these flags out, or --init_from"
+        )
     changes = {name: value for name, value in saved.items() if name not in of_run}
     if record["entropy_model_sha256"] is not None and "entropy_model_path" not in given:
         changes["entropy_model_path"] = entropy_model_path(folder, record)
@@ -77,7 +87,9 @@ def open_patches(config, corpus, device, make=False, start=None):
         saved = json.loads(chosen.read_text())
         patch_config = PatchConfig(**saved["patch_config"])
         if patch_config.method == "bpe":
-            raise ValueError("patch method 'bpe' looks ahead: it serves comparisons of boundaries only; train with --patch_method global")
+            raise ValueError(
+                "patch method 'bpe' looks ahead: it serves comparisons of boundaries only; train with --patch_method global"
+            )
         method = patch_config.method
     else:
         method, patch_config = method or "global", None
@@ -94,7 +106,10 @@ def open_patches(config, corpus, device, make=False, start=None):
             "or choose new patches by name: --patch_method global --target_patch_size 4.5"
         )
     if make:
-        train, validation = corpus.documents("train", config.max_bytes), corpus.documents("validation", config.val_bytes)
+        train, validation = (
+            corpus.documents("train", config.max_bytes),
+            corpus.documents("validation", config.val_bytes),
+        )
         precision = choose_precision(config.precision, device)
         cache = make_entropies(config.patch_cache, corpus, model, record, train, validation, precision)
     else:
@@ -124,11 +139,17 @@ def run(config, make_patches=False):
         model = uninitialized(model_config, device)
         load_weights(Path(config.init_from) / "best.pt", model)
     parts = model.parameters_by_part()
-    print(f"BLT: {sum(parts.values()):,} parameters (" + ", ".join(f"{part} {count:,}" for part, count in parts.items()) + ")")
+    print(
+        f"BLT: {sum(parts.values()):,} parameters ("
+        + ", ".join(f"{part} {count:,}" for part, count in parts.items())
+        + ")"
+    )
     rule = patcher.config
     train_bytes = data.train_rows.stream.total_bytes
     epochs = config.steps * config.accumulate * config.batch_rows * config.row_bytes / train_bytes
-    print(f"patches: {rule.method}, threshold {rule.entropy_threshold:.4f} | training text {train_bytes:,} bytes, {epochs:.2f} epochs")
+    print(
+        f"patches: {rule.method}, threshold {rule.entropy_threshold:.4f} | training text {train_bytes:,} bytes, {epochs:.2f} epochs"
+    )
 
     record = {
         "model_config": asdict(model_config), "patch_config": asdict(rule), "precision": patcher.precision,
@@ -143,7 +164,9 @@ def run(config, make_patches=False):
         began = evaluate(model, data.validation_batches, device, precision)
         origin = {"folder": config.init_from, "weights_sha256": model_hash(model), "val_bpb": began["val_bpb"]}
         record["init_from"] = origin | {name: start[name] for name in ("converted_from", "init_from") if name in start}
-        print(f"start: {config.init_from}, val {began['val_bpb']:.4f} bpb over {began['val_bytes']:,} bytes before the first step")
+        print(
+            f"start: {config.init_from}, val {began['val_bpb']:.4f} bpb over {began['val_bytes']:,} bytes before the first step"
+        )
     if not config.resume:
         write_json(output / "model.json", record)  # now, so that an interrupted run can be used too
     result = train_blt(model, data, config)
@@ -159,7 +182,9 @@ def run(config, make_patches=False):
 
 def print_footer(result, validation, output):
     """The result beside gzip, xz and zstd, the files written and what to do next."""
-    print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s | {result['avg_patch_size']:.2f} bytes a patch")
+    print(
+        f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s | {result['avg_patch_size']:.2f} bytes a patch"
+    )
     print(result_line(result, validation))
     print(f"wrote {output}/best.pt, model.json, metrics.jsonl, curves.png")
     print(f"next: python generate.py --model {output} --prompt 'The history of'")

@@ -15,7 +15,9 @@ def rotary_turns(positions_T, head_dim, theta):
     positions_T: any numbers, negative ones too: only differences matter. Returns float32 [T, 1, head_dim / 2, 2].
     """
     # 1 / theta ** x, not theta ** -x: rounded as in the published code, which matters in rows of thousands of bytes.
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim)
+    frequencies = 1.0 / theta ** (
+        torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
+    )
     angles_TK = positions_T.float()[:, None] * frequencies
     return torch.stack((angles_TK.cos(), angles_TK.sin()), dim=-1)[:, None]
 
@@ -78,7 +80,9 @@ class CausalPlan:
         if self.bands is None or self.bands[0][-1].dtype != q.dtype:
             self.bands = self._make_bands(q.shape[2], q.dtype)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if not torch.is_grad_enabled():  # neighbouring keys side by side: faster products with queries, slower ones backward
+        if (
+            not torch.is_grad_enabled()
+        ):  # neighbouring keys side by side: faster products with queries, slower ones backward
             k = k.transpose(-1, -2).contiguous().transpose(-1, -2)
         return apply_function(BandAttention, q, k, v, self.bands).transpose(1, 2)
 
@@ -94,10 +98,14 @@ class CausalPlan:
         bands = []
         for first in range(0, T, block):
             last = min(T, first + block)
-            first_key = 0 if self.window is None else max(0, past + first - self.window + 1) // 64 * 64  # aligned for the products
+            first_key = (
+                0 if self.window is None else max(0, past + first - self.window + 1) // 64 * 64
+            )  # aligned for the products
             distance = torch.arange(past + first, past + last)[:, None] - torch.arange(first_key, past + last)
             visible = (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
-            visible = visible & (keys_BS[:, past + first : past + last, None] == keys_BS[:, None, first_key : past + last])
+            visible = visible & (
+                keys_BS[:, past + first : past + last, None] == keys_BS[:, None, first_key : past + last]
+            )
             bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
             bands.append((first, last, first_key, past + last, bias))
         return bands
@@ -122,7 +130,9 @@ BAND_SCORES = 1 << 19  # attention scores computed at once on a CPU
 
 def runs_flex_attention(device):
     """Whether this is code under torch.compile for a CUDA device whose Triton kernels FlexAttention supports."""
-    return torch.compiler.is_compiling() and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        torch.compiler.is_compiling() and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 class Blocks:

@@ -28,8 +28,12 @@ def parse_config(config_class, description, presets=None, argv=None):
     comments = field_comments(config_class)
     for action in parser._actions:
         if action.dest in comments:
-            action.help = ("do without: " if action.option_strings[0].startswith("--no_") and action.nargs == 0 else "") + comments[action.dest].replace("%", "%%")
-            action.option_strings = [name for name in action.option_strings if "-" not in name[2:]]  # of --a_b and --a-b show one
+            action.help = (
+                "do without: " if action.option_strings[0].startswith("--no_") and action.nargs == 0 else ""
+            ) + comments[action.dest].replace("%", "%%")
+            action.option_strings = [
+                name for name in action.option_strings if "-" not in name[2:]
+            ]  # of --a_b and --a-b show one
             action.metavar = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else "VALUE"
         if action.dest == "preset":
             action.help += f"; one or more of: {', '.join(presets) or 'none here'}"
@@ -45,7 +49,9 @@ def parse_config(config_class, description, presets=None, argv=None):
     try:
         config = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)[0]
     except ValueError as error:
-        parser.error(str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown flags"))
+        parser.error(
+            str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown flags")
+        )
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     parser._defaults.clear()
@@ -117,4 +123,8 @@ def print_table(header, rows):
     """Columns as wide as their widest cell, the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * width for width in widths], *rows]:
-        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
+        print(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            ).rstrip()
+        )

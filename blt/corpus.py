@@ -41,7 +41,9 @@ from blt.files import add_to_hash
 class DataConfig:
     """Settings of every script that reads a corpus."""
 
-    preset: list[str] = field(default_factory=list)  # named sets of changes to these settings, applied left to right; flags beat them
+    preset: list[str] = field(
+        default_factory=list
+    )  # named sets of changes to these settings, applied left to right; flags beat them
     # data
     dataset: str = "sample"  # sample, a file or folder (.txt .md .jsonl .json .parquet, also .gz .xz .zst), or a Hugging Face id[:subset]
     text_field: str = "text"  # the field of a JSON or parquet record that holds the text
@@ -53,7 +55,9 @@ class DataConfig:
     data_cache: str = "data_cache"  # folder of the byte stores
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where the hardware computes in it, fp16 on older GPUs
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # auto: bf16 where the hardware computes in it, fp16 on older GPUs
+    )
 
     def __post_init__(self):
         check_positive(self, "max_bytes", "val_bytes", "corpus_bytes", "max_document_bytes")
@@ -125,8 +129,16 @@ class Corpus:
         return numbers[:max_documents]
 
 
-def open_corpus(dataset="sample", subset=None, text_field="text", max_bytes=None, max_documents=None,
-                val_fraction=0.03, max_document_bytes=65536, cache_dir="data_cache"):
+def open_corpus(
+    dataset="sample",
+    subset=None,
+    text_field="text",
+    max_bytes=None,
+    max_documents=None,
+    val_fraction=0.03,
+    max_document_bytes=65536,
+    cache_dir="data_cache",
+):
     """Open the byte store of a dataset; build it first when it is not there.
 
     dataset: "sample"; or a local file or folder (hidden files and unknown extensions are passed over); or a Hugging
@@ -147,7 +159,9 @@ def open_corpus(dataset="sample", subset=None, text_field="text", max_bytes=None
     if path is None:
         repo, subset = hub_id(dataset, subset)
         if max_bytes is None and max_documents is None:
-            raise ValueError(f"dataset {dataset} is on the Hugging Face hub and may be terabytes; say how much of it to store: --corpus_bytes N")
+            raise ValueError(
+                f"dataset {dataset} is on the Hugging Face hub and may be terabytes; say how much of it to store: --corpus_bytes N"
+            )
         files, name = {}, f"{repo}:{subset}" if subset else repo
         origin = f"{name} (Hugging Face hub, streamed)"
         documents = read_hub(repo, subset, name, text_field)
@@ -160,8 +174,14 @@ def open_corpus(dataset="sample", subset=None, text_field="text", max_bytes=None
         documents = read_files(files, text_field, max_document_bytes)
 
     settings = dict(
-        format=FORMAT, dataset=name, subset=subset, text_field=text_field, max_bytes=max_bytes,
-        max_documents=max_documents, val_fraction=val_fraction, max_document_bytes=max_document_bytes,
+        format=FORMAT,
+        dataset=name,
+        subset=subset,
+        text_field=text_field,
+        max_bytes=max_bytes,
+        max_documents=max_documents,
+        val_fraction=val_fraction,
+        max_document_bytes=max_document_bytes,
         # Sizes and times stand for the contents: reading 10 GB to learn whether they changed would be slow.
         files=[[file, where.stat().st_size, where.stat().st_mtime_ns] for file, where in files.items()],
     )
@@ -458,7 +478,11 @@ def write_store(folder, documents, settings, origin):
             if total_bytes == max_bytes or len(split_hashes) == max_documents:
                 break  # here, not at the next document: the hub would have to send it first
     if not split_hashes:
-        cause = f"the first has {len(document):,} bytes, above the limit of {max_bytes:,} (--corpus_bytes); raise it" if document else "it holds no text"
+        cause = (
+            f"the first has {len(document):,} bytes, above the limit of {max_bytes:,} (--corpus_bytes); raise it"
+            if document
+            else "it holds no text"
+        )
         raise ValueError(f"no documents from {origin}: {cause}")
 
     is_validation = split_off(np.frombuffer(split_hashes, np.uint64), settings["val_fraction"])
@@ -467,10 +491,14 @@ def write_store(folder, documents, settings, origin):
     np.save(folder / "source_ids.npy", np.frombuffer(source_ids, np.uint16))
     validation_documents, validation_bytes = int(is_validation.sum()), int(np.diff(offsets)[is_validation].sum())
     manifest = settings | dict(
-        documents=len(is_validation), bytes=offsets[-1],
-        train_documents=len(is_validation) - validation_documents, train_bytes=offsets[-1] - validation_bytes,
-        validation_documents=validation_documents, validation_bytes=validation_bytes,
-        sources=list(sources), sha256=digest.hexdigest(),
+        documents=len(is_validation),
+        bytes=offsets[-1],
+        train_documents=len(is_validation) - validation_documents,
+        train_bytes=offsets[-1] - validation_bytes,
+        validation_documents=validation_documents,
+        validation_bytes=validation_bytes,
+        sources=list(sources),
+        sha256=digest.hexdigest(),
         file_bytes={name: os.stat(folder / name).st_size for name in STORE_FILES},
     )
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

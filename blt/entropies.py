@@ -81,12 +81,16 @@ class Guesses:
         probabilities_NV = logits_NV[: len(byte_values)].float().softmax(-1)
         likeliest = probabilities_NV.topk(k)
         came = torch.from_numpy(byte_values.astype(np.int64)).to(logits_NV.device)[:, None]
-        return cls(*(x.cpu().numpy() for x in (likeliest.indices, likeliest.values, probabilities_NV.gather(1, came)[:, 0])))
+        return cls(
+            *(x.cpu().numpy() for x in (likeliest.indices, likeliest.values, probabilities_NV.gather(1, came)[:, 0]))
+        )
 
     @classmethod
     def joined(cls, pieces):
         """Pieces of one text, in order, as one."""
-        return cls(*(np.concatenate(parts) for parts in zip(*((p.ids_Nk, p.probabilities_Nk, p.of_byte_N) for p in pieces))))
+        return cls(
+            *(np.concatenate(parts) for parts in zip(*((p.ids_Nk, p.probabilities_Nk, p.of_byte_N) for p in pieces)))
+        )
 
     @property
     def bits_per_byte(self):
@@ -101,7 +105,9 @@ def stream_guesses(model, document, k=5, precision="fp32", progress=None):
     def visit(low, high, logits_NV):
         pieces.append(Guesses.of_logits(logits_NV, document[low:high], k))
 
-    H = stream_entropies(model, DocumentStream.of_documents([document]), lanes=1, precision=precision, progress=progress, visit=visit)
+    H = stream_entropies(
+        model, DocumentStream.of_documents([document]), lanes=1, precision=precision, progress=progress, visit=visit
+    )
     return H, Guesses.joined(pieces)
 
 
@@ -136,7 +142,9 @@ class EntropyCache:
         self.ends = np.cumsum(self.lengths)
         self.entropies = np.memmap(self.folder / "entropies.f16", dtype=np.float16, mode="r")
         if len(self.entropies) != self.ends[-1]:
-            raise ValueError(f"{self.folder} is damaged: {len(self.entropies):,} entropies, not {self.ends[-1]:,}; delete it and run: python create_patches.py")
+            raise ValueError(
+                f"{self.folder} is damaged: {len(self.entropies):,} entropies, not {self.ends[-1]:,}; delete it and run: python create_patches.py"
+            )
 
     def covers(self, train, validation):
         """Whether the first documents in here are these."""

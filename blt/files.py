@@ -63,7 +63,9 @@ def load_weights(path, model, assign=False):
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=assign), assign=assign)
     except Exception as error:  # torch raises many kinds for a file that is no state dict of these shapes
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not hold the model that the JSON beside it describes ({reason}); train it again") from None
+        raise ValueError(
+            f"{path} does not hold the model that the JSON beside it describes ({reason}); train it again"
+        ) from None
 
 
 def model_hash(model):

@@ -73,7 +73,9 @@ def blt_flops(config, bytes_per_patch, row_bytes):
     n_encoder_cross = c.encoder_layers if c.cross_attn_all_layers_encoder else 1
     n_decoder_cross = c.decoder_layers if c.cross_attn_all_layers_decoder else 1
 
-    def cross_attention(d):  # bytes on one side, k vectors a patch on the other: each byte meets the k vectors of one patch
+    def cross_attention(
+        d,
+    ):  # bytes on one side, k vectors a patch on the other: each byte meets the k vectors of one patch
         return 4.0 * d * d + 4.0 * k * d * d / s + attention_flops(d, k)
 
     return {
@@ -125,12 +127,30 @@ def flat_shape_of_equal_flops(flops_per_byte, row_bytes, window, n_classes=257):
 # fp32 is that of the plain cores, tf32 what fp32 products run at where torch may use it.
 PEAK_FLOPS = {
     r"Tesla T4": ("NVIDIA T4 data sheet", {"fp16": 65e12, "fp32": 8.1e12}),
-    r"NVIDIA A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe": ("NVIDIA A100 data sheet", {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12}),
-    r"NVIDIA GeForce RTX 4090": ("NVIDIA Ada architecture paper", {"bf16": 165.2e12, "fp16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12}),
-    r"NVIDIA GeForce RTX 5090": ("NVIDIA RTX Blackwell architecture paper", {"bf16": 209.5e12, "fp16": 209.5e12, "tf32": 104.8e12, "fp32": 104.8e12}),
-    r"NVIDIA H100 80GB HBM3": ("NVIDIA Hopper architecture paper", {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}),
-    r"NVIDIA H100 PCIe": ("NVIDIA Hopper architecture paper", {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51.2e12}),
-    r"NVIDIA H200": ("NVIDIA Hopper architecture paper, of which the H200 has the same cores", {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}),
+    r"NVIDIA A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe": (
+        "NVIDIA A100 data sheet",
+        {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
+    ),
+    r"NVIDIA GeForce RTX 4090": (
+        "NVIDIA Ada architecture paper",
+        {"bf16": 165.2e12, "fp16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12},
+    ),
+    r"NVIDIA GeForce RTX 5090": (
+        "NVIDIA RTX Blackwell architecture paper",
+        {"bf16": 209.5e12, "fp16": 209.5e12, "tf32": 104.8e12, "fp32": 104.8e12},
+    ),
+    r"NVIDIA H100 80GB HBM3": (
+        "NVIDIA Hopper architecture paper",
+        {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12},
+    ),
+    r"NVIDIA H100 PCIe": (
+        "NVIDIA Hopper architecture paper",
+        {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51.2e12},
+    ),
+    r"NVIDIA H200": (
+        "NVIDIA Hopper architecture paper, of which the H200 has the same cores",
+        {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12},
+    ),
     r"NVIDIA B200": ("NVIDIA HGX B200 data sheet", {"bf16": 2250e12, "fp16": 2250e12, "tf32": 1100e12}),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -40,7 +40,9 @@ class LayerCaches:
         """A `CachePlan` for N new positions, from begins_B on, of these rows (int64 array; None: all)."""
         if self.window is None and int(begins_B.max()) + N > self.slots:
             more = max(self.slots, int(begins_B.max()) + N - self.slots)
-            self.layers = [layer and tuple(torch.nn.functional.pad(x, (0, 0, 0, more)) for x in layer) for layer in self.layers]
+            self.layers = [
+                layer and tuple(torch.nn.functional.pad(x, (0, 0, 0, more)) for x in layer) for layer in self.layers
+            ]
             self.slots += more
         return CachePlan(self, begins_B, N, rows, device)
 
@@ -59,7 +61,9 @@ class CachePlan:
         # NumPy, because these are many operations on few numbers.
         positions_BN, S = begins_B[:, None] + np.arange(N), caches.slots
         numbers = np.arange(len(begins_B)) if rows is None else rows
-        places_BNH = (numbers[:, None, None] * caches.n_heads + np.arange(caches.n_heads)) * S + (positions_BN % S)[..., None]
+        places_BNH = (numbers[:, None, None] * caches.n_heads + np.arange(caches.n_heads)) * S + (positions_BN % S)[
+            ..., None
+        ]
         # The newest position that each slot may hold; slots of positions that were taken back count as long past.
         self.used = S if caches.window is not None else int(begins_B.max()) + N
         newest = positions_BN[:, -1:]
@@ -69,7 +73,10 @@ class CachePlan:
             visible_BNS &= held_BS[:, None] > positions_BN[..., None] - caches.window
         self.caches, self.turns = caches, caches.turns_at(positions_BN, device)
         self.rows = None if rows is None else torch.from_numpy(rows).to(device)
-        self.places, self.visible = torch.from_numpy(places_BNH.ravel()).to(device), torch.from_numpy(visible_BNS[:, None]).to(device)
+        self.places, self.visible = (
+            torch.from_numpy(places_BNH.ravel()).to(device),
+            torch.from_numpy(visible_BNS[:, None]).to(device),
+        )
 
     def attend(self, q_BNHK, k_BNHK, v_BNHK, past, dropout=0.0):
         """Keep the new keys and values and attend to all that is visible. Nothing is dropped: this is not for training."""
@@ -82,7 +89,9 @@ class CachePlan:
         for cached, new in zip(caches.layers[past], (k, v_BNHK)):
             cached.view(-1, caches.head_dim).index_copy_(0, self.places, new.to(cached.dtype).flatten(0, 2))
             keys_values.append((cached if self.rows is None else cached[self.rows])[:, :, : self.used])
-        return torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), *keys_values, attn_mask=self.visible).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), *keys_values, attn_mask=self.visible
+        ).transpose(1, 2)
 
 
 class IncrementalBLT:
@@ -116,17 +125,24 @@ class IncrementalBLT:
         if e is not None:
             e.eval()
             c_e = e.config
-            self.caches["entropy"] = LayerCaches(c_e.n_layers, n_rows, c_e.n_heads, c_e.d_model // c_e.n_heads, c_e.rope_theta, c_e.max_seq_len)
+            self.caches["entropy"] = LayerCaches(
+                c_e.n_layers, n_rows, c_e.n_heads, c_e.d_model // c_e.n_heads, c_e.rope_theta, c_e.max_seq_len
+            )
         self.document_length = np.zeros(n_rows, np.int64)  # ids that the entropy model has read of the document
         self.length = np.zeros(n_rows, np.int64)  # ids in the model's row
         self.patches = np.zeros(n_rows, np.int64)  # complete ones in the row
         self.open_length = np.zeros(n_rows, np.int64)  # bytes of the open patch
         longest = max(c.ngram_sizes, default=1)
-        self.recent = torch.zeros(n_rows, longest - 1, dtype=torch.int64, device=self.device)  # the last ids, for the n-grams
+        self.recent = torch.zeros(
+            n_rows, longest - 1, dtype=torch.int64, device=self.device
+        )  # the last ids, for the n-grams
         self.latent_BG = None  # of the newest complete patch
         self.open_states = None  # the open patch's encoder states, for each cross-attention [B, room, D]
         if context_bytes is not None:
-            self.row_ids, self.row_closes = np.zeros((n_rows, context_bytes), np.int64), np.zeros((n_rows, context_bytes), bool)
+            self.row_ids, self.row_closes = (
+                np.zeros((n_rows, context_bytes), np.int64),
+                np.zeros((n_rows, context_bytes), bool),
+            )
 
     def room(self):
         """How many ids each row can read in the next step: int64 [B], at least 1."""
@@ -140,7 +156,10 @@ class IncrementalBLT:
 
     def feed(self, texts):
         """Read arrays of ids of any length, one a row. Returns float32 logits [B, 257] of what follows each (zeros for an empty one)."""
-        done, logits_BV = np.zeros(self.n_rows, np.int64), torch.zeros(self.n_rows, self.model.n_classes, device=self.device)
+        done, logits_BV = (
+            np.zeros(self.n_rows, np.int64),
+            torch.zeros(self.n_rows, self.model.n_classes, device=self.device),
+        )
         lengths = np.array([len(text) for text in texts])
         while (done < lengths).any():
             counts = np.minimum(lengths - done, self.room())
@@ -167,7 +186,9 @@ class IncrementalBLT:
         B, N = ids_BN.shape
         is_read = np.arange(N) < counts_B[:, None]
         if B != self.n_rows or not N or (counts_B > self.room()).any():
-            raise ValueError(f"ids of {list(ids_BN.shape)} do not fit {self.n_rows} rows with room for {self.room().tolist()} ids")
+            raise ValueError(
+                f"ids of {list(ids_BN.shape)} do not fit {self.n_rows} rows with room for {self.room().tolist()} ids"
+            )
         if ((ids_BN == BOUNDARY) & is_read)[:, 1:].any():
             raise ValueError("a boundary begins a document: it must be the first id of its row in a step")
         self._begin_documents((ids_BN[:, 0] == BOUNDARY) & (counts_B > 0))
@@ -177,9 +198,13 @@ class IncrementalBLT:
         if self.entropy_model is not None:
             plan = self.caches["entropy"].plan(self.document_length, N, None, self.device)
             with autocast(self.device, self.precision):
-                logits_BNV = self.entropy_model.read(torch.from_numpy(ids_BN).to(self.device), plan, range(len(self.entropy_model.blocks)))
+                logits_BNV = self.entropy_model.read(
+                    torch.from_numpy(ids_BN).to(self.device), plan, range(len(self.entropy_model.blocks))
+                )
             H = entropy_of(logits_BNV).cpu().numpy()
-        closes = np.stack([self.rule.step(None if H is None else H[:, i], ids_BN[:, i], is_read[:, i]) for i in range(N)], axis=1)
+        closes = np.stack(
+            [self.rule.step(None if H is None else H[:, i], ids_BN[:, i], is_read[:, i]) for i in range(N)], axis=1
+        )
         self.document_length = self.document_length + counts_B
         return closes, logits_BNV
 
@@ -206,7 +231,9 @@ class IncrementalBLT:
             before = self.recent.shape[1]
             is_in_row = torch.from_numpy(np.arange(-before, N) + self.length[:, None] >= 0).to(device)
             ngrams = encoder.hash_embedding(torch.cat((self.recent, ids), dim=1), is_in_row.long())[:, before:]
-        states = encoder.byte_states(ids, ngrams, self.caches["encoder"].plan(self.length, N, None, device), layers["encoder"])
+        states = encoder.byte_states(
+            ids, ngrams, self.caches["encoder"].plan(self.length, N, None, device), layers["encoder"]
+        )
         self._keep_open(states)
 
         closed = closes_BN.sum(1)
@@ -225,12 +252,18 @@ class IncrementalBLT:
             of_rows = None if len(rows) == B else rows
             open_states = [x[:, :width] if of_rows is None else x[of_rows, :width] for x in self.open_states]
             vectors = encoder.patch_vectors(open_states, Segments(torch.from_numpy(into).to(device), P))
-            new = model.latent(vectors, self.caches["global"].plan(self.patches[rows], P, of_rows, device), layers["global"])
+            new = model.latent(
+                vectors, self.caches["global"].plan(self.patches[rows], P, of_rows, device), layers["global"]
+            )
             latents_BPG = torch.cat((latents_BPG, new.new_zeros(B, P, new.shape[2]).to(latents_BPG.dtype)), dim=1)
             latents_BPG[slice(None) if of_rows is None else of_rows, 1:] = new.to(latents_BPG.dtype)
         reads = np.cumsum(closes_BN, axis=1) + np.arange(B)[:, None] * (P + 1)
         plan = self.caches["decoder"].plan(self.length, N, None, device)
-        out = model.head(model.decoder(states[-1], latents_BPG, plan, torch.from_numpy(reads.flatten()).to(device), layers["decoder"]))
+        out = model.head(
+            model.decoder(
+                states[-1], latents_BPG, plan, torch.from_numpy(reads.flatten()).to(device), layers["decoder"]
+            )
+        )
         self.step = (ids_BN, ids, closes_BN, latents_BPG)
         return out
 
@@ -242,9 +275,13 @@ class IncrementalBLT:
             self.open_states = [x.new_zeros(B, 2 * needed, x.shape[2]) for x in states]
         room = self.open_states[0].shape[1]
         if needed > room:
-            self.open_states = [torch.nn.functional.pad(x, (0, 0, 0, max(room, needed - room))) for x in self.open_states]
+            self.open_states = [
+                torch.nn.functional.pad(x, (0, 0, 0, max(room, needed - room))) for x in self.open_states
+            ]
             room = self.open_states[0].shape[1]
-        places = torch.from_numpy((np.arange(B)[:, None] * room + self.open_length[:, None] + np.arange(N)).flatten()).to(self.device)
+        places = torch.from_numpy(
+            (np.arange(B)[:, None] * room + self.open_length[:, None] + np.arange(N)).flatten()
+        ).to(self.device)
         for kept, new in zip(self.open_states, states):
             kept.view(B * room, -1).index_copy_(0, places, new.flatten(0, 1).to(kept.dtype))
 

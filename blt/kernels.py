@@ -47,7 +47,9 @@ class BandAttention(torch.autograd.Function):
 
 
 def _rms_norm(x, weight, eps, dtype):
-    if x.device.type != "cpu" or (not torch.is_grad_enabled() and x.numel() < 1 << 14):  # for few numbers torch's is faster
+    if x.device.type != "cpu" or (
+        not torch.is_grad_enabled() and x.numel() < 1 << 14
+    ):  # for few numbers torch's is faster
         return F.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)
     return apply_function(_CPURMSNorm, x, weight, eps, dtype)
 

@@ -49,7 +49,9 @@ class RunConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "row_bytes", "batch_rows", "accumulate", "steps", "lr", "adam_lr", "clip", "eval_every", "log_every")
+        check_positive(
+            self, "row_bytes", "batch_rows", "accumulate", "steps", "lr", "adam_lr", "clip", "eval_every", "log_every"
+        )
         for name in ("warmup", "cooldown"):
             check(self, name, 0 <= getattr(self, name) <= 1, "a share of the steps, from 0 to 1")
         check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
@@ -185,7 +187,9 @@ class Metrics:
     def __init__(self, out_dir, tensorboard=False, start=0):
         path = Path(out_dir) / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
-        write_aside(path, lambda temporary: Path(temporary).write_text("".join(json.dumps(line) + "\n" for line in kept)))
+        write_aside(
+            path, lambda temporary: Path(temporary).write_text("".join(json.dumps(line) + "\n" for line in kept))
+        )
         self.file = open(path, "a", buffering=1)
         self.board = None
         if tensorboard:
@@ -226,7 +230,17 @@ def save_checkpoint(path, model, optimizers, scaler, state):
 
 
 # Settings that may differ between the run that stopped and the one that goes on.
-FREE_TO_CHANGE = {"preset", "resume", "eval_every", "log_every", "tensorboard", "data_cache", "device", "compile", "val_bytes"}
+FREE_TO_CHANGE = {
+    "preset",
+    "resume",
+    "eval_every",
+    "log_every",
+    "tensorboard",
+    "data_cache",
+    "device",
+    "compile",
+    "val_bytes",
+}
 
 
 def load_checkpoint(path, model, optimizers, scaler, settings):
@@ -241,7 +255,9 @@ def load_checkpoint(path, model, optimizers, scaler, settings):
         if name not in FREE_TO_CHANGE and state["settings"].get(name) != value
     ]
     if differing:
-        raise ValueError(f"cannot resume {path} with other settings ({'; '.join(differing)}); use those, or run without --resume")
+        raise ValueError(
+            f"cannot resume {path} with other settings ({'; '.join(differing)}); use those, or run without --resume"
+        )
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)

@@ -138,7 +138,10 @@ def leak_gate(model, patcher, text, places=6):
         changed[t:] = generator.integers(0, vocabulary.boundary, len(text) - t, dtype=text.dtype)
         future = (log_probabilities(changed)[: t + 1] - whole[: t + 1]).abs().max().item()
         prefix = (log_probabilities(text[:t])[-1] - whole[t]).abs().max().item()
-        for difference, what in ((future, f"changing bytes from {t} on changes logits before"), (prefix, f"cutting the text at {t} changes its last logit")):
+        for difference, what in (
+            (future, f"changing bytes from {t} on changes logits before"),
+            (prefix, f"cutting the text at {t} changes its last logit"),
+        ):
             worst = max(worst, difference)
             if not difference < 1e-3:
                 raise ValueError(f"leak: {what} (by {difference:.2g} nats); losses of this model mean nothing")
@@ -151,7 +154,11 @@ def compressors_bpb(documents):
     from pyarrow import Codec
 
     raw = b"".join(document.tobytes() for document in documents)
-    made = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9), "zstd -19": Codec("zstd", 19).compress(raw, asbytes=True)}
+    made = {
+        "gzip -9": gzip.compress(raw, 9),
+        "xz -9": lzma.compress(raw, preset=9),
+        "zstd -19": Codec("zstd", 19).compress(raw, asbytes=True),
+    }
     return {name: 8 * len(compressed) / len(raw) for name, compressed in made.items()}
 
 

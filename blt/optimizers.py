@@ -18,14 +18,23 @@ def make_optimizers(model, config):
     Muon's step is scaled to the RMS of an AdamW step (adjust_lr_fn="match_rms_adamw"), so all rates are of one kind. The output
     head is left to AdamW, as in the published Muon.
     """
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not model.head}
+    linear = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not model.head
+    }
     hashed = {id(module.weight) for module in model.modules() if isinstance(module, nn.EmbeddingBag)}
     matrices = [p for p in model.parameters() if id(p) in linear]
     tables = [p for p in model.parameters() if id(p) in hashed]
     others = [p for p in model.parameters() if id(p) not in linear | hashed]
     optimizers = [
         GroupedMuon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=others[0].device.type in ("cuda", "cpu")),
+        torch.optim.AdamW(
+            others,
+            lr=config.adam_lr,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.0,
+            fused=others[0].device.type in ("cuda", "cpu"),
+        ),
     ]
     return optimizers + ([RowWiseAdam(tables, lr=config.adam_lr)] if tables else [])
 
@@ -59,7 +68,11 @@ class GroupedMuon(torch.optim.Muon):
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
         updates = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = params[0].shape
-        wide = 0.2 * math.sqrt(max(rows, columns)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, rows / columns))
+        wide = (
+            0.2 * math.sqrt(max(rows, columns))
+            if group["adjust_lr_fn"] == "match_rms_adamw"
+            else math.sqrt(max(1, rows / columns))
+        )
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(updates.to(params[0].dtype).unbind(0)), alpha=-group["lr"] * wide)
 
@@ -102,7 +115,9 @@ class RowWiseAdam(torch.optim.Optimizer):
                 mean_square = torch.linalg.vector_norm(values, dim=1).square() / p.shape[1]
                 is_used = mean_square > 0
                 count = state["count"][rows] + is_used
-                square = torch.where(is_used, torch.lerp(mean_square, state["square"][rows], group["beta"]), state["square"][rows])
+                square = torch.where(
+                    is_used, torch.lerp(mean_square, state["square"][rows], group["beta"]), state["square"][rows]
+                )
                 state["count"][rows], state["square"][rows] = count, square
                 rms = (square / (1 - group["beta"] ** count.clamp(min=1))).sqrt()
                 step = (-group["lr"] / (rms + group["eps"]))[:, None]

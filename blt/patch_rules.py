@@ -75,7 +75,9 @@ def patch_starts(
         raise ValueError(f"patch method is {method!r}; it must be one of {', '.join(METHODS)}")
     given = next((x for x in (entropies, byte_values, token_starts) if x is not None), None)
     if given is None or (method in NEEDS_ENTROPIES and entropies is None):
-        raise ValueError(f"method {method!r} needs entropies" if method in NEEDS_ENTROPIES else "nothing to cut: pass byte_values")
+        raise ValueError(
+            f"method {method!r} needs entropies" if method in NEEDS_ENTROPIES else "nothing to cut: pass byte_values"
+        )
     N = len(given)
     if N == 0:
         return np.zeros(0, dtype=bool)
@@ -135,7 +137,9 @@ def _next_true(flags):
 def _cumulative_next(H, threshold):
     """nexts(s, low) -> the first t >= low with H[s] + ... + H[t] > threshold."""
     total = np.concatenate(([0.0], np.cumsum(H, dtype=np.float64)))
-    return lambda patch_begin, low: np.maximum(np.searchsorted(total, total[patch_begin] + threshold, side="right") - 1, low)
+    return lambda patch_begin, low: np.maximum(
+        np.searchsorted(total, total[patch_begin] + threshold, side="right") - 1, low
+    )
 
 
 def _follow(nexts, first, min_patch_size, max_patch_size, block=1 << 20):
@@ -296,7 +300,9 @@ def patch_statistics(sizes, entropies_nats):
     }
 
 
-DEFAULT_PATCH_SIZE = 4.5  # bytes a patch where neither a threshold nor a size is given: about that of the released models
+DEFAULT_PATCH_SIZE = (
+    4.5  # bytes a patch where neither a threshold nor a size is given: about that of the released models
+)
 
 
 def calibrate(patch_config, target_patch_size, sample):
@@ -319,4 +325,6 @@ def warn_about_sizes(patches, total_bytes, documents, threshold):
     if size < 1.1:
         print(f"warning: {size:.2f} bytes a patch: nearly every byte is a patch of its own; raise {advice}")
     if patches <= 1.1 * documents:
-        print(f"warning: {patches:,} patches in {documents:,} documents: nearly a whole document is one patch; lower {advice}")
+        print(
+            f"warning: {patches:,} patches in {documents:,} documents: nearly a whole document is one patch; lower {advice}"
+        )

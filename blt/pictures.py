@@ -29,10 +29,10 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2f6db3", "#d9531e", "#667085"
-PATCH_COLOURS = ("#d5e6fb", "#fde8bf", "#d3f0d8", "#efdcf6")               # as in patch_page.html
+PATCH_COLOURS = ("#d5e6fb", "#fde8bf", "#d3f0d8", "#efdcf6")  # as in patch_page.html
 CURVE_COLOURS = (BLUE, ORANGE, "#2e8b57", "#8e5bb5", "#b8860b", "#c2407a", "#3a9ea5", "#555555")
-FIGURE_FONT = "DejaVu Sans"                         # comes with matplotlib: every machine draws the same characters
-MAX_FIGURE_BYTES = 4000                             # 50 lines; drawing takes 2 ms a byte
+FIGURE_FONT = "DejaVu Sans"  # comes with matplotlib: every machine draws the same characters
+MAX_FIGURE_BYTES = 4000  # 50 lines; drawing takes 2 ms a byte
 
 
 def utf8_characters(text_bytes):
@@ -41,7 +41,7 @@ def utf8_characters(text_bytes):
     Returns (first byte, one past the last byte, character); a byte outside any valid character stands alone with None.
     """
     pieces, first = [], 0
-    for char in text_bytes.decode("utf-8", errors="surrogateescape"):     # an invalid byte xx arrives as U+DCxx
+    for char in text_bytes.decode("utf-8", errors="surrogateescape"):  # an invalid byte xx arrives as U+DCxx
         invalid = 0xDC80 <= ord(char) <= 0xDCFF
         stop = first + (1 if invalid else len(char.encode()))
         pieces.append((first, stop, None if invalid else char))
@@ -70,29 +70,36 @@ def draw_entropy_figure(path, text_bytes, entropies_nats, is_start, threshold=No
     labels, patch = _byte_labels(text_bytes), np.cumsum(is_start) - 1
     columns = min(bytes_per_line, n)
     lines = math.ceil(n / columns)
-    width, panel, strip, gap, top = max(7.0, 0.14 * columns + 0.84), 0.72, 0.26, 0.2, 0.85 if title else 0.5   # inches
+    width, panel, strip, gap, top = max(7.0, 0.14 * columns + 0.84), 0.72, 0.26, 0.2, 0.85 if title else 0.5  # inches
     height = top + lines * (panel + strip + gap)
     limit = 1.1 * max(entropies_nats.max(), min(threshold or 0, math.log(256)), 0.1)
     figure = Figure(figsize=(width, height))
     for line in range(lines):
         begin, end = line * columns, min((line + 1) * columns, n)
         bottom = height - top - line * (panel + strip + gap) - panel
-        axes, = _bare(figure.add_axes((0.62 / width, bottom / height, 1 - 0.84 / width, panel / height)))
+        (axes,) = _bare(figure.add_axes((0.62 / width, bottom / height, 1 - 0.84 / width, panel / height)))
         axes.spines["bottom"].set_visible(False)
         t = np.arange(begin, end)
         starts = t[is_start[begin:end]]
         edges = [begin, *starts[starts > begin], end]
-        for left, right in zip(edges, edges[1:]):                           # the band reaches down behind the text
-            axes.axvspan(left - 0.5, right - 0.5, ymin=-strip / panel, color=PATCH_COLOURS[patch[left] % 4], linewidth=0,
-                         clip_on=False, zorder=0)
+        for left, right in zip(edges, edges[1:]):  # the band reaches down behind the text
+            axes.axvspan(
+                left - 0.5,
+                right - 0.5,
+                ymin=-strip / panel,
+                color=PATCH_COLOURS[patch[left] % 4],
+                linewidth=0,
+                clip_on=False,
+                zorder=0,
+            )
         axes.vlines(starts - 0.5, -limit * strip / panel, limit, color="white", linewidth=1.2, clip_on=False, zorder=1)
-        curve, = axes.plot(t, entropies_nats[begin:end], "-", color=BLUE, linewidth=1.3)
-        dots, = axes.plot(starts, entropies_nats[starts], "o", color=ORANGE, markersize=4)
+        (curve,) = axes.plot(t, entropies_nats[begin:end], "-", color=BLUE, linewidth=1.3)
+        (dots,) = axes.plot(starts, entropies_nats[starts], "o", color=ORANGE, markersize=4)
         legend = [(curve, "entropy of the byte below, given the bytes before it"), (dots, "starts a patch")]
         if threshold is not None:
-            dashes, = axes.plot([begin - 0.5, end - 0.5], [threshold] * 2, "--", color=ORANGE, linewidth=1)
+            (dashes,) = axes.plot([begin - 0.5, end - 0.5], [threshold] * 2, "--", color=ORANGE, linewidth=1)
             legend.append((dashes, f"threshold {threshold:.4g} nats"))
-        axes.set_xlim(begin - 0.5, begin + columns - 0.5)                   # the same width a byte on every line
+        axes.set_xlim(begin - 0.5, begin + columns - 0.5)  # the same width a byte on every line
         axes.set_ylim(0, limit)
         axes.set_yticks(np.arange(0, limit, 1 if limit > 1.5 else 0.5))
         axes.set_ylabel("nats", fontsize=8, color=GREY)
@@ -100,9 +107,10 @@ def draw_entropy_figure(path, text_bytes, entropies_nats, is_start, threshold=No
         axes.tick_params(axis="x", length=0, pad=13)
         axes.set_xticks(t, labels[begin:end], fontfamily=FIGURE_FONT, parse_math=False, va="baseline")
         for tick, label in zip(axes.get_xticklabels(), labels[begin:end]):
-            tick.set(color=GREY if label in "·␣" else "black", fontsize=6.5 if len(label) == 2 else 11)   # 2: hex
-    figure.legend(*zip(*legend), loc="center", bbox_to_anchor=(0.5, 1 - (top - 0.28) / height), ncol=3, frameon=False,
-                  fontsize=9)
+            tick.set(color=GREY if label in "·␣" else "black", fontsize=6.5 if len(label) == 2 else 11)  # 2: hex
+    figure.legend(
+        *zip(*legend), loc="center", bbox_to_anchor=(0.5, 1 - (top - 0.28) / height), ncol=3, frameon=False, fontsize=9
+    )
     figure.text(0.5, 1 - 0.28 / height, title or "", ha="center", fontsize=12, parse_math=False)
     return _save(path, figure, dpi=200)
 
@@ -120,15 +128,17 @@ def draw_patch_size_histogram(path, patch_sizes, title=None):
     last = min(math.ceil(np.percentile(sizes, 99)), 60)
     share = np.bincount(np.minimum(sizes, last).astype(np.int64), minlength=last + 1)[1:] * 100 / sizes.size
     figure = Figure(figsize=(max(6.5, 0.15 * last + 2), 4), layout="constrained")
-    axes, = _bare(figure.subplots())
+    (axes,) = _bare(figure.subplots())
     bars = axes.bar(np.arange(1, last + 1), share, color=BLUE, width=0.85)
     if last <= 20:
         axes.bar_label(bars, [f"{value:.1f}" if value else "" for value in share], fontsize=7, color=GREY)
-    for name, value, look in (("mean", sizes.mean(), dict(color=ORANGE, markersize=8)),
-                              ("median", np.median(sizes), dict(color="black", markersize=12, fillstyle="none"))):
+    for name, value, look in (
+        ("mean", sizes.mean(), dict(color=ORANGE, markersize=8)),
+        ("median", np.median(sizes), dict(color="black", markersize=12, fillstyle="none")),
+    ):
         aside = "" if value <= last + 0.5 else ", right of the picture"
         axes.plot(min(value, last + 0.5), share.max() * 1.14, "v", label=f"{name} {value:.2f} bytes{aside}", **look)
-    ticks = np.arange(last, 0, -math.ceil(last / 20))                       # down from the last, which needs its label
+    ticks = np.arange(last, 0, -math.ceil(last / 20))  # down from the last, which needs its label
     axes.set_xticks(ticks, [f"≥ {last}" if sizes.max() > last else str(last)] + [str(size) for size in ticks[1:]])
     axes.set_ylim(0, share.max() * 1.22)
     axes.set_xlabel("patch size (bytes)")
@@ -148,7 +158,7 @@ def draw_curves(path, curves, x_label, y_label, title=None):
     if not curves:
         raise ValueError("curves is empty: nothing to draw")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes, = _bare(figure.subplots())
+    (axes,) = _bare(figure.subplots())
     everything, settled, lost = [], [], 0
     for number, (label, (x, y)) in enumerate(curves.items()):
         x, y = np.asarray(x, dtype=np.float64).reshape(-1), np.asarray(y, dtype=np.float64).reshape(-1)
@@ -160,11 +170,11 @@ def draw_curves(path, curves, x_label, y_label, title=None):
         look = dict(linewidth=0.8, alpha=0.75) if len(y) > 60 else dict(marker="o", markersize=4, zorder=3)
         axes.plot(x, y, color=CURVE_COLOURS[number % len(CURVE_COLOURS)], label=label, **look)
         everything.append(finite)
-        settled.append(np.percentile(finite[min(math.ceil(0.05 * finite.size), finite.size - 1):], 99))
+        settled.append(np.percentile(finite[min(math.ceil(0.05 * finite.size), finite.size - 1) :], 99))
         lost += len(y) - finite.size
     everything = np.concatenate(everything)
     low, high, rest = everything.min(), everything.max(), max(settled) - everything.min()
-    top = high if high - low <= 3 * rest else low + 1.5 * rest              # half as much again shows the descent
+    top = high if high - low <= 3 * rest else low + 1.5 * rest  # half as much again shows the descent
     margin = 0.05 * (top - low) or 0.05 * abs(top) or 0.05
     axes.set_ylim(low - margin, top + margin)
     above = np.count_nonzero(everything > top + margin)
@@ -190,7 +200,7 @@ def draw_comparison(path, rows, title=None):
         missing = {"method", "avg_patch_size", "val_bpb"} - set(row)
         if missing:
             raise ValueError(f"rows[{number}] lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(row))}")
-    rows = sorted(rows, key=lambda row: row["val_bpb"], reverse=True)       # matplotlib counts lines from below
+    rows = sorted(rows, key=lambda row: row["val_bpb"], reverse=True)  # matplotlib counts lines from below
     y, ci = np.arange(len(rows)), np.array([row.get("ci") or 0.0 for row in rows])
     bpb, size = (np.array([row[key] for row in rows], dtype=np.float64) for key in ("val_bpb", "avg_patch_size"))
     figure = Figure(figsize=(9, 1.3 + 0.38 * len(rows)), layout="constrained")
@@ -199,7 +209,7 @@ def draw_comparison(path, rows, title=None):
     right.barh(y, size, color=BLUE, alpha=0.5, height=0.55)
     low, high = (bpb - ci).min(), (bpb + ci).max()
     room = (high - low) or 0.1 * abs(high) or 0.1
-    left.set_xlim(low - 0.1 * room, high + 0.4 * room)                      # room for the numbers on the right
+    left.set_xlim(low - 0.1 * room, high + 0.4 * room)  # room for the numbers on the right
     right.set_xlim(0, size.max() * 1.25)
     for place in y:
         number = f" {bpb[place]:.4f}" + (f" ± {ci[place]:.4f}" if ci[place] else "")
@@ -215,11 +225,13 @@ def draw_comparison(path, rows, title=None):
     return _save(path, figure)
 
 
-MAX_PAGE_BYTES = 400_000                            # every byte on a line of its own still fits the highest page of a browser
+MAX_PAGE_BYTES = 400_000  # every byte on a line of its own still fits the highest page of a browser
 PAGE = Path(__file__).with_name("patch_page.html")
 
 
-def write_patch_page(path, text_bytes, entropies_nats, rule, guesses=(), title="Patches", subtitle="", figures=(), token_starts=None):
+def write_patch_page(
+    path, text_bytes, entropies_nats, rule, guesses=(), title="Patches", subtitle="", figures=(), token_starts=None
+):
     """Write one HTML page that shows a text by patches and cuts it anew while the reader moves the threshold. No network.
 
     text_bytes: 1 to 400,000 bytes, UTF-8 or not. entropies_nats: float32 [N]. rule: the arguments of
@@ -238,7 +250,11 @@ def write_patch_page(path, text_bytes, entropies_nats, rule, guesses=(), title="
         raise ValueError("method 'bpe' needs token_starts: a page cannot tokenise")
     packed = []
     for name, guess in dict(guesses).items():
-        for what, array in (("ids_Nk", guess.ids_Nk), ("probabilities_Nk", guess.probabilities_Nk), ("of_byte_N", guess.of_byte_N)):
+        for what, array in (
+            ("ids_Nk", guess.ids_Nk),
+            ("probabilities_Nk", guess.probabilities_Nk),
+            ("of_byte_N", guess.of_byte_N),
+        ):
             if len(array) != n:
                 raise ValueError(f"text_bytes has {n} bytes but {what} of {name!r} has {len(array)} places")
         packed.append({
@@ -249,7 +265,7 @@ def write_patch_page(path, text_bytes, entropies_nats, rule, guesses=(), title="
         "title": title, "subtitle": subtitle, "rule": rule, "figures": list(figures), "bytes": _pack(text_bytes),
         "entropies": _pack(entropies_nats.astype("<f4")), "guesses": packed,
         "token_starts": None if token_starts is None else _pack(np.asarray(token_starts, dtype=np.uint8)),
-    }, allow_nan=False).replace("<", "\\u003c")          # nothing in it can end the script element  # fmt: skip
+    }, allow_nan=False).replace("<", "\\u003c")  # nothing in it can end the script element  # fmt: skip
     before, after = PAGE.read_text(encoding="utf-8").split(">PAGE_DATA<")
     return _write(path, f"{before}>{data}<{after}".encode())
 
@@ -260,7 +276,7 @@ def whole_characters(text_bytes, limit):
     if len(text_bytes) <= limit:
         return text_bytes
     for end in range(limit, max(limit - 4, 0), -1):
-        if text_bytes[end] & 0xC0 != 0x80:          # not the middle of a character
+        if text_bytes[end] & 0xC0 != 0x80:  # not the middle of a character
             return text_bytes[:end]
     return text_bytes[:limit]
 
@@ -272,7 +288,9 @@ def _roots(probabilities):
 
 def _pack(array):
     """Bytes of an array, deflated, in base64."""
-    return base64.b64encode(zlib.compress(bytes(array) if isinstance(array, bytes) else np.ascontiguousarray(array).tobytes(), 9)).decode()
+    return base64.b64encode(
+        zlib.compress(bytes(array) if isinstance(array, bytes) else np.ascontiguousarray(array).tobytes(), 9)
+    ).decode()
 
 
 def _byte_labels(text_bytes):
@@ -336,8 +354,14 @@ def draw_evaluation(path, names, by_context, by_source, noises, title=None):
     """
     if not names or not by_context:
         raise ValueError("names or by_context is empty: nothing to draw")
-    bars = [(rows, label, signed) for rows, label, signed in (
-        (by_source, "bits per byte by source", False), (noises, "change by noise (bits per original byte)", True)) if rows]
+    bars = [
+        (rows, label, signed)
+        for rows, label, signed in (
+            (by_source, "bits per byte by source", False),
+            (noises, "change by noise (bits per original byte)", True),
+        )
+        if rows
+    ]
     longest = max((len(rows) for rows, _, _ in bars), default=0)
     height = max(4.2, 1.6 + longest * (0.14 + 0.2 * len(names)))
     figure = Figure(figsize=(5.5 + 5 * len(bars), height), layout="constrained")
@@ -358,21 +382,51 @@ def draw_evaluation(path, names, by_context, by_source, noises, title=None):
                     continue
                 error = (errors[0][number] if errors else None) or 0
                 place = y - 0.4 + (number + 0.5) * thick
-                axes.barh(place, values[number], 0.9 * thick, xerr=error or None, capsize=2, alpha=0.75,
-                          color=CURVE_COLOURS[number % len(CURVE_COLOURS)], error_kw=dict(ecolor=GREY))
-                text = f"{values[number]:+.3f}" if signed else f"{values[number]:.3f}" + (f" ± {error:.3f}" if error else "")
-                axes.annotate(text, (max(values[number] + error, 0), place), (4, 0), textcoords="offset points",
-                              va="center", fontsize=8)
+                axes.barh(
+                    place,
+                    values[number],
+                    0.9 * thick,
+                    xerr=error or None,
+                    capsize=2,
+                    alpha=0.75,
+                    color=CURVE_COLOURS[number % len(CURVE_COLOURS)],
+                    error_kw=dict(ecolor=GREY),
+                )
+                text = (
+                    f"{values[number]:+.3f}"
+                    if signed
+                    else f"{values[number]:.3f}" + (f" ± {error:.3f}" if error else "")
+                )
+                axes.annotate(
+                    text,
+                    (max(values[number] + error, 0), place),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8,
+                )
         axes.set_yticks(np.arange(len(rows)), [_shortened(row[0]) for row in rows], fontsize=9, parse_math=False)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlim(right=(1.25 if signed else 1.45) * max([value + ((row[2][i] if len(row) > 2 else None) or 0) for row in rows
-                                        for i, value in enumerate(row[1]) if value is not None and value > 0], default=1))
+        axes.set_xlim(
+            right=(1.25 if signed else 1.45)
+            * max(
+                [
+                    value + ((row[2][i] if len(row) > 2 else None) or 0)
+                    for row in rows
+                    for i, value in enumerate(row[1])
+                    if value is not None and value > 0
+                ],
+                default=1,
+            )
+        )
         if signed:
             axes.axvline(0, color=GREY, linewidth=0.8)
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
     figure.suptitle(title or "", fontsize=11, parse_math=False)
-    legend = figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncol=min(3, len(names)), frameon=False)
+    legend = figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncol=min(3, len(names)), frameon=False
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
     return _save(path, figure)

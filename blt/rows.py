@@ -26,7 +26,12 @@ class DocumentStream:
     """
 
     def __init__(self, flat_bytes, begins, lengths, vocabulary=BYTES):
-        self.flat_bytes, self.begins, self.lengths, self.vocabulary = flat_bytes, np.asarray(begins), np.asarray(lengths), vocabulary
+        self.flat_bytes, self.begins, self.lengths, self.vocabulary = (
+            flat_bytes,
+            np.asarray(begins),
+            np.asarray(lengths),
+            vocabulary,
+        )
         self.ends = np.cumsum(self.lengths + 1)
 
     @classmethod
@@ -48,7 +53,10 @@ class DocumentStream:
     def total_bytes(self):
         if self.vocabulary is BYTES:
             return int(self.lengths.sum())
-        return sum(int(self.vocabulary.bytes_of_id[self.flat_bytes[b : b + n]].sum()) for b, n in zip(self.begins, self.lengths))
+        return sum(
+            int(self.vocabulary.bytes_of_id[self.flat_bytes[b : b + n]].sum())
+            for b, n in zip(self.begins, self.lengths)
+        )
 
     def ids(self, begin, end):
         """Ids begin to end (not included) of the stream, int64; places after the last boundary are boundaries too."""
@@ -106,7 +114,9 @@ class RowBatch:
 
     def to(self, device):
         """The same on a device; from pinned memory the copy runs beside the computation."""
-        moved = [x if x is None else x.to(device, non_blocking=True) for x in (self.ids, self.is_scored, self.patch_lengths)]
+        moved = [
+            x if x is None else x.to(device, non_blocking=True) for x in (self.ids, self.is_scored, self.patch_lengths)
+        ]
         return RowBatch(*moved, self.targets, self.bytes, self.pieces)
 
     def pin(self):
@@ -283,7 +293,9 @@ def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, s
     if is_start is not None:
         slots = max((sum(2 + int(is_start[n][b:e].sum()) for n, b, e, _ in row) + 1 for row in rows), default=0)
     for begin in range(0, len(rows), batch_rows):
-        made = [_evaluation_row(documents, is_start, row, vocabulary.boundary) for row in rows[begin : begin + batch_rows]]
+        made = [
+            _evaluation_row(documents, is_start, row, vocabulary.boundary) for row in rows[begin : begin + batch_rows]
+        ]
         batch = make_batch(made, row_bytes, slots, score_ends, vocabulary)
         batch.pieces = rows[begin : begin + batch_rows]
         yield batch

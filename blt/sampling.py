@@ -32,7 +32,12 @@ class Chooser:
     """Chooses the next id of one row, and knows when its text is over."""
 
     def __init__(self, prompt, max_new_bytes, config, row=0):
-        self.config, self.text, self.begin, self.end = config, bytearray(prompt), len(prompt), len(prompt) + max_new_bytes
+        self.config, self.text, self.begin, self.end = (
+            config,
+            bytearray(prompt),
+            len(prompt),
+            len(prompt) + max_new_bytes,
+        )
         self.random = np.random.default_rng(config.seed + row)
         self.stops = [stop.encode("utf-8", "surrogateescape") for stop in config.stop]
         self.is_over, self.followers = False, {}
@@ -79,4 +84,8 @@ class Chooser:
 
     def settled(self):
         """New bytes that no stop string can take away any more."""
-        return bytes(self.text[self.begin :] if self.is_over else self.text[self.begin : len(self.text) - max(map(len, self.stops), default=1) + 1])
+        return bytes(
+            self.text[self.begin :]
+            if self.is_over
+            else self.text[self.begin : len(self.text) - max(map(len, self.stops), default=1) + 1]
+        )

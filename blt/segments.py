@@ -70,4 +70,6 @@ def check_patch_lengths(patch_lengths_BP, n_ids):
         raise ValueError("zero patch lengths may stand on the right of a row only")
     sums = lengths.sum(dim=1)
     if not bool((sums == n_ids).all()):
-        raise ValueError(f"patch lengths must sum to {n_ids}, all ids of a row with its last target, not to {sums.tolist()}")
+        raise ValueError(
+            f"patch lengths must sum to {n_ids}, all ids of a row with its last target, not to {sums.tolist()}"
+        )

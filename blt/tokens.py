@@ -14,7 +14,9 @@ def train_tokenizer(documents, vocab_size, path):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z\x80-\xff]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r" ?[A-Za-z\x80-\xff]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"), "isolated"
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=[chr(b) for b in range(256)], show_progress=False
     )
@@ -26,7 +28,9 @@ def train_tokenizer(documents, vocab_size, path):
 def load_tokenizer(path):
     """A tokenizer that `train_tokenizer` wrote."""
     if path is None or not Path(path).exists():
-        raise FileNotFoundError(f"method 'bpe' needs a tokenizer, and {path} is none; run: python create_patches.py --method bpe")
+        raise FileNotFoundError(
+            f"method 'bpe' needs a tokenizer, and {path} is none; run: python create_patches.py --method bpe"
+        )
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(path))
@@ -60,14 +64,19 @@ class BPEVocabulary(Vocabulary):
     def encode_all(self, documents, block_bytes=4_000_000):
         """Documents as token ids, on all cores, block by block. Raises ValueError if tokens do not stand for all bytes."""
         documents, encoded, begin = list(documents), [], 0
-        with tqdm(total=sum(map(len, documents)), unit="B", unit_scale=True, desc="tokens", disable=None, leave=False) as bar:
+        with tqdm(
+            total=sum(map(len, documents)), unit="B", unit_scale=True, desc="tokens", disable=None, leave=False
+        ) as bar:
             while begin < len(documents):
                 end, size = begin, 0
                 while end < len(documents) and size < block_bytes:
                     size += len(documents[end])
                     end += 1
                 block = [document.tobytes().decode("latin-1") for document in documents[begin:end]]
-                encoded += [np.array(made.ids, dtype=self.dtype) for made in self.tokenizer.encode_batch_fast(block, add_special_tokens=False)]
+                encoded += [
+                    np.array(made.ids, dtype=self.dtype)
+                    for made in self.tokenizer.encode_batch_fast(block, add_special_tokens=False)
+                ]
                 bar.update(size)
                 begin = end
         for document, ids in zip(documents, encoded):

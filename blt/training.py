@@ -20,7 +20,9 @@ class TrainingConfig(RunConfig):
     # patches: None takes what create_patches.py chose
     entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
     patch_cache: str = "patch_cache"  # folder that create_patches.py filled
-    patch_method: str | None = None  # global, monotonic, both, static, space, cumulative; None: as create_patches.py chose
+    patch_method: str | None = (
+        None  # global, monotonic, both, static, space, cumulative; None: as create_patches.py chose
+    )
     entropy_threshold: float | None = None  # with patch_method: the threshold in nats (bytes for static)
     target_patch_size: float | None = None  # with patch_method: or the wanted bytes a patch
     patch_slots: int | None = None  # patches in a row; None: chosen so that little is padding
@@ -32,7 +34,9 @@ class TrainingConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.patch_method is None and (self.entropy_threshold is not None or self.target_patch_size is not None):
-            raise ValueError("entropy_threshold and target_patch_size need --patch_method; without it the rule of create_patches.py is used")
+            raise ValueError(
+                "entropy_threshold and target_patch_size need --patch_method; without it the rule of create_patches.py is used"
+            )
         if self.entropy_threshold is not None and self.target_patch_size is not None:
             raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
         if self.patch_slots is not None:
@@ -49,7 +53,9 @@ class PatchedDataset:
     def __init__(self, train_rows, validation, validation_starts, patcher, batch_rows=8):
         self.train_rows, self.patcher = train_rows, patcher
         self.validation, self.validation_starts = validation, validation_starts
-        self.validation_batches = list(evaluation_batches(validation, validation_starts, train_rows.row_bytes, batch_rows))
+        self.validation_batches = list(
+            evaluation_batches(validation, validation_starts, train_rows.row_bytes, batch_rows)
+        )
 
     @classmethod
     def from_documents(cls, training, validation, patcher, row_bytes=1024, batch_rows=8):
@@ -69,7 +75,11 @@ class PatchedDataset:
         train = corpus.documents("train", config.max_bytes)
         numbers = corpus.documents("validation", config.val_bytes)
         if cache is not None and not cache.covers(train, numbers):
-            limits = [f"--{name} {value}" for name, value in (("max_bytes", config.max_bytes), ("val_bytes", config.val_bytes)) if value]
+            limits = [
+                f"--{name} {value}"
+                for name, value in (("max_bytes", config.max_bytes), ("val_bytes", config.val_bytes))
+                if value
+            ]
             raise ValueError(
                 f"{cache.folder} covers {len(cache.train):,} training and {len(cache.validation):,} validation documents, "
                 f"and {len(train):,} and {len(numbers):,} are wanted; run: python create_patches.py {' '.join(limits)}, or lower max_bytes"
@@ -93,7 +103,9 @@ def train_blt(model, patched_dataset, training_config):
     training rows, byte_padding and patch_padding. The best weights are in output/best.pt and are in the model afterwards.
     """
     if not isinstance(patched_dataset, PatchedDataset):
-        raise ValueError(f"train_blt needs a PatchedDataset (see PatchedDataset.from_documents), not {type(patched_dataset).__name__}")
+        raise ValueError(
+            f"train_blt needs a PatchedDataset (see PatchedDataset.from_documents), not {type(patched_dataset).__name__}"
+        )
     data = patched_dataset
     text = np.concatenate([*data.validation[:8]])[:512]
     print(f"leak gate passed: largest difference {leak_gate(model, data.patcher, text):.1e} nats")

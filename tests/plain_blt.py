@@ -50,7 +50,10 @@ def _row_logits(model, ids, lengths):
     for byte in ids:
         number += byte == BOUNDARY
         documents.append(number)
-    patches, first = [], 0  # of each patch that has inputs: (one past its last id, its document, the bytes that it pools)
+    patches, first = (
+        [],
+        0,
+    )  # of each patch that has inputs: (one past its last id, its document, the bytes that it pools)
     for length in lengths:
         end = first + length
         if first < T:
@@ -71,7 +74,9 @@ def _row_logits(model, ids, lengths):
             continue
         if vectors is None:
             pool = (lambda group: group.amax(0)) if config.pooling == "max" else (lambda group: group.mean(0))
-            vectors = [(encoder.patch_query.weight @ pool(x[members])).view(config.cross_attn_k, -1) for *_, members in patches]
+            vectors = [
+                (encoder.patch_query.weight @ pool(x[members])).view(config.cross_attn_k, -1) for *_, members in patches
+            ]
         w = cross_weights(encoder.cross_attentions[layer - first_cross])
         vectors = [_cross(w, mine, x[members]) for mine, (*_, members) in zip(vectors, patches)]
 

@@ -98,13 +98,17 @@ def test_textbook_equals_model_with_gradients(difference):
     for logits in (model(ids, lengths), plain_logits(model, ids, lengths)):
         model.zero_grad()
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
-        results.append((logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        )
     (ours, our_gradients), (plain, plain_gradients) = results
     assert ours.std() > 0.3
     torch.testing.assert_close(ours, plain, atol=1e-4, rtol=0)
     for name, _ in model.named_parameters():
         zeros = torch.zeros(())
-        torch.testing.assert_close(our_gradients.get(name, zeros), plain_gradients.get(name, zeros), atol=1e-5, rtol=1e-3, msg=name)
+        torch.testing.assert_close(
+            our_gradients.get(name, zeros), plain_gradients.get(name, zeros), atol=1e-5, rtol=1e-3, msg=name
+        )
 
 
 def test_textbook_keeps_documents_and_patches_apart():
@@ -114,8 +118,13 @@ def test_textbook_keeps_documents_and_patches_apart():
     ids[0, 7] = BOUNDARY  # the last id of the patch 4 to 7, which belongs to the new document
     with torch.no_grad():
         before = plain_logits(model, ids, lengths)[0]
-        changed = {t: (plain_logits(model, ids.index_fill(1, torch.tensor([t]), 98), lengths)[0] - before).abs().amax(1) > 1e-6 for t in (5, 9)}
-    assert changed[5].tolist() == [False] * 5 + [True] * 2 + [False] * 5  # its own document after it, and nothing past the boundary
+        changed = {
+            t: (plain_logits(model, ids.index_fill(1, torch.tensor([t]), 98), lengths)[0] - before).abs().amax(1) > 1e-6
+            for t in (5, 9)
+        }
+    assert (
+        changed[5].tolist() == [False] * 5 + [True] * 2 + [False] * 5
+    )  # its own document after it, and nothing past the boundary
     assert changed[9].tolist() == [False] * 9 + [True] * 3
 
 
@@ -159,7 +168,9 @@ def test_flops_of_a_blt_are_those_that_torch_counts(difference):
         "latent": c.global_layers * attention_flops(c.global_dim, (P + 1) / 2) * P / T,
     }  # fmt: skip
     cross = attention_flops(n_encoder_cross * c.encoder_dim + n_decoder_cross * c.decoder_dim, c.cross_attn_k)
-    assert parts["encoder attention"] == attention["encoder"] and parts["latent attention"] == pytest.approx(attention["latent"])
+    assert parts["encoder attention"] == attention["encoder"] and parts["latent attention"] == pytest.approx(
+        attention["latent"]
+    )
     # Dense products: exactly equal. Cross-attention's scores and values are sums and gathers here, which torch counts as no product.
     assert B * T * (sum(parts.values()) - sum(attention.values()) - cross) == pytest.approx(found["mm"], rel=1e-12)
     # Attention: torch counts whole blocks and whole rows of patches, the formula only the places that the mask lets through.
@@ -168,7 +179,11 @@ def test_flops_of_a_blt_are_those_that_torch_counts(difference):
 
 
 def test_attention_places_by_hand():
-    assert mean_places(4, 2) == (1 + 2 + 2 + 2) / 4 and mean_places(4) == 2.5 and mean_places(3, 3) == mean_places(3, 99) == 2.0
+    assert (
+        mean_places(4, 2) == (1 + 2 + 2 + 2) / 4
+        and mean_places(4) == 2.5
+        and mean_places(3, 3) == mean_places(3, 99) == 2.0
+    )
     for length, window in ((1, 1), (7, 3), (100, 64)):
         assert mean_places(length, window) == pytest.approx(np.minimum(np.arange(length) + 1, window).mean())
 
@@ -190,9 +205,17 @@ def test_flat_shape_has_nearly_the_flops():
 
 
 def test_peaks():
-    assert listed_peak("NVIDIA H200", "bf16") == (989.4e12, "NVIDIA Hopper architecture paper, of which the H200 has the same cores")
+    assert listed_peak("NVIDIA H200", "bf16") == (
+        989.4e12,
+        "NVIDIA Hopper architecture paper, of which the H200 has the same cores",
+    )
     assert listed_peak("Tesla T4", "fp16")[0] == 65e12 and listed_peak("Tesla T4", "bf16") is None
-    for other in ("NVIDIA H200 NVL", "NVIDIA H200 MIG 1g.18gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"):
+    for other in (
+        "NVIDIA H200 NVL",
+        "NVIDIA H200 MIG 1g.18gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+    ):
         assert listed_peak(other, "bf16") is None
     peak = measured_peak(torch.device("cpu"), "fp32", shapes=[(256, 256, 256)], seconds=0.02)
     assert 1e8 < peak < 1e14
@@ -209,7 +232,20 @@ def folder(tmp_path_factory):
 
 def job(folder, kind="ours", **changes):
     config = BenchConfig(data_cache=str(folder / "data_cache"), compile="no", repeats=1, warmup=1)
-    made = Job(kind, "tiny", TINY, 64, 2, "static:4", config, "cpu", "fp32", 1, one_document=kind == "transformers", flat_shape=(32, 1))
+    made = Job(
+        kind,
+        "tiny",
+        TINY,
+        64,
+        2,
+        "static:4",
+        config,
+        "cpu",
+        "fp32",
+        1,
+        one_document=kind == "transformers",
+        flat_shape=(32, 1),
+    )
     return replace(made, **changes)
 
 
@@ -221,7 +257,9 @@ def test_contestants_compute_the_same_model(folder):
         assert other.facts["bytes_per_patch"] == ours.facts["bytes_per_patch"]
         (forward, backward, update), loss = other.step(0)
         assert min(forward, backward, update) > 0
-        assert loss == pytest.approx(Runner(job(folder, one_document=True)).step(0)[1], rel=0.05)  # theirs has 3 classes more
+        assert loss == pytest.approx(
+            Runner(job(folder, one_document=True)).step(0)[1], rel=0.05
+        )  # theirs has 3 classes more
     places, classes = ours.logits().shape
     assert 50 <= places <= 64 and classes == 257
     stranger = Runner(job(folder, one_document=True, config=replace(ours.job.config, seed=1)))
@@ -273,14 +311,28 @@ def test_peak_memory_is_seen_and_forgotten():
 
 
 def test_models_by_name(folder):
-    assert {f.name for f in fields(BLTConfig)} <= {f.name for f in fields(ModelFlags)}, "every field of BLTConfig needs a flag"
+    assert {f.name for f in fields(BLTConfig)} <= {f.name for f in fields(ModelFlags)}, (
+        "every field of BLTConfig needs a flag"
+    )
     config = BenchConfig(hash_rows=123, row_bytes=77)
     model, row_bytes, batch_rows = find_model("llm:small:cpu", config)
-    assert (model.global_dim, model.hash_rows, row_bytes, batch_rows) == (256, 123, 77, 4)  # cpu beats small, a flag beats both
+    assert (model.global_dim, model.hash_rows, row_bytes, batch_rows) == (
+        256,
+        123,
+        77,
+        4,
+    )  # cpu beats small, a flag beats both
     assert find_model("custom", config)[0] == BLTConfig(hash_rows=123)
     assert find_model("llm_large", config)[0].global_layers == 20
     record = folder / "model.json"
-    record.write_text(json.dumps({"model_config": {"global_dim": 64}, "settings": {"row_bytes": 99, "batch_rows": 3, **{f.name: getattr(TINY, f.name) for f in fields(TINY)}}}))
+    record.write_text(
+        json.dumps(
+            {
+                "model_config": {"global_dim": 64},
+                "settings": {"row_bytes": 99, "batch_rows": 3, **{f.name: getattr(TINY, f.name) for f in fields(TINY)}},
+            }
+        )
+    )
     assert find_model(str(record), BenchConfig()) == (replace(TINY, global_dim=64), 99, 3)
 
 
@@ -305,23 +357,40 @@ def test_median_and_quartiles():
 
 
 def test_slope():
-    assert log_slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2) and log_slope([1, 2, 4], [5, 10, 20]) == pytest.approx(1)
+    assert log_slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2) and log_slope([1, 2, 4], [5, 10, 20]) == pytest.approx(
+        1
+    )
     assert log_slope([8], [1]) is None and log_slope([1, 2], [-1, 2]) is None
 
 
 def test_patching_rules_are_timed(folder):
     speeds = bench_patching(job(folder).config)
     assert set(speeds) == {"global", "monotonic", "both", "static", "space", "cumulative"}
-    assert all(1e5 < speed["median"] < 1e11 for speed in speeds.values()) and speeds["global"]["median"] > speeds["cumulative"]["median"]
+    assert (
+        all(1e5 < speed["median"] < 1e11 for speed in speeds.values())
+        and speeds["global"]["median"] > speeds["cumulative"]["median"]
+    )
 
 
 def run(folder, *flags):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.run([sys.executable, ROOT / "bench.py", *map(str, flags)], cwd=folder, capture_output=True, encoding="utf-8", timeout=300, env=environment)
+    return subprocess.run(
+        [sys.executable, ROOT / "bench.py", *map(str, flags)],
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        env=environment,
+    )
 
 
 def test_the_script(folder):
-    tiny = [x for name, value in vars(TINY).items() if value not in (None, []) and not isinstance(value, (bool, list)) for x in (f"--{name}", value)]
+    tiny = [
+        x
+        for name, value in vars(TINY).items()
+        if value not in (None, []) and not isinstance(value, (bool, list))
+        for x in (f"--{name}", value)
+    ]
     flags = [
         "--models", "custom", *tiny, "--row_bytes", 64, "--batch_rows", 2, "--patches", "static:2", "--repeats", 2, "--warmup", 1, "--no_entropy_pass", "--no_repatching",
         "--against", "transformers", "loop", "--scaling", "--scaling_rows", 64, 128, "--scaling_bytes", 128, "--scaling_patches", 2, "--scaling_widths", 1, "--precision", "fp32",
@@ -336,16 +405,30 @@ def test_the_script(folder):
     assert model["bytes_per_second"] == pytest.approx(1000 * model["step_bytes"] / model["step_ms"]["median"])
     flops = sum(model["flops_per_byte"].values())
     assert flops == pytest.approx(sum(blt_flops(TINY, model["bytes_per_patch"], 64).values()))
-    assert model["mfu"] == pytest.approx(3 * flops * model["bytes_per_second"] / out["peak_flops"]) and 0 < model["mfu"] < 1
+    assert (
+        model["mfu"] == pytest.approx(3 * flops * model["bytes_per_second"] / out["peak_flops"])
+        and 0 < model["mfu"] < 1
+    )
     assert model["parameters"] == sum(p.numel() for p in BLTModel(TINY).parameters()) and model["compile_s"] is None
     assert loop["kind"] == "loop" and loop["time_ratio"]["step_ms"]["n"] == 2 and "measured" in out["peak_source"]
     assert against["logits_difference"] < 1e-3 and against["theirs"]["kind"] == "transformers"
     assert set(against["theirs"]["tried"]) == {"fp32, eager", "fp32, sdpa"}
     assert 0.02 < against["time_ratio"]["step_ms"]["median"] < 100
-    assert [p["row_bytes"] for p in scaling["equal_bytes"]] == [64, 128] and [p["batch_rows"] for p in scaling["equal_bytes"]] == [2, 1]
-    assert [p["batch_rows"] for p in scaling["one_row"]] == [1, 1] and -1 < scaling["slopes"]["step time of one row"] < 2
+    assert [p["row_bytes"] for p in scaling["equal_bytes"]] == [64, 128] and [
+        p["batch_rows"] for p in scaling["equal_bytes"]
+    ] == [2, 1]
+    assert [p["batch_rows"] for p in scaling["one_row"]] == [1, 1] and -1 < scaling["slopes"][
+        "step time of one row"
+    ] < 2
     assert (folder / "bench_scaling.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    for text in ("train custom", "FLOPs/byte", "custom against transformers", "custom against loop", "slope of log", "wrote bench.json"):
+    for text in (
+        "train custom",
+        "FLOPs/byte",
+        "custom against transformers",
+        "custom against loop",
+        "slope of log",
+        "wrote bench.json",
+    ):
         assert text in done.stdout
 
 

@@ -21,7 +21,15 @@ from compress import HEADER, decompress, encode, pieces
 from entropy_patcher import EntropyPatcher
 
 BINARY = np.random.default_rng(0).integers(0, 256, 700).astype(np.uint8).tobytes()
-FILES = {"empty": b"", "one byte": b"\xff", "text": TEXT[:500], "code": Path(__file__).read_bytes()[:600], "binary": BINARY, "zeros": bytes(300), "gzip": gzip.compress(TEXT)}
+FILES = {
+    "empty": b"",
+    "one byte": b"\xff",
+    "text": TEXT[:500],
+    "code": Path(__file__).read_bytes()[:600],
+    "binary": BINARY,
+    "zeros": bytes(300),
+    "gzip": gzip.compress(TEXT),
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -88,7 +96,9 @@ def test_other_files_are_refused():
     for damaged in (b"", made[:20], b"XXXX" + made[4:], made[:-1]):
         with pytest.raises(ValueError, match="no file that compress.py wrote"):
             decompress(damaged, model, patcher)
-    for place in range(len(made) - 4):  # whichever byte is wrong, in the header or in the code (its last word may hold bits that say nothing)
+    for place in range(
+        len(made) - 4
+    ):  # whichever byte is wrong, in the header or in the code (its last word may hold bits that say nothing)
         flipped = bytearray(made)
         flipped[place] ^= 0xFF
         with pytest.raises(ValueError, match="damaged|does not fit"):
@@ -114,12 +124,19 @@ def test_improbable_bytes_cost_at_most_20_bits():
 def test_the_script_compresses_and_restores(tmp_path):
     write_json(
         tmp_path / "checkpoints" / "model.json",
-        {"model_config": asdict(model_of().config), "patch_config": asdict(PatchConfig("space")), "precision": "fp32", "settings": {"row_bytes": 128}},
+        {
+            "model_config": asdict(model_of().config),
+            "patch_config": asdict(PatchConfig("space")),
+            "precision": "fp32",
+            "settings": {"row_bytes": 128},
+        },
     )
     save_weights(tmp_path / "checkpoints" / "best.pt", model_of())
     (tmp_path / "a.txt").write_bytes(TEXT[:400])
     script = Path(__file__).parent.parent / "compress.py"
-    run = lambda *arguments: subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)  # noqa: E731
+    run = lambda *arguments: subprocess.run(
+        [sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )  # noqa: E731
     made = run("a.txt", "--streams", "3")
     assert made.returncode == 0, made.stderr
     assert "3 streams side by side cost" in made.stdout and "restored and compared" in made.stdout

@@ -54,7 +54,11 @@ from save_entropy_model import load_blt, save_entropy_model
 from train_blt import BLTRunConfig
 
 TOLERANCE = 1e-4  # measured: at most 5e-6 at 117 ids, 8e-6 at 300 and 1600, on logits up to 6
-CHARACTERS = [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x40)]  # in UTF-8 they take all bytes it has
+CHARACTERS = [
+    *range(0x800),
+    *range(0x800, 0xD800, 0x40),
+    *range(0xE000, 0x110000, 0x40),
+]  # in UTF-8 they take all bytes it has
 INPUT_CLASSES, OUTPUT_CLASSES = [*range(4, 260), 1], [*range(4, 260), 2]  # transformers' numbers of our ids and classes
 TEXT = Path(blt_model.__file__).read_bytes()
 
@@ -80,8 +84,6 @@ SMALLEST = dict(
     encoder_dim=32, encoder_heads=2, hash_rows=500, global_layers=1, global_dim=64, global_heads=2,
     decoder_layers=1, decoder_dim=32, decoder_heads=2, window=16,
 )  # fmt: skip
-
-
 
 
 families = pytest.mark.parametrize("difference", FAMILIES.values(), ids=FAMILIES.keys())
@@ -225,7 +227,9 @@ def test_lengths_that_transformers_makes_mean_the_same():
 
 
 def small_entropy_model(seed=1, **more):
-    return randomize(MinimalLLM(EntropyConfig(**(dict(d_model=24, n_heads=3, n_layers=2, max_seq_len=16) | more))), seed)
+    return randomize(
+        MinimalLLM(EntropyConfig(**(dict(d_model=24, n_heads=3, n_layers=2, max_seq_len=16) | more))), seed
+    )
 
 
 def assert_same_weights(one, other):
@@ -399,7 +403,9 @@ def test_our_entropy_model_becomes_the_patcher(trained_entropy_model):
     p = log_p[:, impossible].mean(-1).exp()
     expected = (H + 4 * p * -p.log()) / (1 + 4 * p) + (1 + 4 * p).log()
     assert (expected - theirs).abs().max() <= 1e-5
-    print(f"entropies differ by at most {(theirs - H).abs().max():.1e}, on average {(theirs - H).abs().mean():.1e} nats")
+    print(
+        f"entropies differ by at most {(theirs - H).abs().max():.1e}, on average {(theirs - H).abs().mean():.1e} nats"
+    )
     assert (theirs - H).abs().mean() < 2e-3 and (theirs - H).abs().max() < 0.05
 
 
@@ -510,10 +516,16 @@ def test_a_rule_without_an_entropy_model_raises():
     "change, message",
     [
         (lambda c: setattr(c.encoder_config, "num_key_value_heads", 1), "blt_local_encoder.num_key_value_heads is 1"),
-        (lambda c: setattr(c.global_config, "intermediate_size", 512), "blt_global_transformer.intermediate_size is 512"),
+        (
+            lambda c: setattr(c.global_config, "intermediate_size", 512),
+            "blt_global_transformer.intermediate_size is 512",
+        ),
         (lambda c: setattr(c.decoder_config, "rms_norm_eps", 1e-6), "blt_local_decoder.rms_norm_eps is 1e-06"),
         (lambda c: setattr(c.decoder_config, "hidden_act", "gelu"), "blt_local_decoder.hidden_act is 'gelu'"),
-        (lambda c: c.global_config.rope_parameters.update(rope_theta=7.0), "blt_global_transformer.rope_parameters.* rope_theta must be the encoder's"),
+        (
+            lambda c: c.global_config.rope_parameters.update(rope_theta=7.0),
+            "blt_global_transformer.rope_parameters.* rope_theta must be the encoder's",
+        ),
         (lambda c: c.global_config.rope_parameters.update(rope_type="linear"), "rope_type must be 'default'"),
         (lambda c: setattr(c, "encoder_hash_byte_group_nb_functions", 2), "encoder_hash_byte_group_nb_functions is 2"),
         (lambda c: setattr(c.encoder_config, "sliding_window", None), "sliding_window is None"),
@@ -531,7 +543,12 @@ def test_what_our_model_cannot_express_raises(change, message):
 def test_patchers_that_our_entropy_model_cannot_be_raise():
     with pytest.raises(ValueError, match="no patcher"):
         entropy_model_from_transformers(to_transformers(BLTModel(config_of())))
-    for name, value in (("sliding_window", None), ("num_key_value_heads", 1), ("rms_norm_eps", 1e-3), ("vocab_size", 300)):
+    for name, value in (
+        ("sliding_window", None),
+        ("num_key_value_heads", 1),
+        ("rms_norm_eps", 1e-3),
+        ("vocab_size", 300),
+    ):
         hf_model = random_hf_model()
         setattr(hf_model.config.patcher_config, name, value)
         with pytest.raises(ValueError, match=f"blt_patcher.{name} is {value}"):
@@ -567,7 +584,14 @@ def command(folder, script, *flags):
     """Run a script in a folder as its user does; returns stdout and stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     root = Path(blt_model.__file__).parent
-    done = subprocess.run([sys.executable, root / script, *map(str, flags)], cwd=folder, capture_output=True, encoding="utf-8", env=environment, timeout=300)
+    done = subprocess.run(
+        [sys.executable, root / script, *map(str, flags)],
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Warning" not in done.stderr
     return done.stdout
@@ -586,7 +610,9 @@ def test_command_line_round_trip_is_exact(ours, round_trip, monkeypatch, tmp_pat
     hf_folder, back, printed = round_trip
     monkeypatch.chdir(hf_folder.parent)
     for text in printed:
-        assert re.search(r"check: logits differ by at most \d\.\de-0[67] over \d+ bytes, same patches, in fp32", text), text
+        assert re.search(
+            r"check: logits differ by at most \d\.\de-0[67] over \d+ bytes, same patches, in fp32", text
+        ), text
         assert re.search(r"check: (all|\d+ of) \d+ patches begin", text)
     hf_model = BltForCausalLM.from_pretrained(hf_folder)
     model, patcher, _ = load_blt(ours)
@@ -598,7 +624,10 @@ def test_command_line_round_trip_is_exact(ours, round_trip, monkeypatch, tmp_pat
     assert record["converted_from"] == "hf_model" and record["dtype"] == "float32"
     text = TEXT[:300]
     assert np.array_equal(patcher.entropies(text), patcher_again.entropies(text))
-    assert patcher.create_patches(text) == patcher_again.create_patches(text) and 30 < len(patcher.create_patches(text)) < 270
+    assert (
+        patcher.create_patches(text) == patcher_again.create_patches(text)
+        and 30 < len(patcher.create_patches(text)) < 270
+    )
     inputs = hf_inputs(patcher, text)
     with torch.no_grad():
         logits = model(torch.tensor([[BOUNDARY, *text]]), inputs["patch_lengths"])
@@ -619,7 +648,13 @@ def test_tokenizer_gives_the_ids_of_any_text(round_trip):
         assert ids == [1, *(b + 4 for b in text.encode())]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
     batch = tokenizer(["ab", "abcd"], padding=True)
-    assert batch["input_ids"] == [[1, 101, 102, 0, 0], [1, 101, 102, 103, 104]] and batch["attention_mask"][0] == [1, 1, 1, 0, 0]
+    assert batch["input_ids"] == [[1, 101, 102, 0, 0], [1, 101, 102, 103, 104]] and batch["attention_mask"][0] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_snippets_of_the_docs_run(ours, round_trip, tmp_path, monkeypatch, capsys):
@@ -665,7 +700,9 @@ def test_their_model_through_our_folder_and_back(tmp_path, dtype):
     stored = torch.load(tmp_path / "ours" / "best.pt", weights_only=True)
     assert {weight.dtype for weight in stored.values()} == {dtype}
     model, patcher, _ = load_blt(tmp_path / "ours")
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and patcher.config.entropy_threshold == pytest.approx(4.9)
+    assert {p.dtype for p in model.parameters()} == {
+        torch.float32
+    } and patcher.config.entropy_threshold == pytest.approx(4.9)
     with torch.no_grad():  # in fp32 on both sides
         assert compare(model, BltForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)) <= 1e-5
     write_for_transformers(tmp_path / "ours", tmp_path / "again")
@@ -719,7 +756,9 @@ def test_a_rule_that_transformers_lacks_goes_without_patcher(ours, tmp_path, tra
     main(ConvertConfig(from_hf=str(tmp_path / "hf"), output=str(tmp_path / "back"), patches_of=str(folder)))
     again, patcher, _ = load_blt(tmp_path / "back")
     assert_same_weights(again, model)
-    assert patcher.config.rule == rule.rule and patcher.create_patches(TEXT[:99]) == load_blt(folder)[1].create_patches(TEXT[:99])
+    assert patcher.config.rule == rule.rule and patcher.create_patches(TEXT[:99]) == load_blt(folder)[1].create_patches(
+        TEXT[:99]
+    )
 
 
 def test_mistakes_say_what_to_do(ours, round_trip, tmp_path, monkeypatch):
@@ -754,7 +793,10 @@ def test_mistakes_say_what_to_do(ours, round_trip, tmp_path, monkeypatch):
         raise OSError(f"no network to find {source}\nand more lines")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
-    with pytest.raises(ValueError, match="cannot open 'no_such/model' as a BLT: no network to find no_such/model; .* taken for a Hugging Face id"):
+    with pytest.raises(
+        ValueError,
+        match="cannot open 'no_such/model' as a BLT: no network to find no_such/model; .* taken for a Hugging Face id",
+    ):
         write_from_transformers("no_such/model", out)
     assert not Path(out).exists()
 
@@ -763,7 +805,18 @@ def test_mistakes_say_what_to_do(ours, round_trip, tmp_path, monkeypatch):
 # Fine-tuning: --init_from
 
 
-TUNING = dict(row_bytes=128, batch_rows=4, steps=12, eval_every=6, log_every=1, val_bytes=3000, max_bytes=30000, sample_bytes=0, precision="fp32", device="cpu")
+TUNING = dict(
+    row_bytes=128,
+    batch_rows=4,
+    steps=12,
+    eval_every=6,
+    log_every=1,
+    val_bytes=3000,
+    max_bytes=30000,
+    sample_bytes=0,
+    precision="fp32",
+    device="cpu",
+)
 
 
 @pytest.fixture(scope="module")
@@ -774,7 +827,21 @@ def tuned(round_trip):
     text = b"\n\n".join(TEXT[i : i + 1500] for i in range(0, len(TEXT), 1500))
     (folder / "book.txt").write_bytes(text)
     data = ["--dataset", "book.txt", "--max_document_bytes", 1500, "--val_fraction", 0.3]
-    printed = command(folder, "train_blt.py", "--quick_demo", "--init_from", "checkpoints_from_hf", "--output", "tuned", "--lr", 0.003, "--adam_lr", 0.003, *data, *flags)
+    printed = command(
+        folder,
+        "train_blt.py",
+        "--quick_demo",
+        "--init_from",
+        "checkpoints_from_hf",
+        "--output",
+        "tuned",
+        "--lr",
+        0.003,
+        "--adam_lr",
+        0.003,
+        *data,
+        *flags,
+    )
     return folder, printed
 
 
@@ -789,7 +856,9 @@ def test_fine_tuning_starts_at_the_imported_model_and_gets_better(round_trip, tu
     validation = [corpus.document(n) for n in corpus.documents("validation", TUNING["val_bytes"])]
     start = bits_per_byte(model, patcher, validation, TUNING["row_bytes"], 4)
     origin = fine_record["init_from"]
-    assert origin["val_bpb"] == pytest.approx(start, abs=2e-3)  # cached entropies are float16: a patch may begin elsewhere
+    assert origin["val_bpb"] == pytest.approx(
+        start, abs=2e-3
+    )  # cached entropies are float16: a patch may begin elsewhere
     assert f"start: checkpoints_from_hf, val {origin['val_bpb']:.4f} bpb" in printed and "leak gate passed" in printed
     assert origin["weights_sha256"] == model_hash(model) and origin["converted_from"] == "hf_model"
     assert fine_record["result"]["val_bpb"] < start - 0.1
@@ -798,7 +867,14 @@ def test_fine_tuning_starts_at_the_imported_model_and_gets_better(round_trip, tu
 
 
 def run_config(folder, **more):
-    settings = TUNING | dict(dataset="book.txt", max_document_bytes=1500, val_fraction=0.3, init_from="checkpoints_from_hf", lr=0.003, adam_lr=0.003)
+    settings = TUNING | dict(
+        dataset="book.txt",
+        max_document_bytes=1500,
+        val_fraction=0.3,
+        init_from="checkpoints_from_hf",
+        lr=0.003,
+        adam_lr=0.003,
+    )
     return BLTRunConfig(**(settings | more))
 
 
@@ -831,7 +907,9 @@ def test_fine_tuning_resumes(tuned, monkeypatch, capsys):
     monkeypatch.setattr(loop, "save_checkpoint", save)
     train_blt.run(run_config(folder, output="stopped", resume=True), make_patches=True)
     assert "resumed stopped/last.pt at step 6" in capsys.readouterr().out
-    straight, resumed = (torch.load(folder / name / "last.pt", weights_only=True)["model"] for name in ("tuned", "stopped"))
+    straight, resumed = (
+        torch.load(folder / name / "last.pt", weights_only=True)["model"] for name in ("tuned", "stopped")
+    )
     for name, weight in straight.items():
         assert torch.equal(weight, resumed[name]), name
     origin = json.loads((folder / "stopped" / "model.json").read_text())["init_from"]
@@ -842,18 +920,25 @@ def test_sizes_come_from_the_folder_and_other_flags_are_an_error(round_trip, mon
     monkeypatch.chdir(round_trip[1].parent)
 
     def settings(*flags, output="new"):
-        config = parse_config(llm.LLMConfig, "", llm.PRESETS, ["--init_from", "checkpoints_from_hf", "--output", output, *flags])
+        config = parse_config(
+            llm.LLMConfig, "", llm.PRESETS, ["--init_from", "checkpoints_from_hf", "--output", output, *flags]
+        )
         return train_blt.settings_of_start(config)[0]
 
     saved = BLTConfig(**json.loads(Path("checkpoints_from_hf/model.json").read_text())["model_config"])
     config = settings("--preset", "small", "cpu", "--encoder_dim", "32", "--recompute", "--dropout", "0.1")
-    assert {f.name for f in fields(BLTConfig) if getattr(config, f.name) != getattr(saved, f.name)} == {"recompute", "dropout"}
+    assert {f.name for f in fields(BLTConfig) if getattr(config, f.name) != getattr(saved, f.name)} == {
+        "recompute",
+        "dropout",
+    }
     assert config.lr == 0.01 and config.entropy_model_path == "checkpoints_from_hf/entropy_model.pth"
     with pytest.raises(ValueError, match="--global_dim 512, there 48; --window 9, there 16"):
         settings("--window", "9", "--global_dim", "512")
     with pytest.raises(ValueError, match="both 'checkpoints_from_hf'"):
         BLTRunConfig(init_from="checkpoints_from_hf", output="checkpoints_from_hf")
-    with pytest.raises(ValueError, match="--hash_rows 77, there 500"):  # made in Python: what differs from the class's values
+    with pytest.raises(
+        ValueError, match="--hash_rows 77, there 500"
+    ):  # made in Python: what differs from the class's values
         train_blt.settings_of_start(BLTRunConfig(init_from="checkpoints_from_hf", hash_rows=77))
     assert train_blt.settings_of_start(BLTRunConfig(init_from="checkpoints_from_hf"))[0].hash_rows == 500
 
@@ -866,7 +951,11 @@ def test_another_entropy_model_must_be_chosen_by_name(tuned, monkeypatch):
     corpus, device = config.corpus(), torch.device("cpu")
     with pytest.raises(ValueError, match="other.pth is another entropy model than checkpoints_from_hf.*--patch_method"):
         train_blt.open_patches(config, corpus, device, make=True, start=start)
-    config, start = train_blt.settings_of_start(run_config(folder, entropy_model_path="other.pth", patch_method="monotonic", target_patch_size=3, patch_cache="other"))
+    config, start = train_blt.settings_of_start(
+        run_config(
+            folder, entropy_model_path="other.pth", patch_method="monotonic", target_patch_size=3, patch_cache="other"
+        )
+    )
     patcher, _ = train_blt.open_patches(config, corpus, device, make=True, start=start)
     assert patcher.config.method == "monotonic" and patcher.entropy_model.config.d_model == 24
     config, start = train_blt.settings_of_start(run_config(folder, patch_method="space"))

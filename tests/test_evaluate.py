@@ -66,7 +66,9 @@ def entropy_model():
     return MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=1, max_seq_len=16, row_bytes=64)).eval()
 
 
-BLT = BLTConfig(encoder_dim=32, global_dim=32, global_layers=1, decoder_dim=32, decoder_layers=1, hash_rows=64, window=16)
+BLT = BLTConfig(
+    encoder_dim=32, global_dim=32, global_layers=1, decoder_dim=32, decoder_layers=1, hash_rows=64, window=16
+)
 
 
 @pytest.fixture
@@ -75,7 +77,10 @@ def contestants(tokenizer):
     made = {
         "BLT": (BLTModel(BLT), EntropyPatcher(entropy_model(), threshold=5.2, method="global")),
         "flat byte transformer": (FlatByteTransformer(FlatConfig(dim=32, n_layers=1, n_heads=2, window=16)), None),
-        "BPE transformer": (BPETransformer(BPEConfig(dim=32, n_layers=1, n_heads=2), BPEVocabulary(tokenizer, 3.5)), None),
+        "BPE transformer": (
+            BPETransformer(BPEConfig(dim=32, n_layers=1, n_heads=2), BPEVocabulary(tokenizer, 3.5)),
+            None,
+        ),
         "entropy model": (entropy_model(), None),
     }
     for model, _ in made.values():
@@ -145,7 +150,10 @@ def test_context_of_tokens_counts_bytes(contestants):
 def test_bootstrap():
     values = np.array([[100.0, 0, 10, 10], [300, 0, 20, 20], [50, 0, 30, 30], [80, 0, 8, 8]])
     draws = bootstrap(values, 4000, seed=1)
-    assert draws.tolist() == bootstrap(values, 4000, seed=1).tolist() and draws.tolist() != bootstrap(values, 4000, seed=2).tolist()
+    assert (
+        draws.tolist() == bootstrap(values, 4000, seed=1).tolist()
+        and draws.tolist() != bootstrap(values, 4000, seed=2).tolist()
+    )
     # Against the linearised error of a ratio, sqrt(sum (nats - bpb * bytes) ** 2) / bytes: rough for four documents.
     bpb = values[:, 0].sum() / math.log(2) / values[:, 3].sum()
     linear = math.sqrt((((values[:, 0] / math.log(2)) - bpb * values[:, 3]) ** 2).sum()) / values[:, 3].sum()
@@ -159,7 +167,9 @@ def test_bootstrap():
 def test_noises_by_hand():
     assert noised(raw(b"a bc"), "AntSpeak").tobytes() == b"A   B C"
     assert noised(raw("Straße, é!".encode()), "UpperCase").tobytes().decode() == "STRASSE, É!"
-    assert noised(raw(b"caf\xc3\xa9 \xff\xe4b"), "UpperCase").tobytes() == b"CAF\xc3\x89 \xff\xe4B"  # invalid bytes stay
+    assert (
+        noised(raw(b"caf\xc3\xa9 \xff\xe4b"), "UpperCase").tobytes() == b"CAF\xc3\x89 \xff\xe4B"
+    )  # invalid bytes stay
     assert noised(raw(b"\xffa"), "AntSpeak").tobytes() == b"\xff A"
     for name in evaluate.NOISES:
         assert noised(raw(b""), name).tobytes() == b""
@@ -171,7 +181,9 @@ def test_noises_by_hand():
 def test_noises_have_their_rates():
     original = ("abcdé" * 4000).encode()
     characters = original.decode()
-    made = {name: noised(raw(original), name, (1, 2)).tobytes().decode() for name in evaluate.NOISES}  # each is valid UTF-8
+    made = {
+        name: noised(raw(original), name, (1, 2)).tobytes().decode() for name in evaluate.NOISES
+    }  # each is valid UTF-8
     assert len(made["Drop"]) / len(characters) == pytest.approx(0.9, abs=0.01)
     rest = iter(characters)
     assert all(character in rest for character in made["Drop"])  # in order
@@ -196,7 +208,10 @@ def test_robustness_counts_original_bytes(contestants):
     size = sum(map(len, documents))
     spoken = [noised(document, "AntSpeak") for document in documents]
     want = bits_per_byte(contestant.model, contestant.patcher, spoken, 64) * sum(map(len, spoken)) / size
-    assert record["AntSpeak"]["bpb"] == pytest.approx(want, rel=1e-9) and record["AntSpeak"]["bytes"] == sum(map(len, spoken)) == 2 * size - 3
+    assert (
+        record["AntSpeak"]["bpb"] == pytest.approx(want, rel=1e-9)
+        and record["AntSpeak"]["bytes"] == sum(map(len, spoken)) == 2 * size - 3
+    )
     assert record["original"] == bits_per_byte(contestant.model, contestant.patcher, documents, 64)
     assert all(record[name]["change"] == record[name]["bpb"] - record["original"] for name in evaluate.NOISES)
     dropped = next(seed for seed in range(200) if not len(noised(raw(b"x"), "Drop", (seed, 0))))
@@ -206,7 +221,12 @@ def test_robustness_counts_original_bytes(contestants):
 def test_first_bytes():
     documents = [raw(b"abc"), raw(b"de"), raw(b"fgh")]
     joined = lambda limit: [document.tobytes() for document in first_bytes(documents, limit)]  # noqa: E731
-    assert joined(5) == [b"abc", b"de"] and joined(7) == [b"abc", b"de"] and joined(99) == [b"abc", b"de", b"fgh"] and joined(2) == [b"ab"]
+    assert (
+        joined(5) == [b"abc", b"de"]
+        and joined(7) == [b"abc", b"de"]
+        and joined(99) == [b"abc", b"de", b"fgh"]
+        and joined(2) == [b"ab"]
+    )
 
 
 def test_valid_utf8():
@@ -225,7 +245,13 @@ def test_compressors():
 def test_picture_of_numbers_that_are_missing(tmp_path):
     from blt.pictures import draw_evaluation
 
-    path = draw_evaluation(tmp_path / "a.png", ["a$1$", "b"], [("0", [2.0, None])], [("s" * 60, [2.0, None], [None, None])], [("Drop", [-0.1, None])])
+    path = draw_evaluation(
+        tmp_path / "a.png",
+        ["a$1$", "b"],
+        [("0", [2.0, None])],
+        [("s" * 60, [2.0, None], [None, None])],
+        [("Drop", [-0.1, None])],
+    )
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     draw_evaluation(tmp_path / "b.png", ["a"], [("0", [2.0])], [], [])
     with pytest.raises(ValueError, match="nothing to draw"):
@@ -249,12 +275,17 @@ def folder(tmp_path_factory, tokenizer):
     })  # fmt: skip
     config = BPEConfig(dim=32, n_layers=1, n_heads=2)
     save_weights(folder / "bpe" / "best.pt", BPETransformer(config, BPEVocabulary(tokenizer)))
-    write_json(folder / "bpe" / "model.json", {"model": "bpe", "model_config": asdict(config), "bytes_per_token": 3.5, "settings": {"row_bytes": 64}})
+    write_json(
+        folder / "bpe" / "model.json",
+        {"model": "bpe", "model_config": asdict(config), "bytes_per_token": 3.5, "settings": {"row_bytes": 64}},
+    )
     tokenizer.save(str(folder / "bpe" / "tokenizer.json"))
     for language in ("en", "fr"):
         (folder / "corpus" / language).mkdir(parents=True)
         for number in range(3):
-            (folder / "corpus" / language / f"{number}.txt").write_bytes(text(40 + number, len(language) + number + (language == "fr")).tobytes())
+            (folder / "corpus" / language / f"{number}.txt").write_bytes(
+                text(40 + number, len(language) + number + (language == "fr")).tobytes()
+            )
     (folder / "code.py").write_bytes(Path(__file__).read_bytes()[:300])
     (folder / "noise.bin").write_bytes(np.random.default_rng(0).integers(0, 256, 200, dtype=np.uint8).tobytes())
     (folder / "empty.txt").touch()
@@ -263,7 +294,14 @@ def folder(tmp_path_factory, tokenizer):
 
 def run(folder, *flags, ok=True):
     command = [sys.executable, ROOT / "evaluate.py", "--device", "cpu", "--precision", "fp32", *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     if ok:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         assert "Warning" not in done.stderr, done.stderr
@@ -280,27 +318,67 @@ def test_script_on_a_corpus_with_three_models(folder):
     card = json.loads((folder / "evaluation" / "card.json").read_text())
     documents = [np.fromfile(path, dtype=np.uint8) for path in sorted((folder / "corpus").rglob("*.txt"))]
     digest = hashlib.sha256(b"".join(len(d).to_bytes(8, "little") + d.tobytes() for d in documents)).hexdigest()
-    assert card["text"]["sha256"] == digest and card["text"]["bytes"] == sum(map(len, documents)) and len(card["text"]["corpus_sha256"]) == 64
+    assert (
+        card["text"]["sha256"] == digest
+        and card["text"]["bytes"] == sum(map(len, documents))
+        and len(card["text"]["corpus_sha256"]) == 64
+    )
     assert card["command"] == ["evaluate.py", "--device", "cpu", "--precision", "fp32", *map(str, flags)]
-    assert {"commit", "torch", "device", "precision", "threads", "definitions", "compressors_bpb"} <= set(card) and card["settings"]["seed"] == 1337
+    assert {"commit", "torch", "device", "precision", "threads", "definitions", "compressors_bpb"} <= set(
+        card
+    ) and card["settings"]["seed"] == 1337
     blt, bpe, entropy = card["models"]
     contestant = evaluate.open_model(folder / "checkpoints")
     assert blt["bpb"] == bits_per_byte(contestant.model, contestant.patcher, documents, 64)
-    assert blt["sha256"] == model_hash(contestant.model) and blt["entropy_model_sha256"] == entropy["sha256"] == model_hash(entropy_model())
-    assert (blt["row_ids"], blt["stride_ids"], bpe["row_ids"], bpe["stride_ids"], bpe["ids"]) == (64, 32, 18, 9, "tokens")
-    assert blt["scores_document_ends"] and not entropy["scores_document_ends"] and entropy["targets"] == entropy["bytes"]
+    assert blt["sha256"] == model_hash(contestant.model) and blt["entropy_model_sha256"] == entropy[
+        "sha256"
+    ] == model_hash(entropy_model())
+    assert (blt["row_ids"], blt["stride_ids"], bpe["row_ids"], bpe["stride_ids"], bpe["ids"]) == (
+        64,
+        32,
+        18,
+        9,
+        "tokens",
+    )
+    assert (
+        blt["scores_document_ends"] and not entropy["scores_document_ends"] and entropy["targets"] == entropy["bytes"]
+    )
     for model in card["models"]:
         assert list(model["by_source"]) == ["en", "fr"] or list(model["by_source"]) == ["fr", "en"]
         for parts in (model["by_source"].values(), model["by_context"]):
-            assert sum(entry["nats"] for entry in parts) == pytest.approx(model["nats"]) and sum(entry["bytes"] for entry in parts) == model["bytes"]
-        assert model["standard_error"] > 0 and set(model["robustness"]) == {"original", "original_bytes", *evaluate.NOISES}
+            assert (
+                sum(entry["nats"] for entry in parts) == pytest.approx(model["nats"])
+                and sum(entry["bytes"] for entry in parts) == model["bytes"]
+            )
+        assert model["standard_error"] > 0 and set(model["robustness"]) == {
+            "original",
+            "original_bytes",
+            *evaluate.NOISES,
+        }
     assert sum(entry["nats"] for entry in entropy["by_context"]) == pytest.approx(entropy["nats"])
     sizes = blt["patches"]["histogram"]
-    assert sum(int(size) * count for size, count in sizes.items()) == blt["bytes"] and sum(sizes.values()) == blt["patches"]["patches"]
-    assert bpe["bytes_a_token"] == sum(map(len, documents)) / sum(len(evaluate.open_model(folder / "bpe").model.vocabulary.encode(d)) for d in documents)
-    assert bpe["difference_to_first"]["bpb"] == bpe["bpb"] - blt["bpb"] and bpe["difference_to_first"]["standard_error"] > 0
+    assert (
+        sum(int(size) * count for size, count in sizes.items()) == blt["bytes"]
+        and sum(sizes.values()) == blt["patches"]["patches"]
+    )
+    assert bpe["bytes_a_token"] == sum(map(len, documents)) / sum(
+        len(evaluate.open_model(folder / "bpe").model.vocabulary.encode(d)) for d in documents
+    )
+    assert (
+        bpe["difference_to_first"]["bpb"] == bpe["bpb"] - blt["bpb"]
+        and bpe["difference_to_first"]["standard_error"] > 0
+    )
     assert blt["samples"]["of"] == len(blt["samples"]["texts"]) == 2 and bpe["samples"] is None
-    for words in (f"{blt['bpb']:.4f}", "64 and 32 bytes", "18 and 9 tokens", "AntSpeak", "zstd -19", "valid UTF-8", "leak gate passed", "bytes a patch by folder"):
+    for words in (
+        f"{blt['bpb']:.4f}",
+        "64 and 32 bytes",
+        "18 and 9 tokens",
+        "AntSpeak",
+        "zstd -19",
+        "valid UTF-8",
+        "leak gate passed",
+        "bytes a patch by folder",
+    ):
         assert words in out, words
     png = folder / "evaluation" / "evaluation.png"
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and png.stat().st_size > 20_000
@@ -308,7 +386,16 @@ def test_script_on_a_corpus_with_three_models(folder):
 
 def test_the_same_settings_write_the_same_card(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    settings = dict(model=["checkpoints", "bpe"], dataset="corpus", split="all", robustness_bytes=60, samples=2, sample_bytes=4, resamples=20, device="cpu")
+    settings = dict(
+        model=["checkpoints", "bpe"],
+        dataset="corpus",
+        split="all",
+        robustness_bytes=60,
+        samples=2,
+        sample_bytes=4,
+        resamples=20,
+        device="cpu",
+    )
     evaluate.main(EvaluateConfig(**settings, output="once"))
     evaluate.main(EvaluateConfig(**settings, output="twice"))
     once, twice = ((folder / name / "card.json").read_text() for name in ("once", "twice"))
@@ -317,13 +404,33 @@ def test_the_same_settings_write_the_same_card(folder, monkeypatch):
 
 def test_on_files(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    card = evaluate.main(EvaluateConfig(file=["code.py", "noise.bin"], val_bytes=250, robustness_bytes=0, samples=0, output="on_files", device="cpu", precision="fp32"))
+    card = evaluate.main(
+        EvaluateConfig(
+            file=["code.py", "noise.bin"],
+            val_bytes=250,
+            robustness_bytes=0,
+            samples=0,
+            output="on_files",
+            device="cpu",
+            precision="fp32",
+        )
+    )
     assert json.loads((folder / "on_files" / "card.json").read_text())["models"][0]["bpb"] == card["models"][0]["bpb"]
     (model,) = card["models"]
-    assert model["bytes"] == 250 + 200 and card["text"]["cut_to_val_bytes"] == ["code.py"] and "the first 250 bytes only of code.py" in capsys.readouterr().out
+    assert (
+        model["bytes"] == 250 + 200
+        and card["text"]["cut_to_val_bytes"] == ["code.py"]
+        and "the first 250 bytes only of code.py" in capsys.readouterr().out
+    )
     contestant = evaluate.open_model("checkpoints")
-    assert model["by_source"]["noise.bin"]["bpb"] == pytest.approx(bits_per_byte(contestant.model, contestant.patcher, [Path("noise.bin").read_bytes()], 64), rel=1e-6)
-    assert model["by_source"]["noise.bin"]["standard_error"] is None and "robustness" not in model and model["samples"] is None
+    assert model["by_source"]["noise.bin"]["bpb"] == pytest.approx(
+        bits_per_byte(contestant.model, contestant.patcher, [Path("noise.bin").read_bytes()], 64), rel=1e-6
+    )
+    assert (
+        model["by_source"]["noise.bin"]["standard_error"] is None
+        and "robustness" not in model
+        and model["samples"] is None
+    )
 
 
 def test_a_mistake_gets_one_line(folder):
@@ -347,7 +454,16 @@ def test_errors_say_what_to_do(folder, monkeypatch, settings, words):
 
 
 def test_bad_settings_name_the_field():
-    for name, value in dict(row_bytes=1, robustness_bytes=-1, samples=-1, resamples=1, temperature=-0.1, split="test", group_by="language", max_sources=0).items():
+    for name, value in dict(
+        row_bytes=1,
+        robustness_bytes=-1,
+        samples=-1,
+        resamples=1,
+        temperature=-0.1,
+        split="test",
+        group_by="language",
+        max_sources=0,
+    ).items():
         with pytest.raises(ValueError, match=f"{name} is"):
             EvaluateConfig(**{name: value})
 
@@ -356,7 +472,9 @@ def test_a_model_that_sees_ahead_is_refused(folder, contestants, monkeypatch):
     """The leak gate stands before every number."""
     leaky = contestants["flat byte transformer"]
     honest = leaky.model.forward
-    monkeypatch.setattr(leaky.model, "forward", lambda ids: honest(ids) + torch.nn.functional.one_hot(ids.roll(-1, 1), 257) * 5.0)
+    monkeypatch.setattr(
+        leaky.model, "forward", lambda ids: honest(ids) + torch.nn.functional.one_hot(ids.roll(-1, 1), 257) * 5.0
+    )
     config = EvaluateConfig(robustness_bytes=0, samples=0, resamples=5)
     with pytest.raises(ValueError, match="leak"):
         evaluate.evaluate_model(leaky, DOCUMENTS, {"all": list(range(6))}, config, "fp32")

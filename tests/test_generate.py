@@ -27,13 +27,22 @@ def test_cached_equals_uncached_on_200_random_prompts():
         model, patcher = model_of(name, window=int(generator.choice([3, 12, 40]))), patcher_of(rule)
         with torch.no_grad():
             model.head.weight.mul_(4)
-        begin, length = int(generator.integers(0, 1000)), int(generator.choice([0, 1, 5, 60, 600], p=[0.1, 0.1, 0.3, 0.4, 0.1]))
-        prompt = TEXT[begin : begin + length] if case % 2 else generator.integers(0, 256, length).astype(np.uint8).tobytes()
+        begin, length = (
+            int(generator.integers(0, 1000)),
+            int(generator.choice([0, 1, 5, 60, 600], p=[0.1, 0.1, 0.3, 0.4, 0.1])),
+        )
+        prompt = (
+            TEXT[begin : begin + length] if case % 2 else generator.integers(0, 256, length).astype(np.uint8).tobytes()
+        )
         options = dict(context_bytes=[None, 64][case % 2], no_repeat_bytes=[None, 3][case // 2 % 2])
         wanted = generate(model, patcher, prompt, 8, cached=False, **options)
         assert generate(model, patcher, prompt, 8, **options) == wanted, (case, rule, name)
         if patcher.entropy_model is not None:
-            assert generate(model, patcher, prompt, 8, draft_bytes=3, draft_confidence=0.0, **options) == wanted, (case, rule, name)
+            assert generate(model, patcher, prompt, 8, draft_bytes=3, draft_confidence=0.0, **options) == wanted, (
+                case,
+                rule,
+                name,
+            )
 
 
 def test_uncached_text_has_the_patches_of_the_asked_precision():
@@ -43,21 +52,30 @@ def test_uncached_text_has_the_patches_of_the_asked_precision():
     prompts = [TEXT[begin : begin + 200] for begin in range(0, 1000, 100)]
     assert any((in_bf16.starts(prompt) != patcher.starts(prompt)).any() for prompt in prompts)  # so that it matters
     for prompt in prompts:
-        logits = [FullPass(model, p, 1, None, "fp32").feed([np.frombuffer(b"\0" + prompt, np.uint8)]) for p in (patcher, in_bf16)]
+        logits = [
+            FullPass(model, p, 1, None, "fp32").feed([np.frombuffer(b"\0" + prompt, np.uint8)])
+            for p in (patcher, in_bf16)
+        ]
         assert torch.equal(*logits)
 
 
 def test_a_prompt_of_10000_bytes():
     model, patcher, prompt = model_of(), patcher_of("global"), (TEXT * 6)[:10_000]
     for context in (None, 512):
-        assert generate(model, patcher, prompt, 5, context_bytes=context) == generate(model, patcher, prompt, 5, context_bytes=context, cached=False)
+        assert generate(model, patcher, prompt, 5, context_bytes=context) == generate(
+            model, patcher, prompt, 5, context_bytes=context, cached=False
+        )
 
 
-@pytest.mark.parametrize("options", [{}, dict(temperature=1.0), dict(temperature=1.3, top_p=0.9, draft_bytes=4, draft_confidence=0.01)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(temperature=1.0), dict(temperature=1.3, top_p=0.9, draft_bytes=4, draft_confidence=0.01)]
+)
 def test_rows_of_a_batch_are_as_if_alone(options):
     model, patcher, prompts = model_of(), patcher_of("global"), [b"", TEXT[:300], b"two books", b"\xff\x00"]
     together = generate(model, patcher, prompts, 30, seed=5, **options)
-    assert together == [generate(model, patcher, prompt, 30, **{**options, "seed": 5 + row}) for row, prompt in enumerate(prompts)]
+    assert together == [
+        generate(model, patcher, prompt, 30, **{**options, "seed": 5 + row}) for row, prompt in enumerate(prompts)
+    ]
     assert len(set(together)) > 1 and generate(model, patcher, [], 5) == []
 
 
@@ -68,7 +86,12 @@ def test_drafts_change_no_sample():
     for temperature in (0.0, 1.0):
         plain = generate(model, patcher, TEXT[:50], 60, temperature=temperature)
         for drafts in (1, 5, 20):
-            assert generate(model, patcher, TEXT[:50], 60, temperature=temperature, draft_bytes=drafts, draft_confidence=0.0) == plain
+            assert (
+                generate(
+                    model, patcher, TEXT[:50], 60, temperature=temperature, draft_bytes=drafts, draft_confidence=0.0
+                )
+                == plain
+            )
 
 
 def test_good_drafts_are_kept():
@@ -117,7 +140,9 @@ def test_no_repeat_bytes():
 def test_stop_strings_end_a_text_before_them():
     model, patcher = model_of(), patcher_of("space")
     whole = generate(model, patcher, b"x", 40, temperature=1.0, seed=2)
-    config = SamplingConfig(temperature=1.0, seed=2, stop=["\udcff\udcfe", whole[10:12].decode("utf-8", "surrogateescape")])
+    config = SamplingConfig(
+        temperature=1.0, seed=2, stop=["\udcff\udcfe", whole[10:12].decode("utf-8", "surrogateescape")]
+    )
     writer, seen = Writer(model, patcher, [b"x"], 40, config), []
     for _ in writer.steps():
         seen.append(writer.choosers[0].settled())
@@ -140,7 +165,15 @@ def test_bad_settings_get_errors():
     model, patcher = model_of(), patcher_of("space")
     with pytest.raises(ValueError, match="drafts come from the entropy model"):
         generate(model, patcher, b"", 3, draft_bytes=2)
-    for bad in (dict(temperature=-1), dict(top_p=0), dict(top_k=0), dict(min_p=1.0), dict(stop=[""]), dict(context_bytes=1), dict(no_repeat_bytes=0)):
+    for bad in (
+        dict(temperature=-1),
+        dict(top_p=0),
+        dict(top_k=0),
+        dict(min_p=1.0),
+        dict(stop=[""]),
+        dict(context_bytes=1),
+        dict(no_repeat_bytes=0),
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             generate(model, patcher, b"", 3, **bad)
     with pytest.raises(ValueError, match="max_new_bytes"):
@@ -171,7 +204,21 @@ def run(folder, *arguments, **options):
 def test_the_script_streams_what_generate_returns(folder):
     folder, model, patcher = folder
     new = generate(model, patcher, "Büch", 30, temperature=0.9, seed=3, context_bytes=128)
-    made = run(folder, "--prompt", "Büch", "--max_new_bytes", "30", "--temperature", "0.9", "--seed", "3", "--draft_bytes", "3", "--draft_confidence", "0.01")
+    made = run(
+        folder,
+        "--prompt",
+        "Büch",
+        "--max_new_bytes",
+        "30",
+        "--temperature",
+        "0.9",
+        "--seed",
+        "3",
+        "--draft_bytes",
+        "3",
+        "--draft_confidence",
+        "0.01",
+    )
     assert made.returncode == 0, made.stderr.decode()
     assert made.stdout.decode() == "Büch" + new.decode(errors="replace") + "\n"
     assert "a second" in made.stderr.decode() and "drafts accepted" in made.stderr.decode()

@@ -39,22 +39,32 @@ def test_gpu_equals_cpu():
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("compile", ["yes", "no"])
 def test_training_on_the_gpu(tmp_path, precision, compile):
-    data = PatchedDataset.from_documents(documents(20), documents(1), EntropyPatcher(None, threshold=4, method="static"), 256, 4)
-    config = TrainingConfig(row_bytes=256, batch_rows=4, steps=20, eval_every=10, precision=precision, compile=compile, output=str(tmp_path))
+    data = PatchedDataset.from_documents(
+        documents(20), documents(1), EntropyPatcher(None, threshold=4, method="static"), 256, 4
+    )
+    config = TrainingConfig(
+        row_bytes=256, batch_rows=4, steps=20, eval_every=10, precision=precision, compile=compile, output=str(tmp_path)
+    )
     torch.manual_seed(0)
     assert train_blt(BLTModel(BLTConfig(**CONFIG)).cuda(), data, config)["val_bpb"] < 6
 
 
 def test_compiled_steps_wait_for_nothing():
     """After the first steps no step of the compiled model makes the CPU wait for the GPU, in fp32 and bf16, and none compiles."""
-    data = PatchedDataset.from_documents(documents(20), documents(1), EntropyPatcher(None, threshold=4, method="static"), 256, 4)
+    data = PatchedDataset.from_documents(
+        documents(20), documents(1), EntropyPatcher(None, threshold=4, method="static"), 256, 4
+    )
     config = TrainingConfig(row_bytes=256, batch_rows=4)
     for precision in ("fp32", "bf16"):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         torch.manual_seed(0)
         model = BLTModel(BLTConfig(**CONFIG)).cuda()
-        compiled, optimizers, scaler = torch.compile(model, fullgraph=True), make_optimizers(model, config), torch.amp.GradScaler("cuda", enabled=False)
+        compiled, optimizers, scaler = (
+            torch.compile(model, fullgraph=True),
+            make_optimizers(model, config),
+            torch.amp.GradScaler("cuda", enabled=False),
+        )
         batches = [data.train_rows.shuffled_batch(step, config.batch_rows, config.seed).pin() for step in range(6)]
         try:
             for step, batch in enumerate(batches):

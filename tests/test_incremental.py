@@ -37,7 +37,17 @@ def patcher_of(rule):
 
 def model_of(name="plain", window=12):
     torch.manual_seed(0)
-    sizes = dict(encoder_dim=32, global_dim=48, global_layers=2, decoder_dim=32, decoder_layers=2, hash_rows=64, ngram_sizes=[3, 5], cross_attn_k=2, window=window)
+    sizes = dict(
+        encoder_dim=32,
+        global_dim=48,
+        global_layers=2,
+        decoder_dim=32,
+        decoder_layers=2,
+        hash_rows=64,
+        ngram_sizes=[3, 5],
+        cross_attn_k=2,
+        window=window,
+    )
     return BLTModel(BLTConfig(**{**sizes, **CONFIGS[name]})).eval()
 
 
@@ -46,7 +56,10 @@ def full_logits(model, patcher, document, begin=0, end=None):
     """Logits [n, 257] after ids begin to end of a document, by one pass over them."""
     document = np.frombuffer(document, np.uint8)
     end = len(document) + 1 if end is None else end
-    ids, starts = np.concatenate(([256], document, [256]))[begin : end + 1], np.concatenate(([True], patcher.starts(document)))[begin : end + 1]
+    ids, starts = (
+        np.concatenate(([256], document, [256]))[begin : end + 1],
+        np.concatenate(([True], patcher.starts(document)))[begin : end + 1],
+    )
     starts[:2] = True
     batch = make_batch([(ids, starts, np.ones(len(ids) - 1, bool))], len(ids) - 1)
     return model(batch.ids[:, :-1], batch.patch_lengths)[0]
@@ -70,7 +83,9 @@ def test_steps_equal_the_full_pass_for_every_rule(rule, steps):
         assert 30 < patcher.starts(text).sum() < 200  # the rule does something here
     reader = IncrementalBLT(model, patcher)
     for document in (text, b"", b"a", text[100:130]):  # one after the other in the same row
-        torch.testing.assert_close(step_logits(reader, document, steps), full_logits(model, patcher, document), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            step_logits(reader, document, steps), full_logits(model, patcher, document), atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -146,9 +161,15 @@ def test_ids_taken_back_leave_no_trace(data):
 @given(data=st.data())
 def test_online_starts_equal_patch_starts(data):
     method = data.draw(st.sampled_from(["global", "monotonic", "both", "cumulative", "static", "space"]))
-    threshold = data.draw(st.sampled_from([1.0, 1.5, 2.0, 4.5, 7.3])) if method == "static" else data.draw(st.floats(-1, 3, width=32))
+    threshold = (
+        data.draw(st.sampled_from([1.0, 1.5, 2.0, 4.5, 7.3]))
+        if method == "static"
+        else data.draw(st.floats(-1, 3, width=32))
+    )
     low = data.draw(st.integers(1, 4))
-    config = PatchConfig(method, threshold, data.draw(st.floats(-1, 1, width=32)), low, data.draw(st.none() | st.integers(low, 9)))
+    config = PatchConfig(
+        method, threshold, data.draw(st.floats(-1, 1, width=32)), low, data.draw(st.none() | st.integers(low, 9))
+    )
     lengths = [data.draw(st.integers(0, 40)) for _ in range(3)]
     generator = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     texts = [generator.choice(np.frombuffer(b"ab .\x80\xc3\n1", np.uint8), n) for n in lengths]

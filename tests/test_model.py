@@ -74,7 +74,9 @@ def own_patch(self, patch_lengths_BP, documents_BT):
     original_map(self, patch_lengths_BP, documents_BT)
     T = documents_BT.shape[1]
     row = torch.arange(len(documents_BT))[:, None] * self.P
-    patch = torch.searchsorted(patch_lengths_BP.cumsum(1), torch.arange(T).expand(len(documents_BT), T).contiguous(), right=True)
+    patch = torch.searchsorted(
+        patch_lengths_BP.cumsum(1), torch.arange(T).expand(len(documents_BT), T).contiguous(), right=True
+    )
     self.read = (patch + row).flatten()
 
 
@@ -122,7 +124,11 @@ def test_leak_gate_refuses_bpe(entropy_model, tmp_path):
 
     train_tokenizer([random_bytes(500)], 260, tmp_path / "t.json")
     with pytest.raises(ValueError, match="looks ahead"):
-        leak_gate(make(), EntropyPatcher(None, PatchConfig(method="bpe", tokenizer_path=str(tmp_path / "t.json"))), random_bytes(70))
+        leak_gate(
+            make(),
+            EntropyPatcher(None, PatchConfig(method="bpe", tokenizer_path=str(tmp_path / "t.json"))),
+            random_bytes(70),
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- invariant 3
@@ -142,7 +148,9 @@ def test_row_alone_equals_row_in_a_batch(entropy_model, variant):
         for r, row in enumerate(rows):
             n = len(row[0]) - 1
             alone = make_batch([row], row_bytes=n)
-            torch.testing.assert_close(model(alone.ids[:, :-1], alone.patch_lengths)[0], batched[r, :n], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                model(alone.ids[:, :-1], alone.patch_lengths)[0], batched[r, :n], atol=1e-4, rtol=0
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -172,7 +180,9 @@ def test_document_end_is_not_told_by_the_patches(entropy_model):
         whole = document_logits(model, patcher, document)
         torch.testing.assert_close(packed[: n + 1], whole[: n + 1], atol=1e-4, rtol=0)
         if n == 20:
-            torch.testing.assert_close(packed[n + 1 : n + 11], document_logits(model, patcher, random_bytes(9)), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                packed[n + 1 : n + 11], document_logits(model, patcher, random_bytes(9)), atol=1e-4, rtol=0
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -208,12 +218,16 @@ def test_cross_attention_equals_a_loop_over_patches():
             for h in range(heads):
                 weights = (key[0, mine, h] @ q[0, p, j, h] / math.sqrt(D // heads)).softmax(0)
                 heads_out.append(weights @ value[0, mine, h])
-            torch.testing.assert_close(got[0, p, j], 2 * patches[0, p, j] + cross.wo(torch.cat(heads_out)), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                got[0, p, j], 2 * patches[0, p, j] + cross.wo(torch.cat(heads_out)), atol=1e-5, rtol=1e-5
+            )
         begin += length
 
 
 @pytest.mark.parametrize("way", ["bands", "blocks", "flex"])
-@pytest.mark.parametrize("T, window", [(5, 8), (8, 8), (9, 8), (40, 8), (41, 7), (30, 1), (23, 2), (300, 70), (150, 400), (300, None)])
+@pytest.mark.parametrize(
+    "T, window", [(5, 8), (8, 8), (9, 8), (40, 8), (41, 7), (30, 1), (23, 2), (300, 70), (150, 400), (300, None)]
+)
 def test_every_way_of_attention_equals_a_dense_mask(way, T, window):
     torch.manual_seed(0)
     B, H, K = 2, 2, 16
@@ -248,7 +262,11 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
     documents = (torch.arange(60) > 25).long()[None]
     whole = CausalPlan(documents, 8, 100.0, window).attend(q, k, v)
     carry = CausalPlan.carry_length(window)
-    past, past_documents, got = (torch.zeros(1, carry, 2, 8),) * 2, torch.full((1, carry), -1), {"bands": [], "blocks": []}
+    past, past_documents, got = (
+        (torch.zeros(1, carry, 2, 8),) * 2,
+        torch.full((1, carry), -1),
+        {"bands": [], "blocks": []},
+    )
     for first, last in ((0, 20), (20, 29), (29, 30), (30, 60)):
         for way, out in got.items():
             plan = CausalPlan(documents[:, first:last], 8, 100.0, window, past_documents)
@@ -333,7 +351,13 @@ def test_forward_checks_shapes():
 
 
 def test_config_errors():
-    for bad, words in ((dict(pooling="sum"), "max or mean"), (dict(global_layers=0), "global_layers is 0"), (dict(ngram_sizes=[3, 3]), "ngram_sizes"), (dict(encoder_dim=33), "width 33"), (dict(decoder_heads=5), "decoder_dim")):
+    for bad, words in (
+        (dict(pooling="sum"), "max or mean"),
+        (dict(global_layers=0), "global_layers is 0"),
+        (dict(ngram_sizes=[3, 3]), "ngram_sizes"),
+        (dict(encoder_dim=33), "width 33"),
+        (dict(decoder_heads=5), "decoder_dim"),
+    ):
         with pytest.raises(ValueError, match=words):
             BLTConfig(**bad)
 
@@ -361,7 +385,9 @@ def test_long_documents_are_scored_once_each():
     for row_bytes in (64, 100, 999, 1000, 1001):
         batches = list(evaluation_batches([document], None, row_bytes))
         assert sum(batch.bytes for batch in batches) == 1000 and sum(batch.targets for batch in batches) == 1001
-        scored = torch.cat([batch.ids[:, 1:][batch.is_scored] for batch in batches])  # row by row, in the document's order
+        scored = torch.cat(
+            [batch.ids[:, 1:][batch.is_scored] for batch in batches]
+        )  # row by row, in the document's order
         assert scored.tolist() == [*document.tolist(), 256]
         is_start = np.random.default_rng(1).random(1001) < 0.2
         is_start[0] = True
@@ -369,7 +395,9 @@ def test_long_documents_are_scored_once_each():
         for batch, with_patches in zip(batches, patched):
             assert torch.equal(batch.ids, with_patches.ids)
         row, half = patched[-1], row_bytes // 2
-        begin = half * -(-max(0, 1001 - row_bytes) // half)  # the last window: its patches are the document's from its third id on
+        begin = half * -(
+            -max(0, 1001 - row_bytes) // half
+        )  # the last window: its patches are the document's from its third id on
         made = np.zeros(row_bytes + 2, dtype=bool)
         made[np.concatenate(([0], row.patch_lengths[-1].cumsum(0).numpy()))] = True
         assert made[2 : 1002 - begin].tolist() == is_start[begin + 1 :].tolist()

@@ -18,7 +18,10 @@ def test_grouped_muon_is_torch_muon(adjust):
     shapes = [(8, 8), (8, 24), (24, 8), (8, 24), (8, 8), (16, 8)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    optimizers = [make(ps, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust) for make, ps in ((GroupedMuon, ours), (torch.optim.Muon, theirs))]
+    optimizers = [
+        make(ps, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust)
+        for make, ps in ((GroupedMuon, ours), (torch.optim.Muon, theirs))
+    ]
     for _ in range(4):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn_like(p)
@@ -50,7 +53,16 @@ def test_row_wise_adam_by_hand(sparse):
 
 
 def test_sparse_tables_train_and_clip_like_dense_ones():
-    config = BLTConfig(encoder_dim=16, global_dim=16, decoder_dim=16, global_layers=1, decoder_layers=1, hash_rows=50, ngram_sizes=[3, 4], window=8)
+    config = BLTConfig(
+        encoder_dim=16,
+        global_dim=16,
+        decoder_dim=16,
+        global_layers=1,
+        decoder_layers=1,
+        hash_rows=50,
+        ngram_sizes=[3, 4],
+        window=8,
+    )
     torch.manual_seed(0)
     dense, sparse = BLTModel(config), BLTModel(config)
     sparse.load_state_dict(dense.state_dict())
@@ -58,7 +70,9 @@ def test_sparse_tables_train_and_clip_like_dense_ones():
     ids, lengths = torch.randint(0, 256, (2, 20)), torch.tensor([[1] + [4] * 5] * 2)
     for model in (dense, sparse):
         for _ in range(2):  # accumulated
-            add_gradients(model, model(ids, lengths).logsumexp(-1).mean().mul(100), torch.amp.GradScaler("cpu", enabled=False))
+            add_gradients(
+                model, model(ids, lengths).logsumexp(-1).mean().mul(100), torch.amp.GradScaler("cpu", enabled=False)
+            )
     norms = [clip_gradients(model, 0.5) for model in (dense, sparse)]
     torch.testing.assert_close(norms[0], norms[1])
     table = sparse.encoder.hash_embedding.tables.weight.grad
@@ -68,7 +82,9 @@ def test_sparse_tables_train_and_clip_like_dense_ones():
 
 
 def test_each_parameter_is_in_one_optimizer():
-    small = dict(encoder_dim=4, encoder_heads=1, global_dim=4, global_heads=1, decoder_dim=4, decoder_heads=1, global_layers=1)
+    small = dict(
+        encoder_dim=4, encoder_heads=1, global_dim=4, global_heads=1, decoder_dim=4, decoder_heads=1, global_layers=1
+    )
     for sizes, rows, number in (([], 8, 2), ([3], 8, 3), ([3], DENSE_HASH_ROWS + 1, 3)):
         model = BLTModel(BLTConfig(hash_rows=rows, ngram_sizes=sizes, **small))
         optimizers = make_optimizers(model, RATES)

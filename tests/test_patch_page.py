@@ -34,7 +34,14 @@ from save_entropy_model import load_blt, load_entropy_model, save_entropy_model
 from show_patches import ShowPatchesConfig, blt_guesses, main, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
-BROWSER = next((found for found in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")) if found), None)
+BROWSER = next(
+    (
+        found
+        for found in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))
+        if found
+    ),
+    None,
+)
 NODE = shutil.which("node")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
 needs_node = pytest.mark.skipif(NODE is None, reason="no node on PATH")
@@ -56,7 +63,9 @@ def numbers(n, seed=0, k=3):
 
 def write_page(path, text=MIXED, rule=RULE, title="title", **more):
     H, guesses = numbers(len(text))
-    pictures.write_patch_page(path, text, H, rule, {"entropy model": guesses}, title, "subtitle", [("bits", "1.234")], **more)
+    pictures.write_patch_page(
+        path, text, H, rule, {"entropy model": guesses}, title, "subtitle", [("bits", "1.234")], **more
+    )
     return path.read_text(encoding="utf-8")
 
 
@@ -74,11 +83,17 @@ def unpack(packed, dtype):
 def test_page_holds_text_entropies_and_guesses(tmp_path):
     data = data_of(write_page(tmp_path / "new" / "page.html", token_starts=np.arange(len(MIXED)) % 3 == 0))
     H, guesses = numbers(len(MIXED))
-    assert unpack(data["bytes"], np.uint8).tobytes() == MIXED and data["rule"] == RULE and data["figures"] == [["bits", "1.234"]]
+    assert (
+        unpack(data["bytes"], np.uint8).tobytes() == MIXED
+        and data["rule"] == RULE
+        and data["figures"] == [["bits", "1.234"]]
+    )
     np.testing.assert_array_equal(unpack(data["entropies"], "<f4"), H)
     (guess,) = data["guesses"]
     assert (guess["name"], guess["k"]) == ("entropy model", 3)
-    np.testing.assert_array_equal(unpack(guess["ids"], "<u2").reshape(3, -1).T, guesses.ids_Nk)  # the end of a document, 256, too
+    np.testing.assert_array_equal(
+        unpack(guess["ids"], "<u2").reshape(3, -1).T, guesses.ids_Nk
+    )  # the end of a document, 256, too
     for name, exact in (("probabilities", guesses.probabilities_Nk.T.reshape(-1)), ("of_byte", guesses.of_byte_N)):
         np.testing.assert_allclose((unpack(guess[name], np.uint8) / 255) ** 2, exact, atol=0.004)
     assert unpack(data["token_starts"], np.uint8).tolist() == (np.arange(len(MIXED)) % 3 == 0).astype(int).tolist()
@@ -87,7 +102,11 @@ def test_page_holds_text_entropies_and_guesses(tmp_path):
 
 def test_nothing_in_text_or_titles_becomes_markup(tmp_path):
     template = pictures.PAGE.read_text(encoding="utf-8")
-    page = write_page(tmp_path / "page.html", b"</script><script>alert(1)</script><!-- <script>", title="</script><script>alert(2)</script><!--")
+    page = write_page(
+        tmp_path / "page.html",
+        b"</script><script>alert(1)</script><!-- <script>",
+        title="</script><script>alert(2)</script><!--",
+    )
     assert page.count("<script") == template.count("<script") and page.count("</script") == template.count("</script")
     assert page.count("<!--") == template.count("<!--")
     assert data_of(page)["title"] == "</script><script>alert(2)</script><!--"
@@ -112,7 +131,19 @@ def test_100_kb_with_two_models_stay_near_3_mb(tmp_path):
 
 def test_whole_characters_by_hand():
     text = "aé日🙂".encode()  # ends of characters: 1, 3, 6, 10
-    assert [len(pictures.whole_characters(text, limit)) for limit in range(1, 12)] == [1, 1, 3, 3, 3, 6, 6, 6, 6, 10, 10]
+    assert [len(pictures.whole_characters(text, limit)) for limit in range(1, 12)] == [
+        1,
+        1,
+        3,
+        3,
+        3,
+        6,
+        6,
+        6,
+        6,
+        10,
+        10,
+    ]
     assert pictures.whole_characters(b"\x80" * 9, 7) == b"\x80" * 7  # no character to keep whole
 
 
@@ -126,7 +157,9 @@ def test_whole_characters_by_hand():
 ])  # fmt: skip
 def test_mistakes_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        pictures.write_patch_page(tmp_path / "a.html", **{**dict(text_bytes=b"123456789", entropies_nats=np.zeros(9), rule=RULE), **change})
+        pictures.write_patch_page(
+            tmp_path / "a.html", **{**dict(text_bytes=b"123456789", entropies_nats=np.zeros(9), rule=RULE), **change}
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -136,7 +169,11 @@ def test_text_is_readable_in_both_colour_schemes():
     def luminance(colour):
         colour = "".join(c + c for c in colour) if len(colour) == 3 else colour
         channels = np.array([int(colour[k : k + 2], 16) / 255 for k in (0, 2, 4)])
-        return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+        return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ [
+            0.2126,
+            0.7152,
+            0.0722,
+        ]
 
     page = pictures.PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r":root\{([^}]*)\}", page)
@@ -147,7 +184,10 @@ def test_text_is_readable_in_both_colour_schemes():
         contrast = lambda a, b: (max(colours[a], colours[b]) + 0.05) / (min(colours[a], colours[b]) + 0.05)  # noqa: E731
         assert len({colours[f"c{k}"] for k in range(4)}) == 4
         for background in ("page", "c0", "c1", "c2", "c3"):
-            assert contrast("ink", background) >= 7 and min(contrast("curve", background), contrast("high", background)) >= 3, (background, block)
+            assert (
+                contrast("ink", background) >= 7
+                and min(contrast("curve", background), contrast("high", background)) >= 3
+            ), (background, block)
         assert contrast("dim", "page") >= 4.5
 
 
@@ -160,11 +200,17 @@ def rule_cases():
     cases = []
     for number in range(420):
         n = int(rng.integers(1, 150)) if number % 6 else 1
-        text = bytes(rng.choice(np.frombuffer(b"ab1 .,\n\xc0\xc3\xa9\xe0\xe6\x97\xa5\xed\xf4\x8f\xaf\xff", np.uint8), n)) if number % 2 else rng.bytes(n)
+        text = (
+            bytes(rng.choice(np.frombuffer(b"ab1 .,\n\xc0\xc3\xa9\xe0\xe6\x97\xa5\xed\xf4\x8f\xaf\xff", np.uint8), n))
+            if number % 2
+            else rng.bytes(n)
+        )
         H = rng.exponential(1.0, n).astype(np.float16 if number % 3 == 0 else np.float32).astype(np.float32)
         method = ("global", "monotonic", "both", "cumulative", "static", "space", "bpe")[number % 7]
         of_text = float(H[rng.integers(n)])
-        threshold = [float(rng.exponential()), of_text, of_text + 1e-9, np.nextafter(of_text, -1), 0.0, -0.5][number % 5 if number % 11 else 5]
+        threshold = [float(rng.exponential()), of_text, of_text + 1e-9, np.nextafter(of_text, -1), 0.0, -0.5][
+            number % 5 if number % 11 else 5
+        ]
         if method == "cumulative":
             total = np.concatenate(([0.0], np.cumsum(H, dtype=np.float64)))
             threshold = [4 * threshold, float(total[(n + 1) // 2] - total[n // 3]), threshold][number % 3]
@@ -174,7 +220,9 @@ def rule_cases():
         if method == "static":
             threshold = float(rng.choice([1, 2, 4.5, 1.1, 3.3, 7, 1 + 1e-12, rng.uniform(1, 9)]))
         least = int(rng.choice([1, 1, 2, 5]))
-        rule = PatchConfig(method, float(threshold), float(rng.normal()), least, [None, least, least + 3][number % 3]).rule
+        rule = PatchConfig(
+            method, float(threshold), float(rng.normal()), least, [None, least, least + 3][number % 3]
+        ).rule
         tokens = rng.random(n) < 0.3
         starts = patch_starts(H, **rule, byte_values=np.frombuffer(text, np.uint8), token_starts=tokens)
         cases.append((dict(text=list(text), H=H.tolist(), rule=rule, tokens=tokens.astype(int).tolist()), starts))
@@ -195,7 +243,10 @@ def check_cases(results, cases):
         assert starts == expected.astype(int).tolist(), case
         pieces = pictures.utf8_characters(bytes(case["text"]))
         assert characters == [[first, stop, -1 if char is None else ord(char)] for first, stop, char in pieces], case
-    sizes = {method: sum(int(e.sum()) for c, e in cases if c["rule"]["method"] == method) for method in {c["rule"]["method"] for c, _ in cases}}
+    sizes = {
+        method: sum(int(e.sum()) for c, e in cases if c["rule"]["method"] == method)
+        for method in {c["rule"]["method"] for c, _ in cases}
+    }
     assert len(sizes) == 7 and min(sizes.values()) > 100  # the cases do cut
 
 
@@ -203,7 +254,12 @@ def check_cases(results, cases):
 def test_rules_in_node_cut_as_patch_starts():
     cases = rule_cases()
     rules = re.search(r'<script id="rules">(.*?)</script>', pictures.PAGE.read_text(encoding="utf-8"), re.S)[1]
-    code = rules + f"const CASES = {json.dumps([case for case, _ in cases])};" + RUN_CASES + "console.log(JSON.stringify(results));"
+    code = (
+        rules
+        + f"const CASES = {json.dumps([case for case, _ in cases])};"
+        + RUN_CASES
+        + "console.log(JSON.stringify(results));"
+    )
     done = subprocess.run([NODE, "-"], input=code, capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 0, done.stderr[-2000:]
     check_cases(json.loads(done.stdout), cases)
@@ -239,7 +295,12 @@ def browse(tmp_path, page, script, size="1200,800"):
         f"document.body.append(pre); new Image().src = '{address}/done'; }})();</script>"
     )  # fmt: skip
     path = tmp_path / "browsed.html"
-    path.write_text(page.replace("default-src 'none'", f"default-src 'none'; img-src {address}").replace("</body>", script + "</body>"), encoding="utf-8")
+    path.write_text(
+        page.replace("default-src 'none'", f"default-src 'none'; img-src {address}").replace(
+            "</body>", script + "</body>"
+        ),
+        encoding="utf-8",
+    )
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
     try:
         browser = subprocess.run(
@@ -301,7 +362,11 @@ def test_page_in_chromium(tmp_path):
         return starts
 
     starts = check(out["first"], **RULE)
-    assert out["title"] == ["<b>Mixed</b>", "<b>Mixed</b>", 0] and out["scripts"] == page.count("<script") + 1 and "injected" not in out
+    assert (
+        out["title"] == ["<b>Mixed</b>", "<b>Mixed</b>", 0]
+        and out["scripts"] == page.count("<script") + 1
+        and "injected" not in out
+    )
     sizes = patch_sizes(starts)
     inside = {first for first, stop, _ in pictures.utf8_characters(MIXED) if starts[first + 1 : stop].any()}
     assert inside and out["totals"] == {
@@ -310,20 +375,45 @@ def test_page_in_chromium(tmp_path):
     }  # fmt: skip
     # Bands tile each row, and begin a patch where there is a start.
     patch = np.cumsum(starts) - 1
-    for (top, bands), first, end in zip(sorted(out["bands"], key=lambda row: float(row[0][:-2])), out["rows"], out["rows"][1:]):
+    for (top, bands), first, end in zip(
+        sorted(out["bands"], key=lambda row: float(row[0][:-2])), out["rows"], out["rows"][1:]
+    ):
         at = first
         for left, width, name in bands:
-            assert left == out["gutter"] + 10 * (at - first) and name == f"p{patch[at] % 4}" + " start" * bool(starts[at])
+            assert left == out["gutter"] + 10 * (at - first) and name == f"p{patch[at] % 4}" + " start" * bool(
+                starts[at]
+            )
             at += round(width / 10)
         assert at == end
     ends = np.array(out["rows"][1:-1])
-    assert out["rows"][-1] == len(MIXED) and not set(ends) & {t for first, stop, _ in pictures.utf8_characters(MIXED) for t in range(first + 1, stop)}
+    assert out["rows"][-1] == len(MIXED) and not set(ends) & {
+        t for first, stop, _ in pictures.utf8_characters(MIXED) for t in range(first + 1, stop)
+    }
     assert len(out["bands"]) == len(out["rows"]) - 1 and "Tab→here⏎⏎" == "".join(out["chars"])[:10]
     shown = "".join(out["chars"])
-    assert all(part in shown for part in ("🙂", "200D", "◌\u0301", "中文", "<script>", "&amp;", "ff", "fe", "001b[31m7f0d⏎", "␣200BFEFF2028202EE000"))
+    assert all(
+        part in shown
+        for part in (
+            "🙂",
+            "200D",
+            "◌\u0301",
+            "中文",
+            "<script>",
+            "&amp;",
+            "ff",
+            "fe",
+            "001b[31m7f0d⏎",
+            "␣200BFEFF2028202EE000",
+        )
+    )
     # The pointer: byte 13, in "Emoji 🙂": its numbers, and the guesses with the byte that came marked.
     t, text, lines = out["hover"][0], out["hover"][1], out["hover"][2]
-    assert t == 13 and f"byte {t}: " in text and f"0x{MIXED[t]:02X} = {MIXED[t]}" in text and f"entropy {H[t]:.3f} nats ({H[t] / math.log(2):.3f} bits)" in text
+    assert (
+        t == 13
+        and f"byte {t}: " in text
+        and f"0x{MIXED[t]:02X} = {MIXED[t]}" in text
+        and f"entropy {H[t]:.3f} nats ({H[t] / math.log(2):.3f} bits)" in text
+    )
     assert f"in patch {patch[t]}: " in text
     assert len(lines) == 3 + (MIXED[t] not in guesses.ids_Nk[t]) and sum("←" in name for name, _, _ in lines) == 1
     for (_, _, share), p in zip(lines, guesses.probabilities_Nk[t]):
@@ -370,7 +460,16 @@ def models(tmp_path_factory):
     entropy_model = MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=2, max_seq_len=16))
     torch.nn.init.normal_(entropy_model.head.weight, std=0.5)  # entropies that differ
     save_entropy_model(entropy_model, folder / "entropy_model.pth")
-    config = BLTConfig(encoder_layers=1, encoder_dim=32, global_layers=1, global_dim=32, decoder_layers=1, decoder_dim=32, hash_rows=64, window=16)
+    config = BLTConfig(
+        encoder_layers=1,
+        encoder_dim=32,
+        global_layers=1,
+        global_dim=32,
+        decoder_layers=1,
+        decoder_dim=32,
+        hash_rows=64,
+        window=16,
+    )
     blt = BLTModel(config)
     torch.nn.init.normal_(blt.head.weight, std=0.5)
     (folder / "checkpoints").mkdir()
@@ -395,7 +494,9 @@ def test_guesses_are_the_models(models):
     np.testing.assert_allclose(guesses.of_byte_N, p[torch.arange(len(text)), ids[0, 1:]], atol=1e-4)
     np.testing.assert_allclose(guesses.probabilities_Nk, p.sort(descending=True).values[:, :4], atol=1e-4)
     np.testing.assert_allclose(p.gather(1, torch.from_numpy(guesses.ids_Nk)), guesses.probabilities_Nk, atol=1e-4)
-    assert guesses.bits_per_byte == pytest.approx(-p[torch.arange(len(text)), ids[0, 1:]].log2().mean().item(), abs=1e-3)
+    assert guesses.bits_per_byte == pytest.approx(
+        -p[torch.arange(len(text)), ids[0, 1:]].log2().mean().item(), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("context_bytes", [2048, 64])
@@ -417,24 +518,58 @@ def test_blt_guesses_are_those_of_evaluation(models, context_bytes):
 
 def test_show_patches_with_a_blt(models, tmp_path, capsys):
     (tmp_path / "text.txt").write_bytes(MIXED)
-    main(ShowPatchesConfig(file=str(tmp_path / "text.txt"), model=str(models / "checkpoints"), output=str(tmp_path / "out"), top_k=2, device="cpu"))
+    main(
+        ShowPatchesConfig(
+            file=str(tmp_path / "text.txt"),
+            model=str(models / "checkpoints"),
+            output=str(tmp_path / "out"),
+            top_k=2,
+            device="cpu",
+        )
+    )
     data = data_of((tmp_path / "out" / "patches.html").read_text(encoding="utf-8"))
     _, patcher, _ = load_blt(models / "checkpoints")
-    assert data["title"] == "text.txt" and data["rule"] == patcher.config.rule and [g["name"] for g in data["guesses"]] == ["entropy model", "BLT"]
+    assert (
+        data["title"] == "text.txt"
+        and data["rule"] == patcher.config.rule
+        and [g["name"] for g in data["guesses"]] == ["entropy model", "BLT"]
+    )
     np.testing.assert_array_equal(unpack(data["entropies"], "<f4"), patcher.entropies(MIXED))
     assert (tmp_path / "out" / "patches.png").read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out
-    assert f"{len(MIXED)} bytes, {patcher.starts(MIXED)[:-1].sum()} patches" in out and "BLT, bits a byte" in out and "MB)" in out
+    assert (
+        f"{len(MIXED)} bytes, {patcher.starts(MIXED)[:-1].sum()} patches" in out
+        and "BLT, bits a byte" in out
+        and "MB)" in out
+    )
 
 
 def test_show_patches_as_a_command(models, tmp_path):
-    flags = ["--entropy_model_path", models / "entropy_model.pth", "--method", "monotonic", "--target_patch_size", "3", "--max_patch_size", "6"]
+    flags = [
+        "--entropy_model_path",
+        models / "entropy_model.pth",
+        "--method",
+        "monotonic",
+        "--target_patch_size",
+        "3",
+        "--max_patch_size",
+        "6",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, ROOT / "show_patches.py", *flags], cwd=tmp_path, input=MIXED, capture_output=True, timeout=120, env=environment)
+    done = subprocess.run(
+        [sys.executable, ROOT / "show_patches.py", *flags],
+        cwd=tmp_path,
+        input=MIXED,
+        capture_output=True,
+        timeout=120,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rule = data_of((tmp_path / "pictures" / "patches.html").read_text(encoding="utf-8"))["rule"]
     H = EntropyPatcher(load_entropy_model(models / "entropy_model.pth")[0]).entropies(MIXED)
-    assert (rule["method"], rule["max_patch_size"]) == ("monotonic", 6) and abs(len(MIXED) / patch_starts(H, **rule).sum() - 3) < 0.3
+    assert (rule["method"], rule["max_patch_size"]) == ("monotonic", 6) and abs(
+        len(MIXED) / patch_starts(H, **rule).sum() - 3
+    ) < 0.3
 
 
 def test_no_text_and_empty_text(tmp_path, monkeypatch):

@@ -16,7 +16,9 @@ from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher, analyze_entropy_distribution
 
 # The worked example of the released code: "Daenerys T. is in", the last number is about what follows the text.
-DAENERYS = np.array([3.0, 2.5, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 2.4, 1.8, 0.2, 2.2, 1.9, 0.3, 2.1, 1.5, 2.9], dtype=np.float32)
+DAENERYS = np.array(
+    [3.0, 2.5, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 2.4, 1.8, 0.2, 2.2, 1.9, 0.3, 2.1, 1.5, 2.9], dtype=np.float32
+)
 TEXT = b"Daenerys T. is in"
 CAUSAL = ("global", "monotonic", "both", "static", "space", "cumulative")
 
@@ -61,8 +63,17 @@ def test_published_example_global():
 def test_published_example_monotonic_and_both():
     # The released code also forces a start at byte 1; ours follows the rule, so "Daenerys " is one patch.
     assert pieces(TEXT, patch_starts(DAENERYS, "monotonic", 0.5)[:-1]) == [b"Daenerys ", b"T. ", b"is ", b"in"]
-    assert pieces(TEXT, patch_starts(DAENERYS, "both", 1.335, monotonic_threshold=0.5)[:-1]) == [b"Daenerys ", b"T. ", b"is ", b"in"]
-    assert pieces(TEXT, patch_starts(DAENERYS, "both", 2.15, monotonic_threshold=0.5)[:-1]) == [b"Daenerys ", b"T. ", b"is in"]
+    assert pieces(TEXT, patch_starts(DAENERYS, "both", 1.335, monotonic_threshold=0.5)[:-1]) == [
+        b"Daenerys ",
+        b"T. ",
+        b"is ",
+        b"in",
+    ]
+    assert pieces(TEXT, patch_starts(DAENERYS, "both", 2.15, monotonic_threshold=0.5)[:-1]) == [
+        b"Daenerys ",
+        b"T. ",
+        b"is in",
+    ]
 
 
 def test_published_example_space():
@@ -101,18 +112,33 @@ def test_vectorised_rules_equal_the_loop(method, halves, threshold, low, more, t
     level = threshold if method == "static" else threshold / 2
     high = None if more is None else low + more
     text = np.frombuffer(text, np.uint8)[: len(H)]
-    got = patch_starts(H, method, level, monotonic_threshold=0.5, min_patch_size=low, max_patch_size=high, byte_values=text)
+    got = patch_starts(
+        H, method, level, monotonic_threshold=0.5, min_patch_size=low, max_patch_size=high, byte_values=text
+    )
     assert got.tolist() == loop_starts(H, method, level, 0.5, low, high, text).tolist()
     # A start depends on what stands before it only.
     changed_H, changed_text, t = H.copy(), text.copy(), len(H) // 2
     changed_H[t + 1 :] += 3
     changed_text[t:] ^= 255
-    again = patch_starts(changed_H, method, level, monotonic_threshold=0.5, min_patch_size=low, max_patch_size=high, byte_values=changed_text)
+    again = patch_starts(
+        changed_H,
+        method,
+        level,
+        monotonic_threshold=0.5,
+        min_patch_size=low,
+        max_patch_size=high,
+        byte_values=changed_text,
+    )
     assert again[: t + 1].tolist() == got[: t + 1].tolist()
 
 
 @settings(max_examples=50, deadline=None, database=None)
-@given(method=st.sampled_from(CAUSAL), lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), low=st.integers(1, 3), high=st.sampled_from([None, 4]))
+@given(
+    method=st.sampled_from(CAUSAL),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    low=st.integers(1, 3),
+    high=st.sampled_from([None, 4]),
+)
 def test_documents_in_one_pass_equal_each_alone(method, lengths, low, high):
     rng = np.random.default_rng(len(lengths))
     H = rng.integers(0, 6, sum(lengths)).astype(np.float32)
@@ -122,7 +148,9 @@ def test_documents_in_one_pass_equal_each_alone(method, lengths, low, high):
     document_starts[begins] = True
     options = dict(min_patch_size=low, max_patch_size=high)
     whole = patch_starts(H, method, 3.0, byte_values=text, document_starts=document_starts, **options)
-    alone = [patch_starts(H[b : b + n], method, 3.0, byte_values=text[b : b + n], **options) for b, n in zip(begins, lengths)]
+    alone = [
+        patch_starts(H[b : b + n], method, 3.0, byte_values=text[b : b + n], **options) for b, n in zip(begins, lengths)
+    ]
     assert whole.tolist() == np.concatenate(alone).tolist()
 
 
@@ -183,7 +211,10 @@ def test_entropies_are_about_byte_t_from_what_stands_before(entropy_model):
 @pytest.mark.parametrize("lanes, chunk", [(1, 7), (1, 1000), (3, 16), (8, 33)])
 def test_entropies_do_not_depend_on_lanes_or_chunks(entropy_model, lanes, chunk):
     documents = [random_bytes(n, seed=n) for n in (1, 200, 0, 33, 64, 5, 1500)]
-    got = np.split(stream_entropies(entropy_model, DocumentStream.of_documents(documents), lanes, chunk), np.cumsum([len(d) + 1 for d in documents])[:-1])
+    got = np.split(
+        stream_entropies(entropy_model, DocumentStream.of_documents(documents), lanes, chunk),
+        np.cumsum([len(d) + 1 for d in documents])[:-1],
+    )
     for document, H in zip(documents, got):
         with torch.no_grad():
             logits = entropy_model(torch.tensor([[256, *document.tolist()]]))
@@ -202,7 +233,9 @@ def test_window_is_respected(entropy_model):
 
 @pytest.mark.parametrize("method", CAUSAL)
 def test_patches_concatenate(entropy_model, method):
-    patcher = EntropyPatcher(entropy_model, PatchConfig(method=method, entropy_threshold=5.0, min_patch_size=2, max_patch_size=9))
+    patcher = EntropyPatcher(
+        entropy_model, PatchConfig(method=method, entropy_threshold=5.0, min_patch_size=2, max_patch_size=9)
+    )
     for document in (b"", b"a", b"\xff\xfe\x00", bytes(random_bytes(300)), "Grüße, 世界".encode()):
         patches = patcher.create_patches(document)
         assert b"".join(patches) == document and all(0 < len(p) <= 9 for p in patches)
@@ -211,7 +244,13 @@ def test_patches_concatenate(entropy_model, method):
 def test_input_types(entropy_model):
     patcher = EntropyPatcher(entropy_model, threshold=5.2)
     want = patcher.create_patches(b"abc def \xc3\xa9")
-    for same in (bytearray(b"abc def \xc3\xa9"), "abc def é", list(b"abc def \xc3\xa9"), np.frombuffer(b"abc def \xc3\xa9", np.uint8), torch.tensor(list(b"abc def \xc3\xa9"))):
+    for same in (
+        bytearray(b"abc def \xc3\xa9"),
+        "abc def é",
+        list(b"abc def \xc3\xa9"),
+        np.frombuffer(b"abc def \xc3\xa9", np.uint8),
+        torch.tensor(list(b"abc def \xc3\xa9")),
+    ):
         assert patcher.create_patches(same) == want
     for bad in ([300], [-1], [[1, 2]], [0.5]):
         with pytest.raises(ValueError, match="byte sequence"):
@@ -243,7 +282,9 @@ def test_process_data_and_its_cache(entropy_model, tmp_path):
 
 def test_analysis(entropy_model):
     stats = analyze_entropy_distribution(entropy_model, [b"hello world", bytes(random_bytes(100))])
-    assert stats["min"] <= stats["percentiles"][5] <= stats["percentiles"][50] <= stats["percentiles"][99] <= stats["max"]
+    assert (
+        stats["min"] <= stats["percentiles"][5] <= stats["percentiles"][50] <= stats["percentiles"][99] <= stats["max"]
+    )
     assert stats["min"] < stats["mean"] < stats["max"] and stats["std"] > 0
 
 

@@ -23,7 +23,15 @@ BLT = (
 def run(folder, script, *flags, ok=True):
     """Run a script in a folder; returns stdout (and stderr if it must fail, which then is one line without a traceback)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], cwd=folder, capture_output=True, encoding="utf-8", errors="replace", timeout=300, env=environment)
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, flags)],
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=300,
+        env=environment,
+    )
     if ok:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         assert "Warning" not in done.stderr, done.stderr[-2000:]
@@ -89,15 +97,26 @@ def test_cached_entropies_are_the_live_ones(pipeline):
         assert np.abs(cache.document(place) - live).mean() < 0.02
     # The stream of starts is each document's starts, one after the other.
     starts = training_starts(corpus, cache.train, patcher.config, cache)
-    alone = np.concatenate([[True], *(patcher.starts(corpus.document(n), cache.document(i)) for i, n in enumerate(cache.train))])
+    alone = np.concatenate(
+        [[True], *(patcher.starts(corpus.document(n), cache.document(i)) for i, n in enumerate(cache.train))]
+    )
     assert starts.read(0, len(starts)).tolist() == alone.tolist()
     sizes = training_patch_sizes(starts, corpus, cache.train)
-    want = [len(p) for i, n in enumerate(cache.train) for p in np.split(corpus.document(n), np.flatnonzero(patcher.starts(corpus.document(n), cache.document(i))[1:-1]) + 1)]
+    want = [
+        len(p)
+        for i, n in enumerate(cache.train)
+        for p in np.split(
+            corpus.document(n), np.flatnonzero(patcher.starts(corpus.document(n), cache.document(i))[1:-1]) + 1
+        )
+    ]
     assert sizes.tolist() == want
     for method, level in (("space", 1.0), ("static", 5.0)):
         other = EntropyPatcher(None, PatchConfig(method, level))
         got = training_starts(corpus, cache.train, other.config)
-        assert got.read(0, len(got)).tolist() == np.concatenate([[True], *(other.starts(corpus.document(n)) for n in cache.train)]).tolist()
+        assert (
+            got.read(0, len(got)).tolist()
+            == np.concatenate([[True], *(other.starts(corpus.document(n)) for n in cache.train)]).tolist()
+        )
 
 
 def test_blt_files_and_generation(pipeline):
@@ -123,11 +142,33 @@ def test_what_was_trained_compresses(pipeline):
 def test_repatching_needs_no_model_pass(pipeline, tmp_path):
     folder, _ = pipeline
     shutil.copytree(folder, tmp_path / "copy")
-    out = run(tmp_path / "copy", "create_patches.py", "--max_bytes", 60000, "--val_bytes", 20000, "--method", "monotonic", "--target_patch_size", 6)
+    out = run(
+        tmp_path / "copy",
+        "create_patches.py",
+        "--max_bytes",
+        60000,
+        "--val_bytes",
+        20000,
+        "--method",
+        "monotonic",
+        "--target_patch_size",
+        6,
+    )
     assert "is there already" in out
     size = json.loads((tmp_path / "copy" / "patch_cache" / "patches.json").read_text())["statistics"]["avg_patch_size"]
     assert size == pytest.approx(6, abs=0.4)
-    out = run(tmp_path / "copy", "create_patches.py", "--max_bytes", 60000, "--val_bytes", 20000, "--method", "bpe", "--bpe_vocab_size", 400)
+    out = run(
+        tmp_path / "copy",
+        "create_patches.py",
+        "--max_bytes",
+        60000,
+        "--val_bytes",
+        20000,
+        "--method",
+        "bpe",
+        "--bpe_vocab_size",
+        400,
+    )
     assert "bpe" in out
     assert "looks ahead" in run(tmp_path / "copy", "llm.py", *BLT, ok=False)
 
@@ -136,7 +177,16 @@ def test_extreme_thresholds_warn_with_numbers(pipeline, tmp_path):
     folder, _ = pipeline
     shutil.copytree(folder, tmp_path / "copy")
     for threshold, words in ((0.001, "1.00 bytes a patch"), (9.0, "documents")):
-        out = run(tmp_path / "copy", "create_patches.py", "--max_bytes", 60000, "--val_bytes", 20000, "--entropy_threshold", threshold)
+        out = run(
+            tmp_path / "copy",
+            "create_patches.py",
+            "--max_bytes",
+            60000,
+            "--val_bytes",
+            20000,
+            "--entropy_threshold",
+            threshold,
+        )
         assert "warning" in out and words in out
 
 
@@ -190,7 +240,11 @@ def test_mistakes_get_one_line(pipeline, script, flags, words):
     (folder / "empty_folder").mkdir(exist_ok=True)
     (folder / "records.jsonl").write_text('{"text": "abc"}\n{"text": "def"}\n')
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    line = run(folder, script, *(["--preset", "cpu"] if "--preset" not in flags else []), *flags, ok=False) if script not in ("generate.py", "compress.py") else run(folder, script, *flags, ok=False)
+    line = (
+        run(folder, script, *(["--preset", "cpu"] if "--preset" not in flags else []), *flags, ok=False)
+        if script not in ("generate.py", "compress.py")
+        else run(folder, script, *flags, ok=False)
+    )
     assert words in line
     assert all(path.exists() and path.stat().st_mtime_ns == when for path, when in before.items())  # nothing lost
 
@@ -210,12 +264,31 @@ def test_complete_workflow(tmp_path):
     flags = "--quick_demo --train_entropy --entropy_steps 12 --methods global space static --seeds 2".split()
     out = run(tmp_path, "complete_entropy_workflow.py", *flags, *BLT)
     rows = json.loads((tmp_path / "workflow" / "comparison.json").read_text())
-    assert {row["method"] for row in rows} == {"global", "space", "static"} and all(len(row["val_bpb_of_each_seed"]) == 2 for row in rows)
+    assert {row["method"] for row in rows} == {"global", "space", "static"} and all(
+        len(row["val_bpb_of_each_seed"]) == 2 for row in rows
+    )
     assert all(2 < row["avg_patch_size"] < 9 and 0 < row["val_bpb"] < 8 for row in rows)
     assert is_png(tmp_path / "workflow" / "comparison.png") and "| global |" in out
 
 
-@pytest.mark.parametrize("script", ["entropy_llm", "create_patches", "llm", "llm_large", "train_blt", "complete_entropy_workflow", "generate", "template_llm", "bench", "compress", "convert_hf", "show_patches", "evaluate"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "entropy_llm",
+        "create_patches",
+        "llm",
+        "llm_large",
+        "train_blt",
+        "complete_entropy_workflow",
+        "generate",
+        "template_llm",
+        "bench",
+        "compress",
+        "convert_hf",
+        "show_patches",
+        "evaluate",
+    ],
+)
 def test_help(tmp_path, script):
     out = run(tmp_path, f"{script}.py", "--help")
     assert "Run     python" in out and "default:" in out
@@ -224,7 +297,13 @@ def test_help(tmp_path, script):
 def test_importing_does_nothing(tmp_path):
     names = [path.stem for path in ROOT.glob("*.py")]
     code = f"import torch; s = torch.get_rng_state(); import {', '.join(names)}; assert torch.equal(s, torch.get_rng_state())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0 and done.stdout == "" and os.listdir(tmp_path) == [], done.stderr
 
 
@@ -254,4 +333,6 @@ def test_notebook_is_valid_and_runs_real_scripts():
     notebook = json.loads((ROOT / "notebooks" / "colab.ipynb").read_text())
     source = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
     scripts = re.findall(r"!python (\w+\.py)", source)
-    assert {"entropy_llm.py", "create_patches.py", "llm.py"} <= set(scripts) and all((ROOT / script).exists() for script in scripts)
+    assert {"entropy_llm.py", "create_patches.py", "llm.py"} <= set(scripts) and all(
+        (ROOT / script).exists() for script in scripts
+    )

@@ -66,7 +66,9 @@ def batch_of(batch_rows=2, row_bytes=128, patches=16, seed=0, score_ends=True):
         row[: patches - seed] = torch.from_numpy(np.diff([0, 1, *starts, row_bytes + 1]))
     check_patch_lengths(lengths, row_bytes + 1)
     is_scored = torch.ones(batch_rows, row_bytes, dtype=torch.bool) if score_ends else ids[:, 1:] != 256
-    return RowBatch(ids, is_scored, lengths if score_ends else None, int(is_scored.sum()), int((ids[:, 1:] != 256).sum()))
+    return RowBatch(
+        ids, is_scored, lengths if score_ends else None, int(is_scored.sum()), int((ids[:, 1:] != 256).sum())
+    )
 
 
 class Trainee:
@@ -117,7 +119,9 @@ def step_ops(trainee, **shape):
     return count.total
 
 
-@pytest.mark.parametrize("settings", [{}, dict(dropout=0.1), dict(pooling="mean", qk_norm=True, cross_attn_k=4)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, dict(dropout=0.1), dict(pooling="mean", qk_norm=True, cross_attn_k=4)], ids=str
+)
 def test_ops_of_a_step_depend_on_no_size(settings, monkeypatch):
     """With dropout the CPU computes attention as GPUs without FlexAttention do; else in bands, here one band a row."""
     monkeypatch.setattr(layers, "BAND_SCORES", 1 << 40)
@@ -153,7 +157,11 @@ def test_muon_ops_do_not_grow_with_the_number_of_matrices():
     counts = []
     for layers_of_a_shape in (2, 8):
         torch.manual_seed(0)
-        matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 24), (24, 8), (8, 8)) for _ in range(layers_of_a_shape)]
+        matrices = [
+            torch.nn.Parameter(torch.randn(shape))
+            for shape in ((8, 24), (24, 8), (8, 8))
+            for _ in range(layers_of_a_shape)
+        ]
         for p in matrices:
             p.grad = torch.randn_like(p)
         optimizer = GroupedMuon(matrices, lr=0.02, weight_decay=0.1)
@@ -215,7 +223,9 @@ class CountReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        is_masked = name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        is_masked = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
         if name in READS or is_masked:
             self.reads[name] += 1
         return func(*args, **(kwargs or {}))
@@ -224,11 +234,24 @@ class CountReads(TorchDispatchMode):
 def test_count_reads_sees_reads():
     x = torch.arange(4.0)
     with CountReads() as count:
-        x.sum().item(), bool(x.any()), x[x > 1], x.nonzero(), torch.equal(x, x), x.unique(), x.masked_select(x > 1), float(x[0])
+        (
+            x.sum().item(),
+            bool(x.any()),
+            x[x > 1],
+            x.nonzero(),
+            torch.equal(x, x),
+            x.unique(),
+            x.masked_select(x > 1),
+            float(x[0]),
+        )
     assert count.reads.total() == 8, count.reads
 
 
-@pytest.mark.parametrize("settings", [{}, dict(dropout=0.1), dict(hash_rows=5000), dict(pooling="mean", qk_norm=True, encoder_layers=2)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(dropout=0.1), dict(hash_rows=5000), dict(pooling="mean", qk_norm=True, encoder_layers=2)],
+    ids=str,
+)
 def test_a_step_reads_nothing_back(settings, monkeypatch):
     """In fp32 and bf16; the loss scaler of fp16 has to know whether a gradient overflowed."""
     monkeypatch.setattr(blt_model, "DENSE_HASH_ROWS", 100)
@@ -248,11 +271,21 @@ def test_a_step_of_the_entropy_model_reads_nothing_back():
 
 def test_the_loop_reads_only_where_it_logs_and_evaluates(tmp_path):
     documents = [np.random.default_rng(i).integers(97, 110, 100, dtype=np.uint8) for i in range(8)]
-    data = PatchedDataset.from_documents(documents, documents[:1], EntropyPatcher(None, threshold=4, method="static"), 64, 2)
+    data = PatchedDataset.from_documents(
+        documents, documents[:1], EntropyPatcher(None, threshold=4, method="static"), 64, 2
+    )
     counts = []
     for steps in (2, 5):
         config = TrainingConfig(
-            row_bytes=64, batch_rows=2, steps=steps, accumulate=2, eval_every=100, log_every=100, precision="fp32", compile="no", device="cpu"
+            row_bytes=64,
+            batch_rows=2,
+            steps=steps,
+            accumulate=2,
+            eval_every=100,
+            log_every=100,
+            precision="fp32",
+            compile="no",
+            device="cpu",
         )
         with CountReads() as count:
             fit(blt(), config, data.train_rows, data.validation_batches, tmp_path / str(steps))
@@ -284,7 +317,9 @@ def check_compiled(model, batches, fullgraph):
             torch.testing.assert_close(nats, eager_nats, atol=1e-5, rtol=0)
             for name, gradient in gradients.items():
                 assert gradient.layout == eager_gradients[name].layout, name
-                torch.testing.assert_close(gradient.to_dense(), eager_gradients[name].to_dense(), atol=1e-5, rtol=0, msg=name)
+                torch.testing.assert_close(
+                    gradient.to_dense(), eager_gradients[name].to_dense(), atol=1e-5, rtol=0, msg=name
+                )
     return torch._dynamo.utils.counters
 
 
@@ -304,7 +339,9 @@ def test_blt_is_one_graph_and_compiles_once(attention, monkeypatch):
 
 
 def test_entropy_model_is_one_graph_and_compiles_once():
-    counters = check_compiled(entropy_model(), [batch_of(seed=seed, score_ends=False) for seed in range(3)], fullgraph=True)
+    counters = check_compiled(
+        entropy_model(), [batch_of(seed=seed, score_ends=False) for seed in range(3)], fullgraph=True
+    )
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
@@ -312,7 +349,9 @@ def test_sparse_tables_break_the_graph_at_the_lookup_only(monkeypatch):
     monkeypatch.setattr(blt_model, "DENSE_HASH_ROWS", 8)
     model = blt(ngram_sizes=[3])
     counters = check_compiled(model, [batch_of(seed=seed) for seed in range(3)], fullgraph=False)
-    assert len(counters["graph_break"]) == 1 and "embed_ngrams" in next(iter(counters["graph_break"])), counters["graph_break"]
+    assert len(counters["graph_break"]) == 1 and "embed_ngrams" in next(iter(counters["graph_break"])), counters[
+        "graph_break"
+    ]
     assert counters["stats"]["unique_graphs"] == 2  # before the lookup and after it
     trainee, forward = Trainee(model), torch.compile(model, backend="aot_eager")
     before = model.encoder.hash_embedding.tables.weight.detach().clone()
@@ -425,6 +464,9 @@ def test_patching_has_no_loop_over_places(method, options):
     counts = []
     for places in (1000, 1000, 100_000):  # the first call may import
         rng = np.random.default_rng(0)
-        entropies, text = rng.random(places, dtype=np.float32).astype(np.float16), rng.integers(0, 256, places, dtype=np.uint8)
+        entropies, text = (
+            rng.random(places, dtype=np.float32).astype(np.float16),
+            rng.integers(0, 256, places, dtype=np.uint8),
+        )
         counts.append(lines_run(patch_starts, entropies, method, threshold, byte_values=text, **options))
     assert 5 < counts[1] == counts[2] < 200

@@ -62,7 +62,9 @@ def model(request, vocabulary):
     torch.manual_seed(0)
     if request.param == "bpe":
         return BPETransformer(BPEConfig(dim=32, n_layers=2, n_heads=2), vocabulary).eval()
-    return FlatByteTransformer(FlatConfig(dim=32, n_layers=2, n_heads=2, window=8 if request.param == "flat" else None)).eval()
+    return FlatByteTransformer(
+        FlatConfig(dim=32, n_layers=2, n_heads=2, window=8 if request.param == "flat" else None)
+    ).eval()
 
 
 def row_of(model, ids):
@@ -126,7 +128,9 @@ def test_row_alone_equals_row_in_a_batch(model):
         n = len(row[0]) - 1
         alone = make_batch([row], row_bytes=n, vocabulary=model.vocabulary)
         torch.testing.assert_close(model(alone.ids[:, :-1])[0], batched[r, :n], atol=1e-4, rtol=0)
-    assert together.bytes == 60 + 9 + 33 and together.ids[1, len(rows[1][0]) :].unique().tolist() == [boundary]  # padding
+    assert together.bytes == 60 + 9 + 33 and together.ids[1, len(rows[1][0]) :].unique().tolist() == [
+        boundary
+    ]  # padding
 
 
 @torch.no_grad()
@@ -183,7 +187,9 @@ def test_bpe_bits_per_byte_by_hand(vocabulary):
     for t, target in enumerate([*ids.tolist(), vocabulary.boundary]):
         nats -= model(row_of(model, ids[:t]))[0, -1].log_softmax(-1)[target].item()
     assert bits_per_byte(model, None, [document]) == pytest.approx(nats / math.log(2) / len(document), rel=1e-5)
-    assert bits_per_byte(model, None, [document.tobytes()], row_bytes=len(ids) + 1) == pytest.approx(nats / math.log(2) / len(document), rel=1e-5)
+    assert bits_per_byte(model, None, [document.tobytes()], row_bytes=len(ids) + 1) == pytest.approx(
+        nats / math.log(2) / len(document), rel=1e-5
+    )
 
 
 @torch.no_grad()
@@ -201,11 +207,15 @@ def test_bpe_documents_longer_than_a_row_count_every_token_and_byte_once(vocabul
         scored_to = end
         begin += row_ids // 2
     short = text(3, 1)
-    batches = list(evaluation_batches([vocabulary.encode(d) for d in (document, short)], None, row_ids, 3, vocabulary=vocabulary))
+    batches = list(
+        evaluation_batches([vocabulary.encode(d) for d in (document, short)], None, row_ids, 3, vocabulary=vocabulary)
+    )
     result = evaluate(model, batches, torch.device("cpu"))
     assert result["val_bytes"] == len(document) + len(short)
     assert sum(batch.targets for batch in batches) == len(ids) - 1 + len(vocabulary.encode(short)) + 1
-    assert bits_per_byte(model, None, [document], row_bytes=row_ids) == pytest.approx(nats / math.log(2) / len(document), rel=1e-5)
+    assert bits_per_byte(model, None, [document], row_bytes=row_ids) == pytest.approx(
+        nats / math.log(2) / len(document), rel=1e-5
+    )
 
 
 def test_rows_of_bytes_become_rows_of_tokens(vocabulary):
@@ -229,7 +239,10 @@ def test_training_rows_of_tokens_hold_every_token_and_byte_once(vocabulary):
     batches = [rows.batch([number]) for number in range(len(rows))]
     targets = [i for batch in batches for i in batch.ids[0, 1:][batch.is_scored[0]].tolist()]
     assert targets == whole[1:].tolist()
-    assert sum(batch.bytes for batch in batches) == stream.total_bytes and sum(batch.targets for batch in batches) == len(whole) - 1
+    assert (
+        sum(batch.bytes for batch in batches) == stream.total_bytes
+        and sum(batch.targets for batch in batches) == len(whole) - 1
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -245,14 +258,26 @@ def train(kind, vocabulary, folder, training=None, stream_hook=None, **changes):
     stream = DocumentStream.of_documents([model.vocabulary.encode(d) for d in training], model.vocabulary)
     if stream_hook:
         stream_hook(stream)
-    given = dict(row_bytes=64, batch_rows=4, steps=20, eval_every=10, log_every=5, device="cpu", precision="fp32", model=kind, output=str(folder))
+    given = dict(
+        row_bytes=64,
+        batch_rows=4,
+        steps=20,
+        eval_every=10,
+        log_every=5,
+        device="cpu",
+        precision="fp32",
+        model=kind,
+        output=str(folder),
+    )
     validation = training[:1] if len(training) == 1 else [text(40, 100), text(3, 101)]
     return model, train_template(model, stream, validation, TemplateConfig(**{**given, **changes})), validation
 
 
 @pytest.mark.parametrize("kind", ["flat", "bpe"])
 def test_one_batch_overfits(kind, vocabulary, tmp_path):
-    model, result, validation = train(kind, vocabulary, tmp_path, [text(12, 0)], steps=120, batch_rows=1, eval_every=120)
+    model, result, validation = train(
+        kind, vocabulary, tmp_path, [text(12, 0)], steps=120, batch_rows=1, eval_every=120
+    )
     assert result["val_bpb"] < 0.25
     assert bits_per_byte(model, None, validation, row_bytes=64) == pytest.approx(result["val_bpb"], rel=1e-4)
 
@@ -288,7 +313,9 @@ def test_stopped_and_resumed_equals_straight_through(kind, vocabulary, tmp_path)
 
 
 def test_leak_stops_training(tmp_path, monkeypatch, vocabulary):
-    monkeypatch.setattr(CausalPlan, "attend", lambda self, q, k, v, past=None, dropout=0.0: v.mean(1, keepdim=True).expand_as(v))
+    monkeypatch.setattr(
+        CausalPlan, "attend", lambda self, q, k, v, past=None, dropout=0.0: v.mean(1, keepdim=True).expand_as(v)
+    )
     for kind in ("flat", "bpe"):
         with pytest.raises(ValueError, match="leak"):
             train(kind, vocabulary, tmp_path / "run")
@@ -300,7 +327,10 @@ def test_parameters_and_their_optimizers(model):
     assert set(parts) == {"embedding", "layers", "head"}
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
     muon, adam = make_optimizers(model, RunConfig())
-    assert sum(p.numel() for group in adam.param_groups for p in group["params"] if p.dim() == 2) == parts["embedding"] + parts["head"]
+    assert (
+        sum(p.numel() for group in adam.param_groups for p in group["params"] if p.dim() == 2)
+        == parts["embedding"] + parts["head"]
+    )
     assert len(muon.param_groups[0]["params"]) == 7 * 2  # q, k, v, o, w1, w2, w3 of two layers
 
 
@@ -350,7 +380,12 @@ def test_errors(model, vocabulary, tmp_path):
     with pytest.raises(ValueError, match=r"\[B, T\]"):
         model(torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ValueError, match="not of the model's ids"):
-        train_template(bpe_model(vocabulary), DocumentStream.of_documents([text(9, 0)]), [text(9, 1)], TemplateConfig(output=str(tmp_path)))
+        train_template(
+            bpe_model(vocabulary),
+            DocumentStream.of_documents([text(9, 0)]),
+            [text(9, 1)],
+            TemplateConfig(output=str(tmp_path)),
+        )
     with pytest.raises(ValueError, match="at least one byte"):
         bits_per_byte(model, None, [b""])
     with pytest.raises(FileNotFoundError, match="python template_llm.py"):
@@ -364,7 +399,18 @@ def test_errors(model, vocabulary, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
-TINY = dict(dim=32, n_layers=1, row_bytes=128, batch_rows=4, steps=12, eval_every=6, val_bytes=20000, max_bytes=60000, vocab_size=400, device="cpu")
+TINY = dict(
+    dim=32,
+    n_layers=1,
+    row_bytes=128,
+    batch_rows=4,
+    steps=12,
+    eval_every=6,
+    val_bytes=20000,
+    max_bytes=60000,
+    vocab_size=400,
+    device="cpu",
+)
 
 
 def run(folder, *flags, ok=True):
@@ -375,7 +421,9 @@ def run(folder, *flags, ok=True):
     if ok:
         assert done.returncode == 0 and "Warning" not in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
-    assert done.returncode != 0 and "Traceback" not in done.stderr and done.stderr.count("error:") == 1, done.stderr[-2000:]
+    assert done.returncode != 0 and "Traceback" not in done.stderr and done.stderr.count("error:") == 1, done.stderr[
+        -2000:
+    ]
     return done.stderr
 
 
@@ -385,7 +433,14 @@ def test_script(kind, tmp_path_factory, monkeypatch, capsys):
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
     settings_ = dict(model=kind, **{**template_llm.PRESETS["cpu"], **TINY})
-    out = run(folder, "--model", kind, "--preset", "cpu", *(part for name, value in TINY.items() for part in (f"--{name}", str(value))))
+    out = run(
+        folder,
+        "--model",
+        kind,
+        "--preset",
+        "cpu",
+        *(part for name, value in TINY.items() for part in (f"--{name}", str(value))),
+    )
     assert "leak gate passed" in out and ("bytes a token" in out) == (kind == "bpe")
     assert re.search(r"val \d\.\d+ bpb over [\d,]+ bytes of held-out text .*gzip -9 \d\.\d+, xz -9 \d\.\d+", out)
     output = folder / f"checkpoints_{kind}"
@@ -404,7 +459,10 @@ def test_script(kind, tmp_path_factory, monkeypatch, capsys):
 
     capsys.readouterr()
     template_llm.main(TemplateConfig(**settings_, resume=True))
-    assert "at step 12" in capsys.readouterr().out and json.loads((output / "model.json").read_text())["result"]["val_bpb"] == record["result"]["val_bpb"]
+    assert (
+        "at step 12" in capsys.readouterr().out
+        and json.loads((output / "model.json").read_text())["result"]["val_bpb"] == record["result"]["val_bpb"]
+    )
     with pytest.raises(ValueError, match="dim: 32 then, 48 now"):
         template_llm.main(TemplateConfig(**{**settings_, "dim": 48}, resume=True))
     with pytest.raises(FileNotFoundError, match="without --resume"):

@@ -38,7 +38,16 @@ def dataset(row_bytes=64):
 
 
 def config(tmp_path, **changes):
-    settings = dict(row_bytes=64, batch_rows=4, steps=30, eval_every=10, log_every=5, device="cpu", precision="fp32", output=str(tmp_path / "run"))
+    settings = dict(
+        row_bytes=64,
+        batch_rows=4,
+        steps=30,
+        eval_every=10,
+        log_every=5,
+        device="cpu",
+        precision="fp32",
+        output=str(tmp_path / "run"),
+    )
     return TrainingConfig(**{**settings, **changes})
 
 
@@ -110,7 +119,9 @@ def test_resume_errors(tmp_path):
 def test_accumulation_equals_one_large_batch(tmp_path):
     def weights(name, **changes):
         blt = model()
-        train_blt(blt, dataset(), config(tmp_path, output=str(tmp_path / name), steps=3, eval_every=3, log_every=1, **changes))
+        train_blt(
+            blt, dataset(), config(tmp_path, output=str(tmp_path / name), steps=3, eval_every=3, log_every=1, **changes)
+        )
         losses.append([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line])
         return torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
 
@@ -118,7 +129,9 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     large, accumulated = weights("large", batch_rows=8), weights("accumulated", batch_rows=4, accumulate=2)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     for name in large:
-        torch.testing.assert_close(large[name], accumulated[name], atol=2e-3, rtol=0)  # Muon's bf16 iterations differ by rounding
+        torch.testing.assert_close(
+            large[name], accumulated[name], atol=2e-3, rtol=0
+        )  # Muon's bf16 iterations differ by rounding
 
 
 def test_train_blt_stops_on_a_leak(tmp_path):
@@ -166,7 +179,9 @@ def test_every_id_is_a_target_once_with_its_own_patches(row_bytes, slots):
     starts.close()
     stream = DocumentStream.of_documents(documents)
     whole = np.concatenate([*(np.append(256, d) for d in documents), [256]])
-    assert stream.ids(0, len(stream)).tolist() == whole.tolist() and starts.read(0, len(flags)).tolist() == flags.tolist()
+    assert (
+        stream.ids(0, len(stream)).tolist() == whole.tolist() and starts.read(0, len(flags)).tolist() == flags.tolist()
+    )
     rows, targets = TrainingRows(stream, row_bytes, starts, slots), []
     for number in range(len(rows)):
         batch = rows.batch([number])
@@ -207,21 +222,37 @@ def test_shuffle_is_a_permutation_each_epoch():
 
 def test_every_parameter_has_one_optimizer(tmp_path):
     blt = model()
-    muon, adam, row_wise = ([id(p) for group in o.param_groups for p in group["params"]] for o in make_optimizers(blt, config(tmp_path)))
+    muon, adam, row_wise = (
+        [id(p) for group in o.param_groups for p in group["params"]] for o in make_optimizers(blt, config(tmp_path))
+    )
     assert sorted(muon + adam + row_wise) == sorted(id(p) for p in blt.parameters())
     assert {id(blt.head.weight), id(blt.encoder.byte_embedding.weight)} <= set(adam)
-    assert row_wise == [id(blt.encoder.hash_embedding.tables.weight)] and id(blt.latent.blocks[0].attention.wq.weight) in muon
+    assert (
+        row_wise == [id(blt.encoder.hash_embedding.tables.weight)]
+        and id(blt.latent.blocks[0].attention.wq.weight) in muon
+    )
 
 
 def test_schedules():
     trapezoid = [learning_rate_scale(step, RunConfig(steps=100, warmup=0.1, cooldown=0.4)) for step in range(100)]
-    assert trapezoid[0] == 0.1 and trapezoid[9] == trapezoid[59] == 1.0 and trapezoid[80] == 0.5 and 0 < trapezoid[99] <= 0.026
+    assert (
+        trapezoid[0] == 0.1
+        and trapezoid[9] == trapezoid[59] == 1.0
+        and trapezoid[80] == 0.5
+        and 0 < trapezoid[99] <= 0.026
+    )
     cosine = [learning_rate_scale(step, RunConfig(steps=100, warmup=0.0, schedule="cosine")) for step in range(100)]
     assert cosine == sorted(cosine, reverse=True) and cosine[0] == 1.0 and cosine[99] < 0.01
 
 
 def test_config_errors_name_field_and_value():
-    for bad, words in ((dict(steps=0), "steps is 0"), (dict(clip=-1), "clip is -1"), (dict(schedule="step"), "schedule is 'step'"), (dict(val_fraction=0.9), "val_fraction is 0.9"), (dict(warmup=2), "warmup is 2")):
+    for bad, words in (
+        (dict(steps=0), "steps is 0"),
+        (dict(clip=-1), "clip is -1"),
+        (dict(schedule="step"), "schedule is 'step'"),
+        (dict(val_fraction=0.9), "val_fraction is 0.9"),
+        (dict(warmup=2), "warmup is 2"),
+    ):
         with pytest.raises(ValueError, match=words):
             RunConfig(**bad)
     with pytest.raises(ValueError, match="patch_method"):
@@ -285,14 +316,19 @@ def test_entropy_model_round_trip(tmp_path):
 
 
 def test_a_damaged_blt_gets_an_error_that_says_what_to_do(tmp_path):
-    config = BLTConfig(encoder_dim=16, global_dim=16, global_layers=1, decoder_dim=16, decoder_layers=1, hash_rows=16, window=8)
+    config = BLTConfig(
+        encoder_dim=16, global_dim=16, global_layers=1, decoder_dim=16, decoder_layers=1, hash_rows=16, window=8
+    )
     record = {"model_config": asdict(config), "patch_config": asdict(PatchConfig("static", 4.0)), "precision": "fp32"}
     (tmp_path / "model.json").write_text(json.dumps(record))
     torch.manual_seed(0)
     model = BLTModel(config)
     save_weights(tmp_path / "best.pt", model)
     loaded, patcher, _ = load_blt(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters())) and patcher.config.method == "static"
+    assert (
+        all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
+        and patcher.config.method == "static"
+    )
     for damage in (b"junk", (tmp_path / "best.pt").read_bytes()[:-100]):
         (tmp_path / "best.pt").write_bytes(damage)
         with pytest.raises(ValueError, match="best.pt does not hold .* train it again"):
@@ -323,7 +359,9 @@ def test_generate_is_greedy_by_the_full_pass_and_seeded(tmp_path):
     with torch.no_grad():
         best = blt(batch.ids[:, :-1], batch.patch_lengths)[0].argmax(-1)
     assert best[7 : 7 + len(new)].tolist() == list(new)
-    assert generate(blt, patcher, "", 5, temperature=1.0, seed=1) == generate(blt, patcher, b"", 5, temperature=1.0, seed=1)
+    assert generate(blt, patcher, "", 5, temperature=1.0, seed=1) == generate(
+        blt, patcher, b"", 5, temperature=1.0, seed=1
+    )
     assert len(generate(blt, patcher, b"x" * 50, 4, context_bytes=16)) <= 4
 
 
@@ -337,7 +375,11 @@ def test_bits_per_byte_of_a_model_without_patches():
 
 
 def test_a_wrong_compiled_model_stops_the_run():
-    model = BLTModel(BLTConfig(encoder_dim=16, global_dim=16, decoder_dim=16, global_layers=1, decoder_layers=1, hash_rows=16, window=8))
+    model = BLTModel(
+        BLTConfig(
+            encoder_dim=16, global_dim=16, decoder_dim=16, global_layers=1, decoder_layers=1, hash_rows=16, window=8
+        )
+    )
     document = np.arange(40, dtype=np.uint8)
     (batch,) = evaluation_batches([document], [np.arange(41) % 4 == 0], 64)
     nats, _ = row_nats(model, batch)
