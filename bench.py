@@ -15,7 +15,7 @@ Run     python bench.py [--models NAME ...] [--against transformers flat loop] [
 Flags of the model (--encoder_dim, --window, --row_bytes, ...) change every model named; those left out (None) are as that model has them.
 
 How it is measured
-- A step is that of training.fit: rows to the device, `autocast`, `row_nats`, backward, clipping, the optimizers of `make_optimizers`;
+- A step is that of training.fit: rows to the device, `autocast`, `target_losses`, backward, clipping, the optimizers of `make_optimizers`;
   on CUDA under torch.compile. The clock is read after the device is done. Warm-up steps do not count; medians with quartiles do.
 - Every model lives in a process of its own, so peak memory is its own: on CUDA the most that was allocated; on a CPU the largest
   resident set during the steps, less what was resident before the model was made.
@@ -48,7 +48,7 @@ from blt.flops import TRAINING, blt_flops, flat_shape_of_equal_flops, peak_flops
 from blt.ids import BOUNDARY
 from blt.incremental import IncrementalBLT
 from blt.loop import RunConfig
-from blt.metric import row_nats
+from blt.metric import target_losses
 from blt.optimizers import add_gradients, apply_gradients, make_optimizers
 from blt.patch_rules import METHODS, PatchConfig, patch_starts, threshold_for_patch_size
 from blt.rows import BitArray, DocumentStream, TrainingRows
@@ -130,7 +130,7 @@ class BenchConfig(ModelFlags):
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     repeats: int = 7  # timed steps, or rounds
     warmup: int = 2  # steps before them; the first of them compiles
-    lanes: int | None = None  # streams side by side in the entropy pass; None: 4 on a CPU, 256 elsewhere
+    streams: int | None = None  # streams side by side in the entropy pass; None: 4 on a CPU, 256 elsewhere
     seed: int = 1337  # weights, rows, random patches
     # generation
     prompt_bytes: int = 1000  # of held-out text
@@ -152,7 +152,7 @@ class BenchConfig(ModelFlags):
             "accumulate",
             "repeats",
             "warmup",
-            "lanes",
+            "streams",
             "scaling_bytes",
             "prompt_bytes",
             "new_bytes",
@@ -302,11 +302,11 @@ class Runner:
         if job.kind == "loop":
             from blt.plain_blt import plain_logits
 
-            self.nats = lambda batch: row_nats(lambda *inputs: plain_logits(self.model, *inputs), batch)[0]
+            self.nats = lambda batch: target_losses(lambda *inputs: plain_logits(self.model, *inputs), batch)[0]
             return {precision: (precision, lambda: None) for precision in precisions}
         step_model = torch.compile(self.model) if is_compiled else self.model
         drop = {"patch_lengths": None} if job.kind == "flat" else {}
-        self.nats = lambda batch: row_nats(step_model, replace(batch, **drop))[0]
+        self.nats = lambda batch: target_losses(step_model, replace(batch, **drop))[0]
         return {job.precision + (", compiled" if is_compiled else ""): (job.precision, lambda: None)}
 
     def _make_transformers(self, precisions, is_compiled):
@@ -611,10 +611,10 @@ def bench_against(kind, job, bytes_per_patch, config, peak):
 
 def bench_entropy_pass(config, device, precision, peak):
     """Bytes a second of `stream_entropies`: documents of equal length, one a lane, so that no lane reads anything twice."""
-    lanes = config.lanes or (4 if device.type == "cpu" else 256)
+    streams = config.streams or (4 if device.type == "cpu" else 256)
     length = 2048 * (2 if device.type == "cpu" else 8) - 1  # with the place of its end whole chunks
     text = np.concatenate(sample_documents(config.data_cache))
-    stream = DocumentStream.of_documents([np.roll(text, -i * length)[:length] for i in range(lanes)])
+    stream = DocumentStream.of_documents([np.roll(text, -i * length)[:length] for i in range(streams)])
     out = []
     for name, preset in (("default", {}), ("cpu", ENTROPY_PRESETS["cpu"])):
         c = EntropyConfig(**preset)
@@ -622,12 +622,12 @@ def bench_entropy_pass(config, device, precision, peak):
         model, seconds = MinimalLLM(c).to(device).eval(), []
         for _ in range(1 + min(3, config.repeats)):
             tick = time.perf_counter()
-            stream_entropies(model, stream, lanes, precision=precision)  # ends on the CPU, so the clock is honest
+            stream_entropies(model, stream, streams, precision=precision)  # ends on the CPU, so the clock is honest
             seconds.append(time.perf_counter() - tick)
         flops = transformer_flops(c.d_model, c.n_layers, c.vocab_size, length + 1, c.max_seq_len)
         speed = stream.total_bytes / np.array(seconds[1:])
         out.append({
-            "name": name, "size": f"{c.n_layers} x {c.d_model}, window {c.max_seq_len}", "lanes": lanes, "bytes": stream.total_bytes, "bytes_per_second": spread(speed),
+            "name": name, "size": f"{c.n_layers} x {c.d_model}, window {c.max_seq_len}", "streams": streams, "bytes": stream.total_bytes, "bytes_per_second": spread(speed),
             "flops_per_byte": flops, "mfu": float(np.median(speed)) * sum(flops.values()) / peak,
         })  # fmt: skip
     return out
@@ -715,7 +715,7 @@ def bench_generation(name, job, config, device):
     out. Also the time to read a byte about places 500 and 5,000 of one text: once as it is, and with rows of at most 1,024 ids.
     """
     from blt.sampling import SamplingConfig
-    from generate import Writer
+    from generate import Generator
 
     set_seed(config.seed)
     if name.endswith(".json"):
@@ -738,19 +738,19 @@ def bench_generation(name, job, config, device):
 
     def write(who, prompt, draft_bytes):
         with threads_for(1):
-            writer = Writer(model, patcher, [prompt], config.new_bytes, SamplingConfig(), draft_bytes=draft_bytes)
-            steps = writer.steps()
+            generator = Generator(model, patcher, [prompt], config.new_bytes, SamplingConfig(), draft_bytes=draft_bytes)
+            steps = generator.steps()
             next(steps)
             synchronize(device)
             tick = time.perf_counter()
             for _ in steps:
                 pass
             synchronize(device)
-        new = writer.choosers[0].settled()
+        new = generator.samplers[0].final_bytes()
         seconds.setdefault(who, []).append((time.perf_counter() - tick) / max(1, len(new) - 1))
         written.setdefault(who, []).append(new)
         if draft_bytes and len(seconds[who]) > config.warmup:
-            for i, count in enumerate((writer.drafted, writer.accepted, writer.passes)):
+            for i, count in enumerate((generator.drafted, generator.accepted, generator.passes)):
                 drafts[i] += count
 
     contestants = {"cached": lambda prompt: write("cached", prompt, 0)}
@@ -855,7 +855,7 @@ def print_results(out):
         ])  # fmt: skip
     for e in out.get("entropy_pass", []):
         rows.append([
-            f"entropies, {e['name']} ({e['size']})", f"{e['lanes']} lanes", "-", "-", "-", f"{e['bytes_per_second']['median'] / 1e3:,.1f} kB/s", "-",
+            f"entropies, {e['name']} ({e['size']})", f"{e['streams']} streams", "-", "-", "-", f"{e['bytes_per_second']['median'] / 1e3:,.1f} kB/s", "-",
             f"{sum(e['flops_per_byte'].values()) / 1e6:.2f}M", f"{e['mfu']:.1%}", "-", "-", "-",
         ])  # fmt: skip
     for method, speed in out.get("patch_starts_bytes_per_second", {}).items():

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from blt.attention import CausalPlan
+from blt.attention import AttentionPlan
 from blt.checks import check, check_positive
 from blt.ids import BOUNDARY, documents_of
 from blt.kernels import GatherAttention, SegmentAttention, apply_function
@@ -308,13 +308,13 @@ class BLTModel(nn.Module):
         head_dims = {
             part: getattr(config, f"{part}_dim") // config.heads(part) for part in ("encoder", "global", "decoder")
         }
-        plan = CausalPlan(documents_BT, head_dims["encoder"], config.rope_theta, config.window)
+        plan = AttentionPlan(documents_BT, head_dims["encoder"], config.rope_theta, config.window)
         bytes_BTD, patches_BPkD = self.encoder(ids_BT, ngrams_BTD, plan, patch_map)
         latents_BPG = self.latent(
-            patches_BPkD, CausalPlan(patch_map.documents_BP, head_dims["global"], config.rope_theta)
+            patches_BPkD, AttentionPlan(patch_map.documents_BP, head_dims["global"], config.rope_theta)
         )
         if head_dims["decoder"] != head_dims["encoder"]:
-            plan = CausalPlan(documents_BT, head_dims["decoder"], config.rope_theta, config.window)
+            plan = AttentionPlan(documents_BT, head_dims["decoder"], config.rope_theta, config.window)
         return self.head(self.decoder(bytes_BTD, latents_BPG, plan, patch_map.read))
 
     def parameters_by_part(self):

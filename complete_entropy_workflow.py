@@ -18,7 +18,7 @@ import entropy_llm
 from blt.checks import check, check_positive
 from blt.config import run_script
 from blt.corpus import DataConfig
-from blt.files import write_aside, write_json
+from blt.files import write_atomically, write_json
 from blt.pictures import draw_comparison
 from train_blt import PRESETS, BLTRunConfig, run
 
@@ -110,7 +110,7 @@ def main(config):
     )
     output = Path(config.output)
     write_json(output / "comparison.json", rows)
-    write_aside(output / "comparison.md", lambda temporary: Path(temporary).write_text(table + "\n"))
+    write_atomically(output / "comparison.md", lambda temporary: Path(temporary).write_text(table + "\n"))
     draw_comparison(output / "comparison.png", rows, f"Patching methods after {config.steps} steps")
     print(f"wrote {output}/comparison.md, comparison.json, comparison.png and a folder for each run")
 

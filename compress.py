@@ -32,7 +32,7 @@ from tqdm import tqdm
 from blt.checks import check, check_positive
 from blt.config import run_script
 from blt.device import choose_device, threads_for
-from blt.files import model_hash, write_aside
+from blt.files import model_hash, write_atomically
 from blt.ids import BOUNDARY
 from blt.incremental import IncrementalBLT
 from blt.metric import bits_per_byte
@@ -246,7 +246,7 @@ def main(config):
         tick = time.perf_counter()
         with bar(read_header(data)[0], "restoring") as progress:
             restored = decompress(data, model, patcher, progress)
-        write_aside(output, lambda temporary: Path(temporary).write_bytes(restored))
+        write_atomically(output, lambda temporary: Path(temporary).write_bytes(restored))
         seconds = time.perf_counter() - tick
         print(
             f"restored {len(restored):,} bytes in {seconds:.1f} s, {len(restored) / seconds / 1e3:.2f} kB/s; checksum right"
@@ -264,7 +264,7 @@ def main(config):
             if decompress(compressed, model, patcher, progress) != data:
                 raise ValueError("the compressed file does not restore the bytes; nothing was written")
     output = config.output or f"{config.file}.blt"
-    write_aside(output, lambda temporary: Path(temporary).write_bytes(compressed))
+    write_atomically(output, lambda temporary: Path(temporary).write_bytes(compressed))
     n = max(1, len(data))
     print(
         f"{len(data):,} bytes to {len(compressed):,}, header {HEADER.size} | {8 * len(compressed) / n:.4f} bits per byte on disk, {bits / n:.4f} by the model's probabilities"

@@ -48,7 +48,7 @@ from transformers.utils import logging
 
 from blt.checks import check
 from blt.config import run_script
-from blt.files import git_commit, load_weights, model_hash, save_weights, write_aside, write_json
+from blt.files import git_commit, load_weights, model_hash, save_weights, write_atomically, write_json
 from blt.ids import BOUNDARY, to_bytes
 from blt.layers import feed_forward_width
 from blt.patch_rules import NEEDS_ENTROPIES, PatchConfig
@@ -468,7 +468,7 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
     config.save_pretrained(output)
     generation.save_pretrained(output)
     make_tokenizer().save_pretrained(output)
-    write_aside(
+    write_atomically(
         output / "model.safetensors", lambda temporary: save_file(weights, temporary, metadata={"format": "pt"})
     )
     return converted

@@ -23,7 +23,7 @@ from blt.device import choose_device, choose_precision
 from blt.entropies import (
     entropy_distribution,
     make_entropies,
-    stream_guesses,
+    stream_predictions,
     training_patch_sizes,
     training_sample,
     training_starts,
@@ -47,7 +47,7 @@ from save_entropy_model import load_entropy_model
 class CreatePatchesConfig(DataConfig):
     # entropies
     entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
-    lanes: int = 4  # places of the text read side by side; more on a GPU (the presets)
+    streams: int = 4  # places of the text read side by side; more on a GPU (the presets)
     chunk_bytes: int = 1024  # bytes of each read at once
     # patches
     method: Literal["global", "monotonic", "both", "static", "space", "cumulative", "bpe"] = "global"  # the rule
@@ -65,7 +65,7 @@ class CreatePatchesConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "lanes", "chunk_bytes", "bpe_vocab_size")
+        check_positive(self, "streams", "chunk_bytes", "bpe_vocab_size")
         if self.target_patch_size is not None and self.entropy_threshold is not None:
             raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
         if self.target_patch_size is not None:
@@ -84,9 +84,9 @@ class CreatePatchesConfig(DataConfig):
 
 PRESETS = {
     "cpu": dict(max_bytes=2_200_000, val_bytes=200_000),
-    "colab_t4": dict(lanes=64, chunk_bytes=2048),
-    "rtx4090": dict(lanes=256, chunk_bytes=2048),
-    "h200": dict(lanes=512, chunk_bytes=2048),
+    "colab_t4": dict(streams=64, chunk_bytes=2048),
+    "rtx4090": dict(streams=256, chunk_bytes=2048),
+    "h200": dict(streams=512, chunk_bytes=2048),
 }
 
 
@@ -99,7 +99,7 @@ def main(config):
     train = corpus.documents("train", config.max_bytes)
     validation = corpus.documents("validation", config.val_bytes)
     cache = make_entropies(
-        config.cache_dir, corpus, model, record, train, validation, precision, config.lanes, config.chunk_bytes
+        config.cache_dir, corpus, model, record, train, validation, precision, config.streams, config.chunk_bytes
     )
 
     sample = training_sample(cache)
@@ -174,18 +174,18 @@ def draw_pictures(config, corpus, validation, patcher, sizes):
         text = whole_characters(config.picture_text.encode("utf-8", "surrogateescape"), MAX_PAGE_BYTES)
     else:
         text = b"\n\n".join(whole_characters(corpus.document(number)[:4001], 4000) for number in validation[:8])
-    H, guesses = stream_guesses(patcher.entropy_model, text, precision=patcher.precision)
+    H, predictions = stream_predictions(patcher.entropy_model, text, precision=patcher.precision)
     starts, sentence = patcher.starts(text, H)[:-1], whole_characters(text, 240)
     draw_entropy_figure(folder / "entropy.png", sentence, H[: len(sentence)], starts[: len(sentence)], threshold, title)
     draw_patch_size_histogram(folder / "patch_sizes.png", sizes, title)
-    figures = [("entropy model, bits a byte", f"{guesses.bits_per_byte:.3f}")]
+    figures = [("entropy model, bits a byte", f"{predictions.bits_per_byte:.3f}")]
     token_starts = starts if rule.method == "bpe" else None
     write_patch_page(
         folder / "patches.html",
         text,
         H[:-1],
         rule.rule,
-        {"entropy model": guesses},
+        {"entropy model": predictions},
         "Patches",
         title,
         figures,

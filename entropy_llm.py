@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from blt.attention import CausalPlan
+from blt.attention import AttentionPlan
 from blt.checks import check, check_positive
 from blt.config import print_header, run_script
 from blt.device import choose_device, choose_precision, set_seed
@@ -91,7 +91,7 @@ class MinimalLLM(nn.Module):
         return self.read(ids_BT, self._plan(documents_of(ids_BT, BOUNDARY)), [None] * len(self.blocks))
 
     def read(self, ids_BT, plan, pasts):
-        """Logits [B, T, 256] under a plan (layers.CausalPlan or incremental.CachePlan); pasts: for each layer, what the plan takes."""
+        """Logits [B, T, 256] under a plan (layers.AttentionPlan or incremental.CachedAttentionPlan); pasts: for each layer, what the plan takes."""
         x_BTD = self.embedding(ids_BT)
         for block, past in zip(self.blocks, pasts):
             x_BTD, _ = block(x_BTD, plan, past)
@@ -104,7 +104,7 @@ class MinimalLLM(nn.Module):
         bytes' document numbers [B, W] and each layer's keys and values [B, W, H, K] (W: one window).
         """
         B, device = ids_BT.shape[0], ids_BT.device
-        carry = CausalPlan.carry_length(self.config.max_seq_len)
+        carry = AttentionPlan.carry_length(self.config.max_seq_len)
         if state is None:
             nothing = self.embedding.weight.new_zeros(
                 B, carry, self.config.n_heads, self.config.d_model // self.config.n_heads
@@ -127,7 +127,7 @@ class MinimalLLM(nn.Module):
 
     def _plan(self, documents_BT, past_documents_BW=None):
         config = self.config
-        return CausalPlan(
+        return AttentionPlan(
             documents_BT, config.d_model // config.n_heads, config.rope_theta, config.max_seq_len, past_documents_BW
         )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from blt.entropies import entropy_distribution, stream_entropies
-from blt.files import hash_of_documents, write_aside
+from blt.files import hash_of_documents, write_atomically
 from blt.ids import to_bytes
 from blt.patch_rules import (
     NEEDS_ENTROPIES,
@@ -60,8 +60,8 @@ class EntropyPatcher:
         if not documents:
             return []
         stream = DocumentStream.of_documents(documents)
-        lanes = min(8, len(documents))
-        flat = stream_entropies(self.entropy_model, stream, lanes, precision=self.precision, progress=progress)
+        n_streams = min(8, len(documents))
+        flat = stream_entropies(self.entropy_model, stream, n_streams, precision=self.precision, progress=progress)
         return np.split(flat, stream.ends[:-1])
 
     def starts(self, byte_sequence, entropies=None):
@@ -121,7 +121,7 @@ class EntropyPatcher:
                 with open(temporary, "wb") as file:
                     np.savez(file, entropies=flat, **made_from)
 
-            write_aside(path, write)
+            write_atomically(path, write)
         return np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []
 
 

@@ -53,8 +53,8 @@ from blt.metric import (
     leak_gate,
     predicts_document_ends,
     rates,
+    score_batches,
     scoring_batches,
-    target_nats,
     vocabulary_of,
 )
 from blt.patch_rules import patch_sizes
@@ -123,7 +123,7 @@ PRESETS = {
 
 
 @dataclass
-class Contestant:
+class ModelUnderTest:
     """A model as this script needs it; patcher None: without patches; row_bytes: bytes that a row is to hold."""
 
     name: str
@@ -150,11 +150,13 @@ class Contestant:
 
 
 def open_model(path, row_bytes=None, device="cpu"):
-    """Read a `Contestant` from an output folder or an entropy model's file. row_bytes None: as it was trained."""
+    """Read a `ModelUnderTest` from an output folder or an entropy model's file. row_bytes None: as it was trained."""
     path = Path(path)
     if path.suffix == ".pth":
         model, record = load_entropy_model(path, device)
-        return Contestant(str(path), "entropy model", model, None, row_bytes or record["config"].get("row_bytes", 2048))
+        return ModelUnderTest(
+            str(path), "entropy model", model, None, row_bytes or record["config"].get("row_bytes", 2048)
+        )
     if not (path / "model.json").exists():
         raise FileNotFoundError(
             f"{path / 'model.json'} not found: --model takes output folders of llm.py, train_blt.py or template_llm.py, and files "
@@ -166,7 +168,7 @@ def open_model(path, row_bytes=None, device="cpu"):
     else:
         (model, record), patcher = load_template(path, device), None
         kind = "BPE transformer" if record["model"] == "bpe" else "flat byte transformer"
-    return Contestant(str(path), kind, model, patcher, row_bytes or record["settings"]["row_bytes"])
+    return ModelUnderTest(str(path), kind, model, patcher, row_bytes or record["settings"]["row_bytes"])
 
 
 def read_documents(config):
@@ -224,7 +226,7 @@ def measure(contestant, documents, is_start, batch_rows=8, precision="fp32"):
     )
 
     def costs():
-        for batch, nats, is_right in target_nats(model, batches, device, precision):
+        for batch, nats, is_right in score_batches(model, batches, device, precision):
             is_scored = batch.is_scored.cpu().numpy()
             document, context = (places[is_scored] for places in target_places(batch, vocabulary))
             size = vocabulary.bytes_of_id[batch.ids[:, 1:].cpu().numpy()[is_scored]]

@@ -24,7 +24,7 @@ from blt.device import autocast, choose_device, threads_for
 from blt.ids import BOUNDARY, to_bytes
 from blt.incremental import CHUNK, IncrementalBLT
 from blt.rows import make_batch
-from blt.sampling import Chooser, SamplingConfig
+from blt.sampling import Sampler, SamplingConfig
 from entropy_patcher import EntropyPatcher
 
 
@@ -63,7 +63,7 @@ def generate(
 
     prompt: whatever `to_bytes` takes; or a list of such prompts, for a list of continuations, each as it would be alone.
     sampling: fields of `SamplingConfig`. cached=False makes every byte by a full pass: slow, with the same greedy result in fp32.
-    draft_bytes: self-speculation as in `Writer`. Patches are made by the patcher from what stands before, as in training.
+    draft_bytes: self-speculation as in `Generator`. Patches are made by the patcher from what stands before, as in training.
     """
     is_batch = isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], (int, np.integer)))
     prompts = [to_bytes(p).tobytes() for p in (prompt if is_batch else [prompt])]
@@ -71,7 +71,7 @@ def generate(
         return []
     was_training = model.training
     model.eval()
-    writer = Writer(
+    generator = Generator(
         model,
         patcher,
         prompts,
@@ -83,17 +83,17 @@ def generate(
         draft_confidence,
     )
     with threads_for(len(prompts)):
-        for _ in writer.steps():
+        for _ in generator.steps():
             pass
     model.train(was_training)
-    new = [chooser.settled() for chooser in writer.choosers]
+    new = [sampler.final_bytes() for sampler in generator.samplers]
     return new if is_batch else new[0]
 
 
-class Writer:
-    """Continues prompts side by side. `for _ in writer.steps()` lets each row grow by a byte, or with drafts by several.
+class Generator:
+    """Continues prompts side by side. `for _ in generator.steps()` lets each row grow by a byte, or with drafts by several.
 
-    choosers[row].settled() is what row has so far. With drafts, the entropy model goes on alone for up to draft_bytes bytes, as
+    samplers[row].final_bytes() is what row has so far. With drafts, the entropy model goes on alone for up to draft_bytes bytes, as
     long as its likeliest byte has at least draft_confidence; one pass of the BLT over all of them then says how many it would have
     chosen itself, and what comes next. drafted, accepted, passes: counts of proposals, of those kept and of the BLT's passes.
     """
@@ -118,7 +118,7 @@ class Writer:
             raise ValueError(
                 "drafts come from the entropy model's cached steps; use draft_bytes=0 with cached=False or static or space patches"
             )
-        self.choosers = [Chooser(prompt, max_new_bytes, config, row) for row, prompt in enumerate(prompts)]
+        self.samplers = [Sampler(prompt, max_new_bytes, config, row) for row, prompt in enumerate(prompts)]
         self.prompts, self.draft_bytes, self.draft_confidence = prompts, draft_bytes, draft_confidence
         self.drafted = self.accepted = self.passes = 0
 
@@ -127,11 +127,11 @@ class Writer:
         ids = [
             np.concatenate(([BOUNDARY], np.frombuffer(prompt, np.uint8))).astype(np.int64) for prompt in self.prompts
         ]
-        logits = self.reader.feed(ids).float().cpu().numpy()
-        nexts = np.array([chooser.choose(row_logits) for chooser, row_logits in zip(self.choosers, logits)])
+        logits = self.reader.prefill(ids).float().cpu().numpy()
+        nexts = np.array([sampler.choose(row_logits) for sampler, row_logits in zip(self.samplers, logits)])
         yield
-        while not all(chooser.is_over for chooser in self.choosers):
-            is_open = np.array([not chooser.is_over for chooser in self.choosers])
+        while not all(sampler.is_over for sampler in self.samplers):
+            is_open = np.array([not sampler.is_over for sampler in self.samplers])
             nexts = self._with_drafts(nexts, is_open) if self.draft_bytes else self._one_byte(nexts, is_open)
             self.passes += 1
             yield
@@ -144,7 +144,7 @@ class Writer:
             .numpy()
         )
         return np.array(
-            [chooser.choose(logits[row]) if is_open[row] else 0 for row, chooser in enumerate(self.choosers)]
+            [sampler.choose(logits[row]) if is_open[row] else 0 for row, sampler in enumerate(self.samplers)]
         )
 
     def _with_drafts(self, nexts, is_open):
@@ -165,15 +165,15 @@ class Writer:
         kept, chosen = counts.copy(), np.zeros(len(nexts), np.int64)
         for row in np.flatnonzero(is_open):
             for i in range(counts[row]):
-                chosen[row] = self.choosers[row].choose(logits[row, i])
-                if self.choosers[row].is_over or i + 1 == counts[row] or chosen[row] != ids[row, i + 1]:
+                chosen[row] = self.samplers[row].choose(logits[row, i])
+                if self.samplers[row].is_over or i + 1 == counts[row] or chosen[row] != ids[row, i + 1]:
                     kept[row] = i + 1
                     break
         reader.commit(kept)
         states = {
             name: np.stack([state[name] for state in states])[np.maximum(kept, 1) - 1, rows] for name in states[0]
         }
-        reader.take_back(before + kept, states)
+        reader.roll_back(before + kept, states)
         self.drafted += int((counts - is_open).sum())
         self.accepted += int((kept - is_open).sum())
         return chosen
@@ -191,7 +191,7 @@ class FullPass:
         )  # as the cached steps compute
         self.texts = [bytearray() for _ in range(n_rows)]
 
-    def feed(self, texts):
+    def prefill(self, texts):
         for row, ids in enumerate(texts):
             self.texts[row] += bytes(ids[1:].astype(np.uint8))
         return torch.stack([self._next_logits(row) for row in range(len(texts))])
@@ -226,7 +226,7 @@ def continue_and_print(model, patcher, prompts, config, context_bytes):
         **{f.name: getattr(config, f.name) for f in fields(SamplingConfig)} | {"context_bytes": context_bytes}
     )
     tick = time.perf_counter()
-    writer = Writer(
+    generator = Generator(
         model,
         patcher,
         prompts,
@@ -241,23 +241,23 @@ def continue_and_print(model, patcher, prompts, config, context_bytes):
         sys.stdout.write(shown[0])
     done = 0
     with threads_for(len(prompts)):
-        for number, _ in enumerate(writer.steps()):
+        for number, _ in enumerate(generator.steps()):
             if number == 0:
                 begin = time.perf_counter()
             if len(prompts) == 1:
-                new = writer.choosers[0].settled()
+                new = generator.samplers[0].final_bytes()
                 sys.stdout.write(decoders[0].decode(new[done:]))
                 sys.stdout.flush()
                 done = len(new)
-    for chooser, decoder, prompt in zip(writer.choosers, decoders, shown):
+    for sampler, decoder, prompt in zip(generator.samplers, decoders, shown):
         if len(prompts) == 1:
             sys.stdout.write(decoder.decode(b"", final=True) + "\n")
         else:
-            sys.stdout.write(prompt + decoder.decode(chooser.settled(), final=True) + "\n\n")
-    new_bytes, seconds = sum(len(chooser.settled()) for chooser in writer.choosers), time.perf_counter() - begin
+            sys.stdout.write(prompt + decoder.decode(sampler.final_bytes(), final=True) + "\n\n")
+    new_bytes, seconds = sum(len(sampler.final_bytes()) for sampler in generator.samplers), time.perf_counter() - begin
     drafts = ""
     if config.draft_bytes:
-        drafts = f" | {writer.accepted / max(1, writer.drafted):.0%} of {writer.drafted} drafts accepted, {new_bytes / max(1, writer.passes):.2f} bytes a pass"
+        drafts = f" | {generator.accepted / max(1, generator.drafted):.0%} of {generator.drafted} drafts accepted, {new_bytes / max(1, generator.passes):.2f} bytes a pass"
     print(
         f"{new_bytes} bytes, {new_bytes / max(seconds, 1e-9):.0f} a second after {begin - tick:.2f} s for the prompt{drafts}",
         file=sys.stderr,

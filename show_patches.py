@@ -21,7 +21,7 @@ from tqdm import tqdm
 from blt.checks import check, check_positive
 from blt.config import run_script
 from blt.device import autocast, choose_device, choose_precision
-from blt.entropies import Guesses, stream_guesses
+from blt.entropies import TopPredictions, stream_predictions
 from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, threshold_for_patch_size
 from blt.pictures import MAX_FIGURE_BYTES, MAX_PAGE_BYTES, draw_entropy_figure, whole_characters, write_patch_page
 from blt.rows import evaluation_batches
@@ -110,8 +110,8 @@ def read_text(config):
 
 
 @torch.no_grad()
-def blt_guesses(model, starts, document, k=5, context_bytes=2048, precision="fp32", progress=None):
-    """What a BLT expected at each byte of a document: `Guesses`, from windows as in evaluation (rows.evaluation_batches).
+def blt_predictions(model, starts, document, k=5, context_bytes=2048, precision="fp32", progress=None):
+    """What a BLT expected at each byte of a document: `TopPredictions`, from windows as in evaluation (rows.evaluation_batches).
 
     starts: bool [N + 1], the document's patches. Short documents are read whole.
     """
@@ -122,11 +122,11 @@ def blt_guesses(model, starts, document, k=5, context_bytes=2048, precision="fp3
         with autocast(device, precision):
             logits_BTV = model(batch.ids[:, :-1], batch.patch_lengths)
         logits_NV = logits_BTV[batch.is_scored]  # the windows follow each other: each byte once, in order, then the end
-        pieces.append(Guesses.of_logits(logits_NV, document[done : done + len(logits_NV)], k))
+        pieces.append(TopPredictions.of_logits(logits_NV, document[done : done + len(logits_NV)], k))
         done += len(pieces[-1].of_byte_N)
         if progress is not None:
             progress.update(len(pieces[-1].of_byte_N))
-    return Guesses.joined(pieces)
+    return TopPredictions.joined(pieces)
 
 
 def describe(rule):
@@ -157,7 +157,7 @@ def main(config):
     if blt is None or entropy_model is None:
         entropy_model, _ = load_entropy_model(config.entropy_model_path or "entropy_model.pth", device)
     with tqdm(total=len(text), unit="B", unit_scale=True, desc="entropies", disable=None) as progress:
-        H, guesses = stream_guesses(entropy_model, document, config.top_k, precision, progress)
+        H, predictions = stream_predictions(entropy_model, document, config.top_k, precision, progress)
     if blt is None:
         threshold = config.entropy_threshold
         if threshold is None and config.method != "space":
@@ -172,16 +172,16 @@ def main(config):
         patcher = EntropyPatcher(
             entropy_model, config.patch_config(1.0 if threshold is None else threshold), precision=precision
         )
-    expected, starts, rule = {"entropy model": guesses}, patcher.starts(document, H), patcher.config
+    expected, starts, rule = {"entropy model": predictions}, patcher.starts(document, H), patcher.config
     if blt is not None:
         with tqdm(total=len(text), unit="B", unit_scale=True, desc="BLT", disable=None) as progress:
-            expected["BLT"] = blt_guesses(
+            expected["BLT"] = blt_predictions(
                 blt, starts, document, config.top_k, config.context_bytes, precision, progress
             )
 
     folder, starts, H = Path(config.output), starts[:-1], H[:-1]
     title = config.title or (Path(config.file).name if config.file else "Patches")
-    costs = [(f"{name}, bits a byte", f"{guess.bits_per_byte:.3f}") for name, guess in expected.items()]
+    costs = [(f"{name}, bits a byte", f"{prediction.bits_per_byte:.3f}") for name, prediction in expected.items()]
     subtitle = describe(rule) + (
         "; the BLT's expectations belong to this rule and stay as they are" if blt is not None else ""
     )

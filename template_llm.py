@@ -23,11 +23,11 @@ from typing import Literal
 import numpy as np
 import torch.nn as nn
 
-from blt.attention import CausalPlan
+from blt.attention import AttentionPlan
 from blt.checks import check, check_positive
 from blt.config import print_header, run_script
 from blt.device import choose_device, choose_precision, set_seed
-from blt.files import load_weights, write_aside, write_json
+from blt.files import load_weights, write_atomically, write_json
 from blt.ids import BYTES, documents_of
 from blt.layers import Block, RMSNorm, default_heads, init_weights
 from blt.loop import RunConfig, fit, training_curves
@@ -155,7 +155,7 @@ class PlainTransformer(nn.Module):
         if ids_BT.dim() != 2:
             raise ValueError(f"ids must be [B, T], not {list(ids_BT.shape)}")
         config = self.config
-        plan = CausalPlan(
+        plan = AttentionPlan(
             documents_of(ids_BT, self.n_classes - 1), config.dim // config.heads, config.rope_theta, config.window
         )
         x_BTD = self.dropout(self.embedding(ids_BT))
@@ -313,7 +313,7 @@ def main(config):
     if not config.resume:
         write_json(output / "model.json", record)  # now, so that an interrupted run can be used too
         if tokenizer is not None:
-            write_aside(output / "tokenizer.json", tokenizer.save)
+            write_atomically(output / "tokenizer.json", tokenizer.save)
     result = train_template(model, stream, validation, config)
     write_json(output / "model.json", {**record, "result": result})
     training_curves(output / "curves.png", output, model.vocabulary.bytes_per_id)

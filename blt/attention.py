@@ -9,7 +9,7 @@ NO_DOCUMENT = -1  # document number of the empty places before a row: equals no 
 AFTER_ROW = -2  # document number of the places that fill up a row's last block: they attend to each other only
 
 
-def rotary_turns(positions_T, head_dim, theta):
+def rotary_cos_sin(positions_T, head_dim, theta):
     """Cosines and sines of the rotary embedding's angles (RoPE, BLT section 4.8).
 
     positions_T: any numbers, negative ones too: only differences matter. Returns float32 [T, 1, head_dim / 2, 2].
@@ -22,18 +22,18 @@ def rotary_turns(positions_T, head_dim, theta):
     return torch.stack((angles_TK.cos(), angles_TK.sin()), dim=-1)[:, None]
 
 
-def rotate(x_BTHK, turns):
-    """Turn each pair (x0, x1), (x2, x3), ... of a head by its position's `rotary_turns`: the released BLT's interleaved layout."""
+def apply_rotary(x_BTHK, cos_sin):
+    """Turn each pair (x0, x1), (x2, x3), ... of a head by its position's `rotary_cos_sin`: the released BLT's interleaved layout."""
     pairs = x_BTHK.float().unflatten(-1, (-1, 2))
     if x_BTHK.device.type == "cpu":  # complex numbers: several times faster there, but torch.compile cannot fuse them
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
     else:
-        (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        (even, odd), (cos, sin) = pairs.unbind(-1), cos_sin.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x_BTHK.dtype)
 
 
-class CausalPlan:
+class AttentionPlan:
     """Who attends to whom in one row batch, and the rotary angles: made once, shared by all layers of a stack.
 
     Position i attends to j iff j is in i's document and i - window < j <= i (window None: any j <= i).
@@ -55,7 +55,7 @@ class CausalPlan:
         self.length, self.window = T, window
         self.past = 0 if past_documents_BW is None else past_documents_BW.shape[1]
         self.bands = self.blocks = self.flex_mask = None
-        self.turns = rotary_turns(torch.arange(-self.past, T, device=device), head_dim, theta)
+        self.cos_sin = rotary_cos_sin(torch.arange(-self.past, T, device=device), head_dim, theta)
 
     @classmethod
     def carry_length(cls, window):
@@ -67,7 +67,7 @@ class CausalPlan:
         """Softmax attention under this plan. past: keys and values [B, carry, H, K] before the row, keys not rotated."""
         if past is not None:
             k_BTHK, v_BTHK = (torch.cat((old.to(new.dtype), new), dim=1) for old, new in zip(past, (k_BTHK, v_BTHK)))
-        q, k = rotate(q_BTHK, self.turns[self.past :]), rotate(k_BTHK, self.turns)
+        q, k = apply_rotary(q_BTHK, self.cos_sin[self.past :]), apply_rotary(k_BTHK, self.cos_sin)
         if q.device.type == "cpu" and not dropout:
             return self._by_bands(q, k, v_BTHK)
         if not dropout and past is None and runs_flex_attention(q.device):

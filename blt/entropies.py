@@ -25,22 +25,26 @@ def entropy_of(logits_BTV):
 
 
 @torch.no_grad()
-def stream_entropies(model, stream, lanes=4, chunk_bytes=1024, precision="fp32", progress=None, out=None, visit=None):
+def stream_entropies(
+    model, stream, n_streams=4, chunk_bytes=1024, precision="fp32", progress=None, out=None, visit=None
+):
     """Entropies of every place of a `DocumentStream` but its last boundary: N + 1 numbers per document, in its order.
 
-    The stream is cut into `lanes` equal shares, read side by side in chunks; the model hands its window on from chunk to
+    The stream is cut into `n_streams` equal shares, read side by side in chunks; the model hands its window on from chunk to
     chunk. A lane begins as far before its share as the model can see, so every number is what one pass over its document
-    gives, whatever the number of lanes and the size of the chunks. Short streams get fewer lanes, that little is read twice.
+    gives, whatever the number of n_streams and the size of the chunks. Short streams get fewer n_streams, that little is read twice.
     out: array to write to (float32 by default). visit: called with (first, last + 1, logits [n, 256]) of each piece, for what else
     is to be read from the logits. Entropies as in the paper's equation 1.
     """
     device = next(model.parameters()).device
     total = len(stream) - 1
     out = np.empty(total, dtype=np.float32) if out is None else out
-    sight = model.config.n_layers * (model.config.max_seq_len - 1)  # places before a byte that its entropy depends on
-    lanes = max(1, min(lanes, total // (4 * sight + 1)))
-    shares = np.linspace(0, total, lanes + 1).astype(np.int64)
-    begins, starts, finishes = np.maximum(shares[:-1] - sight, 0), shares[:-1], shares[1:]
+    receptive_field = model.config.n_layers * (
+        model.config.max_seq_len - 1
+    )  # places before a byte that its entropy depends on
+    n_streams = max(1, min(n_streams, total // (4 * receptive_field + 1)))
+    shares = np.linspace(0, total, n_streams + 1).astype(np.int64)
+    begins, starts, finishes = np.maximum(shares[:-1] - receptive_field, 0), shares[:-1], shares[1:]
     state, longest = None, int((finishes - begins).max())
     was_training = model.training
     model.eval()
@@ -65,7 +69,7 @@ def stream_entropies(model, stream, lanes=4, chunk_bytes=1024, precision="fp32",
 
 
 @dataclass
-class Guesses:
+class TopPredictions:
     """What a model expected at each of N places, from what stands before: its k likeliest ids, the likeliest first.
 
     ids_Nk: int64; 256 is the document's end. probabilities_Nk, of_byte_N: float32, of these ids and of the byte that came.
@@ -98,17 +102,17 @@ class Guesses:
         return float(-np.log2(np.maximum(self.of_byte_N, 1e-30), dtype=np.float64).mean())
 
 
-def stream_guesses(model, document, k=5, precision="fp32", progress=None):
-    """An entropy model's entropies [N + 1] of a document, as `EntropyPatcher` computes them, and its `Guesses`."""
+def stream_predictions(model, document, k=5, precision="fp32", progress=None):
+    """An entropy model's entropies [N + 1] of a document, as `EntropyPatcher` computes them, and its `TopPredictions`."""
     pieces, document = [], to_bytes(document)
 
     def visit(low, high, logits_NV):
-        pieces.append(Guesses.of_logits(logits_NV, document[low:high], k))
+        pieces.append(TopPredictions.of_logits(logits_NV, document[low:high], k))
 
     H = stream_entropies(
-        model, DocumentStream.of_documents([document]), lanes=1, precision=precision, progress=progress, visit=visit
+        model, DocumentStream.of_documents([document]), n_streams=1, precision=precision, progress=progress, visit=visit
     )
-    return H, Guesses.joined(pieces)
+    return H, TopPredictions.joined(pieces)
 
 
 def entropy_distribution(H):
@@ -194,7 +198,7 @@ def open_entropies(cache_dir, corpus, model_record, entropy_model_path):
     )
 
 
-def make_entropies(cache_dir, corpus, model, model_record, train, validation, precision, lanes=4, chunk_bytes=1024):
+def make_entropies(cache_dir, corpus, model, model_record, train, validation, precision, n_streams=4, chunk_bytes=1024):
     """Compute and store the entropies of these documents, or open them if they are there already."""
     folder = cache_folder(cache_dir, corpus, model_record)
     if folder.exists():
@@ -211,7 +215,7 @@ def make_entropies(cache_dir, corpus, model, model_record, train, validation, pr
         out = np.memmap(aside / "entropies.f16", dtype=np.float16, mode="w+", shape=(len(stream) - 1,))
         began = time.perf_counter()
         with tqdm(total=len(out), unit="B", unit_scale=True, desc="entropies", disable=None) as progress:
-            stream_entropies(model, stream, lanes, chunk_bytes, precision, progress, out)
+            stream_entropies(model, stream, n_streams, chunk_bytes, precision, progress, out)
         seconds = time.perf_counter() - began
         out.flush()
         np.save(aside / "train.npy", train)

@@ -22,7 +22,7 @@ def git_commit():
         return "unknown"
 
 
-def write_aside(path, write):
+def write_atomically(path, write):
     """Call write(temporary path), then rename it to path: a reader never sees half a file, a failure leaves the old one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,13 +45,13 @@ def _umask():
 
 def write_json(path, value):
     """Write JSON aside and rename it."""
-    write_aside(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=2) + "\n"))
+    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def save_weights(path, model):
     """Write a plain state dict, aside and renamed."""
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    write_aside(path, lambda temporary: torch.save(state, temporary))
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def load_weights(path, model, assign=False):

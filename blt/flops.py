@@ -7,7 +7,7 @@
 Pure functions; only `measured_peak` computes on a device. bench.py divides the two: MFU, model FLOPs utilisation.
 
 What counts: matrix products, 2 FLOPs a multiply-add, of real bytes and patches. Lookups (byte and n-gram embeddings) are 0 FLOPs,
-as in the paper; norms, rotary turns, softmax, activations and pooling are left out (there too). Attention counts the places that
+as in the paper; norms, rotary embedding, softmax, activations and pooling are left out (there too). Attention counts the places that
 the mathematics needs, not those that a blocked mask computes and throws away; padding counts nothing. Training is 3 times the
 forward pass: a backward pass has two products for each of the forward's.
 """

@@ -13,7 +13,7 @@ Rows keep their own pace: in one step each may read another number of bytes. Not
 import numpy as np
 import torch
 
-from blt.attention import rotary_turns, rotate
+from blt.attention import apply_rotary, rotary_cos_sin
 from blt.device import autocast
 from blt.entropies import entropy_of
 from blt.ids import BOUNDARY
@@ -33,29 +33,29 @@ class LayerCaches:
     def __init__(self, n_layers, n_rows, n_heads, head_dim, theta, window=None):
         self.n_rows, self.n_heads, self.head_dim, self.theta, self.window = n_rows, n_heads, head_dim, theta, window
         self.slots = 64 if window is None else window + CHUNK
-        self.turns = None
+        self.cos_sin = None
         self.layers = [None] * n_layers  # made at their first use, in the precision of what they are to hold
 
     def plan(self, begins_B, N, rows, device):
-        """A `CachePlan` for N new positions, from begins_B on, of these rows (int64 array; None: all)."""
+        """A `CachedAttentionPlan` for N new positions, from begins_B on, of these rows (int64 array; None: all)."""
         if self.window is None and int(begins_B.max()) + N > self.slots:
             more = max(self.slots, int(begins_B.max()) + N - self.slots)
             self.layers = [
                 layer and tuple(torch.nn.functional.pad(x, (0, 0, 0, more)) for x in layer) for layer in self.layers
             ]
             self.slots += more
-        return CachePlan(self, begins_B, N, rows, device)
+        return CachedAttentionPlan(self, begins_B, N, rows, device)
 
-    def turns_at(self, positions_BN, device):
-        """`rotary_turns` of these positions, [B, N, 1, K / 2, 2], out of a table that grows by doubling."""
-        if self.turns is None or positions_BN.max() >= len(self.turns):
+    def cos_sin_at(self, positions_BN, device):
+        """`rotary_cos_sin` of these positions, [B, N, 1, K / 2, 2], out of a table that grows by doubling."""
+        if self.cos_sin is None or positions_BN.max() >= len(self.cos_sin):
             n = 1 << max(8, int(positions_BN.max()).bit_length())
-            self.turns = rotary_turns(torch.arange(n, device=device), self.head_dim, self.theta)
-        return self.turns[torch.from_numpy(positions_BN).to(device)]
+            self.cos_sin = rotary_cos_sin(torch.arange(n, device=device), self.head_dim, self.theta)
+        return self.cos_sin[torch.from_numpy(positions_BN).to(device)]
 
 
-class CachePlan:
-    """Stands in for `layers.CausalPlan` where new positions attend to cached ones. `past` is the number of the layer."""
+class CachedAttentionPlan:
+    """Stands in for `layers.AttentionPlan` where new positions attend to cached ones. `past` is the number of the layer."""
 
     def __init__(self, caches, begins_B, N, rows, device):
         # NumPy, because these are many operations on few numbers.
@@ -71,7 +71,7 @@ class CachePlan:
         visible_BNS = (held_BS[:, None] >= 0) & (held_BS[:, None] <= positions_BN[..., None])
         if caches.window is not None:
             visible_BNS &= held_BS[:, None] > positions_BN[..., None] - caches.window
-        self.caches, self.turns = caches, caches.turns_at(positions_BN, device)
+        self.caches, self.cos_sin = caches, caches.cos_sin_at(positions_BN, device)
         self.rows = None if rows is None else torch.from_numpy(rows).to(device)
         self.places, self.visible = (
             torch.from_numpy(places_BNH.ravel()).to(device),
@@ -80,7 +80,7 @@ class CachePlan:
 
     def attend(self, q_BNHK, k_BNHK, v_BNHK, past, dropout=0.0):
         """Keep the new keys and values and attend to all that is visible. Nothing is dropped: this is not for training."""
-        q, k = rotate(q_BNHK, self.turns), rotate(k_BNHK, self.turns)
+        q, k = apply_rotary(q_BNHK, self.cos_sin), apply_rotary(k_BNHK, self.cos_sin)
         caches = self.caches
         if caches.layers[past] is None:
             shape = (caches.n_rows, caches.n_heads, caches.slots, caches.head_dim)
@@ -154,7 +154,7 @@ class IncrementalBLT:
     def _kept_context(self):
         return self.context_bytes - max(1, self.context_bytes // 2)
 
-    def feed(self, texts):
+    def prefill(self, texts):
         """Read arrays of ids of any length, one a row. Returns float32 logits [B, 257] of what follows each (zeros for an empty one)."""
         done, logits_BV = (
             np.zeros(self.n_rows, np.int64),
@@ -328,7 +328,7 @@ class IncrementalBLT:
             self._advance(ids[:, piece], closes[:, piece] & is_full_B[:, None])
             self.commit(counts)
 
-    def take_back(self, document_length_B, rule_state):
+    def roll_back(self, document_length_B, rule_state):
         """Let the entropy model and the patch rule forget the ids after these: for drafts that were not kept."""
         self.document_length = document_length_B
         self.rule.state = rule_state

@@ -46,7 +46,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention under a `CausalPlan`, without biases. qk_norm: RMSNorm of each head's q and k."""
+    """Multi-head causal self-attention under a `AttentionPlan`, without biases. qk_norm: RMSNorm of each head's q and k."""
 
     def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False, dropout=0.0):
         super().__init__()

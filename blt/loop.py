@@ -17,8 +17,8 @@ from tqdm import tqdm
 from blt.checks import check, check_positive
 from blt.corpus import DataConfig
 from blt.device import autocast, choose_precision
-from blt.files import save_weights, write_aside
-from blt.metric import evaluate, row_nats
+from blt.files import save_weights, write_atomically
+from blt.metric import evaluate, target_losses
 from blt.optimizers import add_gradients, apply_gradients, learning_rate_scale, make_optimizers
 
 
@@ -108,7 +108,7 @@ def fit(model, config, train_rows, validation_batches, out_dir):
         for batch in batches:
             with autocast(device, precision):
                 batch = batch.to(device)
-                nats, _ = row_nats(step_model, batch)
+                nats, _ = target_losses(step_model, batch)
                 if step == start and step_model is not model:
                     check_compiled(model, batch, nats)
                 loss = nats.sum() / targets
@@ -173,7 +173,7 @@ def check_compiled(model, batch, compiled_nats):
     """
     if any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
         return
-    difference = (row_nats(model, batch)[0] - compiled_nats).abs()
+    difference = (target_losses(model, batch)[0] - compiled_nats).abs()
     if not difference.mean() < 0.02:
         raise ValueError(
             f"the compiled model is wrong here: its losses differ by {difference.mean():.2g} nats on average; "
@@ -187,7 +187,7 @@ class Metrics:
     def __init__(self, out_dir, tensorboard=False, start=0):
         path = Path(out_dir) / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
-        write_aside(
+        write_atomically(
             path, lambda temporary: Path(temporary).write_text("".join(json.dumps(line) + "\n" for line in kept))
         )
         self.file = open(path, "a", buffering=1)
@@ -226,7 +226,7 @@ def save_checkpoint(path, model, optimizers, scaler, state):
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    write_aside(path, lambda temporary: torch.save(whole, temporary))
+    write_atomically(path, lambda temporary: torch.save(whole, temporary))
 
 
 # Settings that may differ between the run that stopped and the one that goes on.

@@ -13,7 +13,7 @@ from blt.ids import BYTES
 from blt.rows import evaluation_batches
 
 
-def row_nats(model, batch):
+def target_losses(model, batch):
     """Cross-entropy of each target of a `RowBatch`, in nats, 0 where it does not count: float32 [B, T]; and the logits."""
     inputs, targets = batch.ids[:, :-1], batch.ids[:, 1:].masked_fill(~batch.is_scored, -100)
     logits_BTV = model(inputs) if batch.patch_lengths is None else model(inputs, batch.patch_lengths)
@@ -22,25 +22,25 @@ def row_nats(model, batch):
 
 
 @torch.no_grad()
-def target_nats(model, batches, device, precision="fp32"):
+def score_batches(model, batches, device, precision="fp32"):
     """What each target of `RowBatch`es costs: yields (batch, nats float32 [B, T], is_right bool [B, T]); 0, False where none counts."""
     was_training = model.training
     model.eval()
     for batch in batches:
         batch = batch.to(device)
         with autocast(device, precision):
-            nats, logits = row_nats(model, batch)
+            nats, logits = target_losses(model, batch)
         yield batch, nats, (logits.argmax(-1) == batch.ids[:, 1:]) & batch.is_scored
     model.train(was_training)
 
 
 def score(model, batches, device, precision="fp32"):
-    """Total nats, right guesses, targets and bytes over `RowBatch`es: a dict of numbers."""
-    return add_up(target_nats(model, batches, device, precision))
+    """Total nats, right predictions, targets and bytes over `RowBatch`es: a dict of numbers."""
+    return add_up(score_batches(model, batches, device, precision))
 
 
 def add_up(costs):
-    """`score` of what `target_nats` yields."""
+    """`score` of what `score_batches` yields."""
     totals = {"nats": 0.0, "right": 0, "targets": 0, "bytes": 0}
     for batch, nats, is_right in costs:
         totals["nats"] += nats.sum(dtype=torch.float64).item()

@@ -5,7 +5,7 @@ draw_patch_size_histogram  how many patches have how many bytes
 draw_curves                training and validation curves
 draw_comparison            bits per byte beside average patch size, by patching method
 draw_evaluation            bits per byte by context, by source and by noise, of several models
-write_patch_page           an interactive page: text by patch, entropies, guesses; rule and threshold can be moved
+write_patch_page           an interactive page: text by patch, entropies, predictions; rule and threshold can be moved
 
 Not a script: scripts and notebooks call these functions. Each checks its input, makes the folder if needed, writes
 aside and renames (nobody reads half a file) and returns the path. No pyplot, so a notebook's figures and backend stay
@@ -159,7 +159,7 @@ def draw_curves(path, curves, x_label, y_label, title=None):
         raise ValueError("curves is empty: nothing to draw")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     (axes,) = _bare(figure.subplots())
-    everything, settled, lost = [], [], 0
+    everything, final_bytes, lost = [], [], 0
     for number, (label, (x, y)) in enumerate(curves.items()):
         x, y = np.asarray(x, dtype=np.float64).reshape(-1), np.asarray(y, dtype=np.float64).reshape(-1)
         if len(x) != len(y):
@@ -170,10 +170,10 @@ def draw_curves(path, curves, x_label, y_label, title=None):
         look = dict(linewidth=0.8, alpha=0.75) if len(y) > 60 else dict(marker="o", markersize=4, zorder=3)
         axes.plot(x, y, color=CURVE_COLOURS[number % len(CURVE_COLOURS)], label=label, **look)
         everything.append(finite)
-        settled.append(np.percentile(finite[min(math.ceil(0.05 * finite.size), finite.size - 1) :], 99))
+        final_bytes.append(np.percentile(finite[min(math.ceil(0.05 * finite.size), finite.size - 1) :], 99))
         lost += len(y) - finite.size
     everything = np.concatenate(everything)
-    low, high, rest = everything.min(), everything.max(), max(settled) - everything.min()
+    low, high, rest = everything.min(), everything.max(), max(final_bytes) - everything.min()
     top = high if high - low <= 3 * rest else low + 1.5 * rest  # half as much again shows the descent
     margin = 0.05 * (top - low) or 0.05 * abs(top) or 0.05
     axes.set_ylim(low - margin, top + margin)
@@ -230,17 +230,17 @@ PAGE = Path(__file__).with_name("patch_page.html")
 
 
 def write_patch_page(
-    path, text_bytes, entropies_nats, rule, guesses=(), title="Patches", subtitle="", figures=(), token_starts=None
+    path, text_bytes, entropies_nats, rule, predictions=(), title="Patches", subtitle="", figures=(), token_starts=None
 ):
     """Write one HTML page that shows a text by patches and cuts it anew while the reader moves the threshold. No network.
 
     text_bytes: 1 to 400,000 bytes, UTF-8 or not. entropies_nats: float32 [N]. rule: the arguments of
     `entropy_patcher.patch_starts` that the page opens with (`PatchConfig.rule`); the page applies the rules itself, with the
-    same result to the last byte. guesses: {"entropy model": `entropy_patcher.Guesses`}, what each model expected at each
+    same result to the last byte. predictions: {"entropy model": `entropy_patcher.TopPredictions`}, what each model expected at each
     byte. figures: [(name, value)] of text, shown beside the totals. token_starts: bool [N], for rule["method"] bpe only.
 
     The arrays are deflated (probabilities as their square root in 8 bits, so off by 0.4% at most); English takes about
-    N * 18 bytes with two models of 5 guesses each. Browsers of 2023 or later.
+    N * 18 bytes with two models of 5 predictions each. Browsers of 2023 or later.
     """
     text_bytes, entropies_nats = _checked(text_bytes, entropies_nats)
     n = len(text_bytes)
@@ -249,21 +249,21 @@ def write_patch_page(
     if rule["method"] == "bpe" and token_starts is None:
         raise ValueError("method 'bpe' needs token_starts: a page cannot tokenise")
     packed = []
-    for name, guess in dict(guesses).items():
+    for name, prediction in dict(predictions).items():
         for what, array in (
-            ("ids_Nk", guess.ids_Nk),
-            ("probabilities_Nk", guess.probabilities_Nk),
-            ("of_byte_N", guess.of_byte_N),
+            ("ids_Nk", prediction.ids_Nk),
+            ("probabilities_Nk", prediction.probabilities_Nk),
+            ("of_byte_N", prediction.of_byte_N),
         ):
             if len(array) != n:
                 raise ValueError(f"text_bytes has {n} bytes but {what} of {name!r} has {len(array)} places")
         packed.append({
-            "name": name, "k": guess.ids_Nk.shape[1], "ids": _pack(guess.ids_Nk.T.astype("<u2")),
-            "probabilities": _pack(_roots(guess.probabilities_Nk.T)), "of_byte": _pack(_roots(guess.of_byte_N)),
+            "name": name, "k": prediction.ids_Nk.shape[1], "ids": _pack(prediction.ids_Nk.T.astype("<u2")),
+            "probabilities": _pack(_roots(prediction.probabilities_Nk.T)), "of_byte": _pack(_roots(prediction.of_byte_N)),
         })  # fmt: skip
     data = json.dumps({
         "title": title, "subtitle": subtitle, "rule": rule, "figures": list(figures), "bytes": _pack(text_bytes),
-        "entropies": _pack(entropies_nats.astype("<f4")), "guesses": packed,
+        "entropies": _pack(entropies_nats.astype("<f4")), "predictions": packed,
         "token_starts": None if token_starts is None else _pack(np.asarray(token_starts, dtype=np.uint8)),
     }, allow_nan=False).replace("<", "\\u003c")  # nothing in it can end the script element  # fmt: skip
     before, after = PAGE.read_text(encoding="utf-8").split(">PAGE_DATA<")

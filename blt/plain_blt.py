@@ -138,9 +138,9 @@ def _rotary(x_THK, theta):
     """Turn pairs (x0, x1), (x2, x3), ... of each head by place * theta ** (-pair / pairs), as complex numbers."""
     T, _, K = x_THK.shape
     angles = torch.arange(T)[:, None] * (1.0 / theta ** (torch.arange(0, K, 2) / K))
-    turns = torch.polar(torch.ones_like(angles), angles).to(x_THK.device)
+    cos_sin = torch.polar(torch.ones_like(angles), angles).to(x_THK.device)
     pairs = torch.view_as_complex(x_THK.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns[:, None]).flatten(-2)
+    return torch.view_as_real(pairs * cos_sin[:, None]).flatten(-2)
 
 
 def _softmax_attention(q_THK, k_SHK, v_SHK, mask_TS=None):

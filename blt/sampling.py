@@ -28,7 +28,7 @@ class SamplingConfig:
         check(self, "context_bytes", self.context_bytes is None or self.context_bytes >= 2, "2 or more")
 
 
-class Chooser:
+class Sampler:
     """Chooses the next id of one row, and knows when its text is over."""
 
     def __init__(self, prompt, max_new_bytes, config, row=0):
@@ -82,7 +82,7 @@ class Chooser:
         total = np.cumsum(np.where(keep, p, 0.0))
         return int(order[min(np.searchsorted(total, draw * total[-1], side="right"), keep.nonzero()[0][-1])])
 
-    def settled(self):
+    def final_bytes(self):
         """New bytes that no stop string can take away any more."""
         return bytes(
             self.text[self.begin :]

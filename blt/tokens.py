@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from blt.files import write_aside
+from blt.files import write_atomically
 from blt.ids import Vocabulary
 
 
@@ -21,7 +21,7 @@ def train_tokenizer(documents, vocab_size, path):
         vocab_size=vocab_size, initial_alphabet=[chr(b) for b in range(256)], show_progress=False
     )
     tokenizer.train_from_iterator((d.tobytes().decode("latin-1") for d in documents), trainer)
-    write_aside(path, lambda temporary: tokenizer.save(temporary))
+    write_atomically(path, lambda temporary: tokenizer.save(temporary))
     return tokenizer
 
 

@@ -55,14 +55,14 @@ def test_a_model_that_knows_the_text_makes_small_files():
     """Not an identity: a model trained on the bytes codes them in far fewer bits than one that was not."""
     model, patcher, data = model_of(window=12), EntropyPatcher(None, PatchConfig("static", 4.0)), b"abcdefgh" * 60
     before = len(compress.compress(data, model, patcher, 1, 512)[0])
-    from blt.metric import row_nats
+    from blt.metric import target_losses
     from blt.rows import evaluation_batches
 
     (batch,) = evaluation_batches([np.frombuffer(data, np.uint8)], [patcher.starts(data)], 512)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(60):
         optimizer.zero_grad()
-        (row_nats(model.train(), batch)[0].sum() / batch.targets).backward()
+        (target_losses(model.train(), batch)[0].sum() / batch.targets).backward()
         optimizer.step()
     after, _ = compress.compress(data, model.eval(), patcher, 1, 512)
     assert len(after) < before / 8 and decompress(after, model, patcher) == data

@@ -29,7 +29,7 @@ from blt.files import model_hash, save_weights, write_json
 from blt.ids import BOUNDARY, documents_of
 from blt.layers import feed_forward_width
 from blt.loop import read_metrics
-from blt.metric import bits_per_byte, row_nats
+from blt.metric import bits_per_byte, target_losses
 from blt.patch_rules import PatchConfig, patch_starts
 from blt.segments import check_patch_lengths
 from blt_model import BLTConfig, BLTModel, hash_ngrams
@@ -888,7 +888,7 @@ def test_first_loss_is_the_imported_models(tuned, monkeypatch):
     data = train_blt.PatchedDataset.from_corpus(corpus, patcher, config, cache)
     batch = data.train_rows.shuffled_batch(0, config.batch_rows, config.seed)
     with torch.no_grad():
-        loss = row_nats(load_blt("checkpoints_from_hf")[0], batch)[0].sum() / batch.targets
+        loss = target_losses(load_blt("checkpoints_from_hf")[0], batch)[0].sum() / batch.targets
     assert read_metrics(folder / "tuned" / "metrics.jsonl")[0]["loss"] == pytest.approx(loss.item(), abs=1e-6)
 
 

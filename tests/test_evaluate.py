@@ -23,8 +23,8 @@ from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
 from evaluate import (
-    Contestant,
     EvaluateConfig,
+    ModelUnderTest,
     bootstrap,
     bucket_range,
     first_bytes,
@@ -86,7 +86,7 @@ def contestants(tokenizer):
     for model, _ in made.values():
         for parameter in model.parameters():  # far from the uniform distribution, so that a mistake shows
             parameter.data += 0.05 * torch.randn_like(parameter)
-    return {kind: Contestant(kind, kind, model.eval(), patcher, 64) for kind, (model, patcher) in made.items()}
+    return {kind: ModelUnderTest(kind, kind, model.eval(), patcher, 64) for kind, (model, patcher) in made.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring

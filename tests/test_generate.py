@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_incremental import CONFIGS, RULES, TEXT, model_of, patcher_of
 
 from blt.files import model_hash, save_weights, write_json
-from blt.sampling import Chooser, SamplingConfig
+from blt.sampling import Sampler, SamplingConfig
 from entropy_patcher import EntropyPatcher
-from generate import FullPass, GenerateConfig, Writer, generate
+from generate import FullPass, GenerateConfig, Generator, generate
 from save_entropy_model import save_entropy_model
 
 
@@ -53,7 +53,7 @@ def test_uncached_text_has_the_patches_of_the_asked_precision():
     assert any((in_bf16.starts(prompt) != patcher.starts(prompt)).any() for prompt in prompts)  # so that it matters
     for prompt in prompts:
         logits = [
-            FullPass(model, p, 1, None, "fp32").feed([np.frombuffer(b"\0" + prompt, np.uint8)])
+            FullPass(model, p, 1, None, "fp32").prefill([np.frombuffer(b"\0" + prompt, np.uint8)])
             for p in (patcher, in_bf16)
         ]
         assert torch.equal(*logits)
@@ -100,17 +100,17 @@ def test_good_drafts_are_kept():
     with torch.no_grad():
         model.head.weight.zero_()  # all logits equal: byte 0 is the likeliest
         patcher.entropy_model.head.weight.zero_()
-    writer = Writer(model, patcher, [b"ab"], 1 + 4 * 6, SamplingConfig(), draft_bytes=3, draft_confidence=0.0)
-    assert sum(1 for _ in writer.steps()) == 1 + 6 and writer.accepted == writer.drafted == 18
-    assert writer.choosers[0].settled() == bytes(25)
+    generator = Generator(model, patcher, [b"ab"], 1 + 4 * 6, SamplingConfig(), draft_bytes=3, draft_confidence=0.0)
+    assert sum(1 for _ in generator.steps()) == 1 + 6 and generator.accepted == generator.drafted == 18
+    assert generator.samplers[0].final_bytes() == bytes(25)
 
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05] + [1e-9] * 253))
 
 
 def frequencies(**options):
-    chooser = Chooser(b"", 4000, SamplingConfig(seed=1, **options))
-    choices = [chooser.choose(LOGITS) for _ in range(4000)]
+    sampler = Sampler(b"", 4000, SamplingConfig(seed=1, **options))
+    choices = [sampler.choose(LOGITS) for _ in range(4000)]
     return np.bincount(choices, minlength=4)[:4] / 4000
 
 
@@ -143,9 +143,9 @@ def test_stop_strings_end_a_text_before_them():
     config = SamplingConfig(
         temperature=1.0, seed=2, stop=["\udcff\udcfe", whole[10:12].decode("utf-8", "surrogateescape")]
     )
-    writer, seen = Writer(model, patcher, [b"x"], 40, config), []
-    for _ in writer.steps():
-        seen.append(writer.choosers[0].settled())
+    generator, seen = Generator(model, patcher, [b"x"], 40, config), []
+    for _ in generator.steps():
+        seen.append(generator.samplers[0].final_bytes())
     wanted = whole[: whole.index(whole[10:12])]
     assert seen[-1] == wanted and all(wanted.startswith(s) for s in seen)  # nothing is shown and then taken back
 
@@ -153,12 +153,12 @@ def test_stop_strings_end_a_text_before_them():
 @settings(max_examples=30, deadline=None)
 @given(st.binary(max_size=30), st.integers(1, 6))
 def test_settled_text_only_grows(text, n):
-    chooser, last = Chooser(b"ab", 40, SamplingConfig(stop=["xyz"[: 1 + n % 3]])), b""
+    sampler, last = Sampler(b"ab", 40, SamplingConfig(stop=["xyz"[: 1 + n % 3]])), b""
     for byte in text:
-        if not chooser.is_over:
-            chooser.choose(np.eye(257)[byte])
-            assert chooser.settled().startswith(last)
-            last = chooser.settled()
+        if not sampler.is_over:
+            sampler.choose(np.eye(257)[byte])
+            assert sampler.final_bytes().startswith(last)
+            last = sampler.final_bytes()
 
 
 def test_bad_settings_get_errors():

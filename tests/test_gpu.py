@@ -7,7 +7,7 @@ import torch._dynamo
 from test_incremental import TEXT, model_of, patcher_of
 
 from blt.device import autocast
-from blt.metric import leak_gate, row_nats
+from blt.metric import leak_gate, target_losses
 from blt.optimizers import apply_gradients, make_optimizers
 from blt.rows import evaluation_batches
 from blt.training import PatchedDataset, TrainingConfig, train_blt
@@ -73,7 +73,7 @@ def test_compiled_steps_wait_for_nothing():
                     torch.cuda.set_sync_debug_mode("error")
                 with torch.compiler.set_stance("default" if step < 3 else "fail_on_recompile"):
                     with autocast(torch.device("cuda"), precision):
-                        nats, _ = row_nats(compiled, batch.to("cuda"))
+                        nats, _ = target_losses(compiled, batch.to("cuda"))
                         loss = nats.sum() / batch.targets
                     loss.backward()
                     apply_gradients(model, optimizers, scaler, config.clip)

@@ -120,12 +120,12 @@ def test_rows_do_not_meet():
     texts = [TEXT[:333], b"", TEXT[50:57], TEXT[1300:1700]]
     ids = [np.concatenate(([256], np.frombuffer(text, np.uint8))).astype(np.int64) for text in texts]
     together = IncrementalBLT(model, patcher, n_rows=4, context_bytes=200)
-    logits = together.feed(ids)
+    logits = together.prefill(ids)
     more = np.array([[97, 98, 99]] * 4)
     further = together.extend(more, np.array([3, 1, 0, 2]))
     for row, text in enumerate(ids):
         alone = IncrementalBLT(model, patcher, context_bytes=200)
-        torch.testing.assert_close(alone.feed([text])[0], logits[row], atol=1e-4, rtol=0)
+        torch.testing.assert_close(alone.prefill([text])[0], logits[row], atol=1e-4, rtol=0)
         n = [3, 1, 0, 2][row]
         if n:
             torch.testing.assert_close(alone.extend(more[:1, :n])[0], further[row, :n], atol=1e-4, rtol=0)
@@ -151,7 +151,7 @@ def test_ids_taken_back_leave_no_trace(data):
         counts = np.array([n])
         logits = reader.advance(drafted, np.concatenate(closes, axis=1), counts)
         reader.commit(np.array([keep]))
-        reader.take_back(document_length + keep, states[keep - 1])
+        reader.roll_back(document_length + keep, states[keep - 1])
         got.append(logits[0, :keep])
         at += keep
     torch.testing.assert_close(torch.cat(got), full_logits(model, patcher, text), atol=1e-4, rtol=0)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import blt_model
-from blt.attention import Blocks, CausalPlan, rotate
+from blt.attention import AttentionPlan, Blocks, apply_rotary
 from blt.ids import documents_of
 from blt.layers import RMSNorm
-from blt.metric import bits_per_byte, leak_gate, row_nats
+from blt.metric import bits_per_byte, leak_gate, target_losses
 from blt.patch_rules import PatchConfig
 from blt.rows import evaluation_batches, make_batch
 from blt.segments import PatchMap, check_patch_lengths
@@ -114,7 +114,7 @@ def test_leak_gate_sees_attention_to_the_future(entropy_model, monkeypatch):
     def unmasked(self, heads, dtype):
         return [(0, self.length, 0, self.length, torch.zeros(1, dtype=dtype))]
 
-    monkeypatch.setattr(CausalPlan, "_make_bands", unmasked)
+    monkeypatch.setattr(AttentionPlan, "_make_bands", unmasked)
     with pytest.raises(ValueError, match="leak"):
         leak_gate(model, patcher, random_bytes(70))
 
@@ -233,8 +233,8 @@ def test_every_way_of_attention_equals_a_dense_mask(way, T, window):
     B, H, K = 2, 2, 16
     q, k, v = (torch.randn(B, T, H, K, requires_grad=True) for _ in range(3))
     documents = torch.cat((torch.zeros(B, T // 3), torch.ones(B, T - T // 3)), 1).long()
-    plan = CausalPlan(documents, K, 100.0, window)
-    q_rotated, k_rotated = (rotate(x, plan.turns) for x in (q, k))
+    plan = AttentionPlan(documents, K, 100.0, window)
+    q_rotated, k_rotated = (apply_rotary(x, plan.cos_sin) for x in (q, k))
     if way == "bands":
         got = plan.attend(q, k, v)
         assert T < 300 or len(plan.bands) > 1
@@ -260,8 +260,8 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 60, 2, 8) for _ in range(3))
     documents = (torch.arange(60) > 25).long()[None]
-    whole = CausalPlan(documents, 8, 100.0, window).attend(q, k, v)
-    carry = CausalPlan.carry_length(window)
+    whole = AttentionPlan(documents, 8, 100.0, window).attend(q, k, v)
+    carry = AttentionPlan.carry_length(window)
     past, past_documents, got = (
         (torch.zeros(1, carry, 2, 8),) * 2,
         torch.full((1, carry), -1),
@@ -269,12 +269,12 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
     )
     for first, last in ((0, 20), (20, 29), (29, 30), (30, 60)):
         for way, out in got.items():
-            plan = CausalPlan(documents[:, first:last], 8, 100.0, window, past_documents)
+            plan = AttentionPlan(documents[:, first:last], 8, 100.0, window, past_documents)
             if way == "bands":
                 out.append(plan.attend(*(x[:, first:last] for x in (q, k, v)), past))
             else:
                 keys, values = (torch.cat((old, x[:, first:last]), 1) for old, x in zip(past, (k, v)))
-                rotated = rotate(q[:, first:last], plan.turns[carry:]), rotate(keys, plan.turns)
+                rotated = apply_rotary(q[:, first:last], plan.cos_sin[carry:]), apply_rotary(keys, plan.cos_sin)
                 out.append(Blocks(plan.documents, window, past_documents).attend(*rotated, values, 0.0))
         past = tuple(torch.cat((old, x[:, first:last]), 1)[:, last - first :] for old, x in zip(past, (k, v)))
         past_documents = torch.cat((past_documents, documents[:, first:last]), 1)[:, last - first :]
@@ -408,7 +408,7 @@ def test_gradients_reach_every_parameter(entropy_model):
     for variant in VARIANTS:
         model, document = make(variant).train(), random_bytes(200)
         (batch,) = evaluation_batches([document], [patcher.starts(document)], 256)
-        row_nats(model, batch)[0].sum().backward()
+        target_losses(model, batch)[0].sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), variant
 
 

@@ -22,16 +22,16 @@ import pytest
 import torch
 
 from blt import pictures
-from blt.entropies import Guesses, stream_guesses
+from blt.entropies import TopPredictions, stream_predictions
 from blt.files import save_weights, write_json
-from blt.metric import row_nats
+from blt.metric import target_losses
 from blt.patch_rules import PatchConfig, patch_sizes, patch_starts, threshold_for_patch_size
 from blt.rows import evaluation_batches
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_blt, load_entropy_model, save_entropy_model
-from show_patches import ShowPatchesConfig, blt_guesses, main, read_text
+from show_patches import ShowPatchesConfig, blt_predictions, main, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSER = next(
@@ -54,17 +54,17 @@ MIXED = (
 
 
 def numbers(n, seed=0, k=3):
-    """Random entropies and guesses of n places."""
+    """Random entropies and predictions of n places."""
     rng = np.random.default_rng(seed)
     H = rng.exponential(1.0, n).astype(np.float32)
     probabilities = -np.sort(-rng.dirichlet(np.ones(k + 2), n)[:, :k]).astype(np.float32)
-    return H, Guesses(rng.integers(0, 257, (n, k)), probabilities, rng.random(n).astype(np.float32))
+    return H, TopPredictions(rng.integers(0, 257, (n, k)), probabilities, rng.random(n).astype(np.float32))
 
 
 def write_page(path, text=MIXED, rule=RULE, title="title", **more):
-    H, guesses = numbers(len(text))
+    H, predictions = numbers(len(text))
     pictures.write_patch_page(
-        path, text, H, rule, {"entropy model": guesses}, title, "subtitle", [("bits", "1.234")], **more
+        path, text, H, rule, {"entropy model": predictions}, title, "subtitle", [("bits", "1.234")], **more
     )
     return path.read_text(encoding="utf-8")
 
@@ -82,19 +82,22 @@ def unpack(packed, dtype):
 
 def test_page_holds_text_entropies_and_guesses(tmp_path):
     data = data_of(write_page(tmp_path / "new" / "page.html", token_starts=np.arange(len(MIXED)) % 3 == 0))
-    H, guesses = numbers(len(MIXED))
+    H, predictions = numbers(len(MIXED))
     assert (
         unpack(data["bytes"], np.uint8).tobytes() == MIXED
         and data["rule"] == RULE
         and data["figures"] == [["bits", "1.234"]]
     )
     np.testing.assert_array_equal(unpack(data["entropies"], "<f4"), H)
-    (guess,) = data["guesses"]
+    (guess,) = data["predictions"]
     assert (guess["name"], guess["k"]) == ("entropy model", 3)
     np.testing.assert_array_equal(
-        unpack(guess["ids"], "<u2").reshape(3, -1).T, guesses.ids_Nk
+        unpack(guess["ids"], "<u2").reshape(3, -1).T, predictions.ids_Nk
     )  # the end of a document, 256, too
-    for name, exact in (("probabilities", guesses.probabilities_Nk.T.reshape(-1)), ("of_byte", guesses.of_byte_N)):
+    for name, exact in (
+        ("probabilities", predictions.probabilities_Nk.T.reshape(-1)),
+        ("of_byte", predictions.of_byte_N),
+    ):
         np.testing.assert_allclose((unpack(guess[name], np.uint8) / 255) ** 2, exact, atol=0.004)
     assert unpack(data["token_starts"], np.uint8).tolist() == (np.arange(len(MIXED)) % 3 == 0).astype(int).tolist()
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["page.html"]
@@ -120,12 +123,16 @@ def test_page_needs_no_network(tmp_path):
 
 
 def test_100_kb_with_two_models_stay_near_3_mb(tmp_path):
-    """Noise is the worst case: a real text with two models and five guesses takes 2.9 MB."""
+    """Noise is the worst case: a real text with two models and five predictions takes 2.9 MB."""
     rng = np.random.default_rng(0)
     text = bytes(rng.choice(np.frombuffer(b"etaoin shrdlu", np.uint8), 100_000))
-    H, guesses = numbers(len(text), k=5)
-    guesses.ids_Nk = rng.choice(np.frombuffer(b"etaoin shrdlucmfwypvbgk,.", np.uint8), (len(text), 5)).astype(np.int64)
-    path = pictures.write_patch_page(tmp_path / "page.html", text, H, RULE, {"entropy model": guesses, "BLT": guesses})
+    H, predictions = numbers(len(text), k=5)
+    predictions.ids_Nk = rng.choice(np.frombuffer(b"etaoin shrdlucmfwypvbgk,.", np.uint8), (len(text), 5)).astype(
+        np.int64
+    )
+    path = pictures.write_patch_page(
+        tmp_path / "page.html", text, H, RULE, {"entropy model": predictions, "BLT": predictions}
+    )
     assert path.stat().st_size < 3.3e6
 
 
@@ -151,7 +158,7 @@ def test_whole_characters_by_hand():
     (dict(text_bytes=b""), "text_bytes is empty"),
     (dict(entropies_nats=np.zeros(5)), r"9 bytes but entropies_nats has shape \(5,\)"),
     (dict(entropies_nats=np.full(9, np.inf)), r"entropies_nats\[0\] is not a finite number"),
-    (dict(guesses={"BLT": numbers(8)[1]}), "9 bytes but ids_Nk of 'BLT' has 8 places"),
+    (dict(predictions={"BLT": numbers(8)[1]}), "9 bytes but ids_Nk of 'BLT' has 8 places"),
     (dict(rule={**RULE, "method": "bpe"}), "'bpe' needs token_starts"),
     (dict(text_bytes=bytes(400_001), entropies_nats=np.zeros(400_001)), "400,001 bytes; a page shows at most 400,000"),
 ])  # fmt: skip
@@ -320,7 +327,7 @@ def browse(tmp_path, page, script, size="1200,800"):
 @needs_browser
 def test_page_in_chromium(tmp_path):
     """What is drawn of a text of every kind; controls cut anew by every method; numbers of a byte under the pointer."""
-    H, guesses = numbers(len(MIXED))
+    H, predictions = numbers(len(MIXED))
     byte_values, cases = np.frombuffer(MIXED, np.uint8), rule_cases()
     page = write_page(tmp_path / "page.html", title="<b>Mixed</b>")
     script = f"const CASES = {json.dumps([case for case, _ in cases])};".replace("<", "\\u003c") + RUN_CASES + """
@@ -406,7 +413,7 @@ def test_page_in_chromium(tmp_path):
             "␣200BFEFF2028202EE000",
         )
     )
-    # The pointer: byte 13, in "Emoji 🙂": its numbers, and the guesses with the byte that came marked.
+    # The pointer: byte 13, in "Emoji 🙂": its numbers, and the predictions with the byte that came marked.
     t, text, lines = out["hover"][0], out["hover"][1], out["hover"][2]
     assert (
         t == 13
@@ -415,8 +422,8 @@ def test_page_in_chromium(tmp_path):
         and f"entropy {H[t]:.3f} nats ({H[t] / math.log(2):.3f} bits)" in text
     )
     assert f"in patch {patch[t]}: " in text
-    assert len(lines) == 3 + (MIXED[t] not in guesses.ids_Nk[t]) and sum("←" in name for name, _, _ in lines) == 1
-    for (_, _, share), p in zip(lines, guesses.probabilities_Nk[t]):
+    assert len(lines) == 3 + (MIXED[t] not in predictions.ids_Nk[t]) and sum("←" in name for name, _, _ in lines) == 1
+    for (_, _, share), p in zip(lines, predictions.probabilities_Nk[t]):
         assert float(share.strip("<%")) == pytest.approx(100 * p, abs=1.0)
     # Controls.
     check(out["slid"], threshold=0.7)
@@ -486,15 +493,17 @@ def models(tmp_path_factory):
 def test_guesses_are_the_models(models):
     model, _ = load_entropy_model(models / "entropy_model.pth")
     text = MIXED * 8  # more than one chunk of 1024
-    H, guesses = stream_guesses(model, text, k=4)
+    H, predictions = stream_predictions(model, text, k=4)
     np.testing.assert_array_equal(H[:-1], EntropyPatcher(model).entropies(text))
     ids = torch.tensor([[256, *text]])
     with torch.no_grad():
         p = model(ids)[0, :-1].softmax(-1)
-    np.testing.assert_allclose(guesses.of_byte_N, p[torch.arange(len(text)), ids[0, 1:]], atol=1e-4)
-    np.testing.assert_allclose(guesses.probabilities_Nk, p.sort(descending=True).values[:, :4], atol=1e-4)
-    np.testing.assert_allclose(p.gather(1, torch.from_numpy(guesses.ids_Nk)), guesses.probabilities_Nk, atol=1e-4)
-    assert guesses.bits_per_byte == pytest.approx(
+    np.testing.assert_allclose(predictions.of_byte_N, p[torch.arange(len(text)), ids[0, 1:]], atol=1e-4)
+    np.testing.assert_allclose(predictions.probabilities_Nk, p.sort(descending=True).values[:, :4], atol=1e-4)
+    np.testing.assert_allclose(
+        p.gather(1, torch.from_numpy(predictions.ids_Nk)), predictions.probabilities_Nk, atol=1e-4
+    )
+    assert predictions.bits_per_byte == pytest.approx(
         -p[torch.arange(len(text)), ids[0, 1:]].log2().mean().item(), abs=1e-3
     )
 
@@ -504,16 +513,16 @@ def test_blt_guesses_are_those_of_evaluation(models, context_bytes):
     blt, patcher, _ = load_blt(models / "checkpoints")
     document = np.frombuffer(MIXED, np.uint8)
     starts = patcher.starts(document)
-    guesses = blt_guesses(blt, starts, document, k=4, context_bytes=context_bytes)
-    assert guesses.ids_Nk.shape == guesses.probabilities_Nk.shape == (len(MIXED), 4)
+    predictions = blt_predictions(blt, starts, document, k=4, context_bytes=context_bytes)
+    assert predictions.ids_Nk.shape == predictions.probabilities_Nk.shape == (len(MIXED), 4)
     nats = torch.cat([
-        row_nats(blt, batch)[0][batch.is_scored & (batch.ids[:, 1:] != 256)]
+        target_losses(blt, batch)[0][batch.is_scored & (batch.ids[:, 1:] != 256)]
         for batch in evaluation_batches([document], [starts], min(context_bytes, len(document) + 1))
     ]).detach()  # fmt: skip
-    np.testing.assert_allclose(-np.log(guesses.of_byte_N), nats, atol=1e-3)
-    right = guesses.ids_Nk[:, 0] == document
-    np.testing.assert_allclose(guesses.probabilities_Nk[right, 0], guesses.of_byte_N[right])
-    assert (np.diff(guesses.probabilities_Nk) <= 0).all()
+    np.testing.assert_allclose(-np.log(predictions.of_byte_N), nats, atol=1e-3)
+    right = predictions.ids_Nk[:, 0] == document
+    np.testing.assert_allclose(predictions.probabilities_Nk[right, 0], predictions.of_byte_N[right])
+    assert (np.diff(predictions.probabilities_Nk) <= 0).all()
 
 
 def test_show_patches_with_a_blt(models, tmp_path, capsys):
@@ -532,7 +541,7 @@ def test_show_patches_with_a_blt(models, tmp_path, capsys):
     assert (
         data["title"] == "text.txt"
         and data["rule"] == patcher.config.rule
-        and [g["name"] for g in data["guesses"]] == ["entropy model", "BLT"]
+        and [g["name"] for g in data["predictions"]] == ["entropy model", "BLT"]
     )
     np.testing.assert_array_equal(unpack(data["entropies"], "<f4"), patcher.entropies(MIXED))
     assert (tmp_path / "out" / "patches.png").read_bytes()[:4] == b"\x89PNG"

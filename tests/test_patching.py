@@ -208,11 +208,11 @@ def test_entropies_are_about_byte_t_from_what_stands_before(entropy_model):
     assert abs(other[41] - H[41]) > 1e-6
 
 
-@pytest.mark.parametrize("lanes, chunk", [(1, 7), (1, 1000), (3, 16), (8, 33)])
-def test_entropies_do_not_depend_on_lanes_or_chunks(entropy_model, lanes, chunk):
+@pytest.mark.parametrize("n_streams, chunk", [(1, 7), (1, 1000), (3, 16), (8, 33)])
+def test_entropies_do_not_depend_on_lanes_or_chunks(entropy_model, n_streams, chunk):
     documents = [random_bytes(n, seed=n) for n in (1, 200, 0, 33, 64, 5, 1500)]
     got = np.split(
-        stream_entropies(entropy_model, DocumentStream.of_documents(documents), lanes, chunk),
+        stream_entropies(entropy_model, DocumentStream.of_documents(documents), n_streams, chunk),
         np.cumsum([len(d) + 1 for d in documents])[:-1],
     )
     for document, H in zip(documents, got):

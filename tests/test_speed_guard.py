@@ -20,7 +20,7 @@ import blt_model
 from blt import attention as layers
 from blt.incremental import IncrementalBLT
 from blt.loop import fit
-from blt.metric import row_nats
+from blt.metric import target_losses
 from blt.optimizers import GroupedMuon, add_gradients, apply_gradients, make_optimizers
 from blt.patch_rules import PatchConfig, patch_starts
 from blt.rows import RowBatch
@@ -79,7 +79,7 @@ class Trainee:
         self.optimizers, self.scaler = make_optimizers(model, RATES), torch.amp.GradScaler("cpu", enabled=False)
 
     def backward(self, batch, forward=None):
-        nats, _ = row_nats(self.model if forward is None else forward, batch)
+        nats, _ = target_losses(self.model if forward is None else forward, batch)
         add_gradients(self.model, nats.sum() / batch.targets, self.scaler)
 
     def update(self):
@@ -298,7 +298,7 @@ def test_the_loop_reads_only_where_it_logs_and_evaluates(tmp_path):
 
 def loss_and_gradients(trainee, forward, batch):
     trainee.model.zero_grad()
-    nats, _ = row_nats(forward, batch)
+    nats, _ = target_losses(forward, batch)
     nats.mean().backward()
     return nats.detach(), {name: p.grad for name, p in trainee.model.named_parameters()}
 
@@ -333,7 +333,7 @@ def by_blocks(self, q, k, v):
 @pytest.mark.parametrize("attention", ["bands", "blocks"])
 def test_blt_is_one_graph_and_compiles_once(attention, monkeypatch):
     if attention == "blocks":
-        monkeypatch.setattr(layers.CausalPlan, "_by_bands", by_blocks)
+        monkeypatch.setattr(layers.AttentionPlan, "_by_bands", by_blocks)
     counters = check_compiled(blt(ngram_sizes=[3]), [batch_of(seed=seed) for seed in range(3)], fullgraph=True)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
@@ -406,7 +406,7 @@ def kept_bytes(model, **shape):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        nats, _ = row_nats(model, batch_of(**shape))
+        nats, _ = target_losses(model, batch_of(**shape))
     return sum(storage.nbytes() for key, storage in kept.items() if key not in parameters)
 
 
@@ -415,7 +415,7 @@ def test_memory_is_linear_in_the_row(attention, monkeypatch):
     """The same 16 patches in rows of any length: between patches attention is dense."""
     monkeypatch.setattr(layers, "BAND_SCORES", 0)
     if attention == "blocks":
-        monkeypatch.setattr(layers.CausalPlan, "_by_bands", by_blocks)
+        monkeypatch.setattr(layers.AttentionPlan, "_by_bands", by_blocks)
     trainee, sizes = Trainee(blt()), (1024, 2048, 4096)
     kept = [kept_bytes(trainee.model, row_bytes=n) for n in sizes]
     peak = [peak_bytes(trainee, row_bytes=n) for n in sizes]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import llm
 import template_llm
-from blt.attention import CausalPlan
+from blt.attention import AttentionPlan
 from blt.corpus import open_corpus
 from blt.flops import blt_flops, transformer_flops
 from blt.ids import BYTES
@@ -94,7 +94,7 @@ def test_leak_gate_sees_attention_without_a_mask(model, monkeypatch):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
     leak_gate(model, None, text(40, 5))
-    monkeypatch.setattr(CausalPlan, "attend", unmasked)
+    monkeypatch.setattr(AttentionPlan, "attend", unmasked)
     with pytest.raises(ValueError, match="leak"):
         leak_gate(model, None, text(40, 5))
 
@@ -314,7 +314,7 @@ def test_stopped_and_resumed_equals_straight_through(kind, vocabulary, tmp_path)
 
 def test_leak_stops_training(tmp_path, monkeypatch, vocabulary):
     monkeypatch.setattr(
-        CausalPlan, "attend", lambda self, q, k, v, past=None, dropout=0.0: v.mean(1, keepdim=True).expand_as(v)
+        AttentionPlan, "attend", lambda self, q, k, v, past=None, dropout=0.0: v.mean(1, keepdim=True).expand_as(v)
     )
     for kind in ("flat", "bpe"):
         with pytest.raises(ValueError, match="leak"):

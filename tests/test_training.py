@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from blt.config import field_comments
-from blt.files import model_hash, save_weights, write_aside
+from blt.files import model_hash, save_weights, write_atomically
 from blt.loop import RunConfig, check_compiled, read_metrics
-from blt.metric import bits_per_byte, row_nats
+from blt.metric import bits_per_byte, target_losses
 from blt.optimizers import learning_rate_scale, make_optimizers
 from blt.patch_rules import PatchConfig
 from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
@@ -345,7 +345,7 @@ def test_write_aside_keeps_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError):
-        write_aside(path, fail)
+        write_atomically(path, fail)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
@@ -382,7 +382,7 @@ def test_a_wrong_compiled_model_stops_the_run():
     )
     document = np.arange(40, dtype=np.uint8)
     (batch,) = evaluation_batches([document], [np.arange(41) % 4 == 0], 64)
-    nats, _ = row_nats(model, batch)
+    nats, _ = target_losses(model, batch)
     check_compiled(model, batch, nats)
     with pytest.raises(ValueError, match="--compile no"):
         check_compiled(model, batch, nats + 0.1)
