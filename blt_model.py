@@ -41,6 +41,7 @@ class BLTConfig:
     encoder_layers: int = 1  # windowed transformer layers before the pooling
     encoder_dim: int = 256  # width of the byte states
     encoder_heads: int | None = None  # attention heads; None: heads of about 64 channels
+    encoder_ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     ngram_sizes: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])  # bytes in the hashed n-grams
     hash_rows: int = 16384  # rows of each n-gram size's table; above 65,536 only the rows that occur are updated
     pooling: str = "max"  # how a patch's bytes start its query: max or mean
@@ -50,10 +51,12 @@ class BLTConfig:
     global_layers: int = 8  # layers over patches
     global_dim: int = 512  # width
     global_heads: int | None = None  # attention heads; None: heads of about 64 channels
+    global_ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     # local decoder
     decoder_layers: int = 4  # windowed transformer layers after the latent transformer
     decoder_dim: int = 256  # width
     decoder_heads: int | None = None  # attention heads; None: heads of about 64 channels
+    decoder_ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     cross_attn_all_layers_decoder: bool = True  # cross-attention before every decoder layer, not the first only
     # all
     window: int = 512  # bytes that a byte attends to in the local layers, itself included
@@ -69,6 +72,7 @@ class BLTConfig:
         check_positive(
             self, "encoder_layers", "encoder_dim", "global_layers", "global_dim", "decoder_layers", "decoder_dim"
         )
+        check_positive(self, "encoder_ffn_dim", "global_ffn_dim", "decoder_ffn_dim")
         check_positive(self, "hash_rows", "cross_attn_k", "window", "rope_theta", "norm_eps")
         check(self, "pooling", self.pooling in ("max", "mean"), "max or mean")
         check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
@@ -183,7 +187,8 @@ class LocalEncoder(nn.Module):
         self.byte_embedding = nn.Embedding(BOUNDARY + 1, D)
         self.hash_embedding = HashEmbedding(config.ngram_sizes, config.hash_rows, D) if config.ngram_sizes else None
         self.blocks = nn.ModuleList(
-            Block(D, heads, config.norm_eps, config.qk_norm, config.dropout) for _ in range(config.encoder_layers)
+            Block(D, heads, config.norm_eps, config.qk_norm, config.dropout, config.encoder_ffn_dim)
+            for _ in range(config.encoder_layers)
         )
         self.patch_query = nn.Linear(D, k * D, bias=False)
         n_cross = config.encoder_layers if config.cross_attn_all_layers_encoder else 1
@@ -231,7 +236,7 @@ class LatentTransformer(nn.Module):
         self.widen = nn.Linear(patch_dim, G, bias=False) if patch_dim != G else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(G, config.heads("global"), config.norm_eps, config.qk_norm, config.dropout)
+            Block(G, config.heads("global"), config.norm_eps, config.qk_norm, config.dropout, config.global_ffn_dim)
             for _ in range(config.global_layers)
         )
 
@@ -255,7 +260,8 @@ class LocalDecoder(nn.Module):
         n_cross = config.decoder_layers if config.cross_attn_all_layers_decoder else 1
         self.cross_attentions = nn.ModuleList(DecoderCrossAttention(D, heads, config.norm_eps) for _ in range(n_cross))
         self.blocks = nn.ModuleList(
-            Block(D, heads, config.norm_eps, config.qk_norm, config.dropout) for _ in range(config.decoder_layers)
+            Block(D, heads, config.norm_eps, config.qk_norm, config.dropout, config.decoder_ffn_dim)
+            for _ in range(config.decoder_layers)
         )
         self.norm = RMSNorm(D, config.norm_eps)
 

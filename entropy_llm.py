@@ -33,6 +33,7 @@ class EntropyConfig(RunConfig):
     n_heads: int = 8  # attention heads
     n_layers: int = 6  # transformer layers
     max_seq_len: int = 512  # attention window in bytes; the model itself reads documents of any length
+    ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     vocab_size: int = 256  # classes of the output: the 256 bytes
     rope_theta: float = 10000.0  # base of the rotary embedding's wavelengths
     dropout: float = 0.0  # dropout rate
@@ -46,7 +47,7 @@ class EntropyConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "d_model", "n_heads", "n_layers", "max_seq_len", "rope_theta")
+        check_positive(self, "d_model", "n_heads", "n_layers", "max_seq_len", "rope_theta", "ffn_dim")
         check(self, "vocab_size", self.vocab_size == 256, "256: one class a byte")
         check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
         head_dim_is_even = self.d_model % (2 * self.n_heads) == 0
@@ -78,7 +79,8 @@ class MinimalLLM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(BOUNDARY + 1, config.d_model)
         self.blocks = nn.ModuleList(
-            Block(config.d_model, config.n_heads, dropout=config.dropout) for _ in range(config.n_layers)
+            Block(config.d_model, config.n_heads, dropout=config.dropout, ffn_dim=config.ffn_dim)
+            for _ in range(config.n_layers)
         )
         self.norm = RMSNorm(config.d_model, eps=1e-5)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)

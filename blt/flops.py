@@ -23,9 +23,9 @@ from blt.layers import feed_forward_width
 TRAINING = 3  # a training step's FLOPs by those of its forward pass (paper, section 4.5: a backward pass costs two forward passes)
 
 
-def block_flops(dim):
+def block_flops(dim, ffn_dim=None):
     """FLOPs per position of one `layers.Block` without scores and values: 4 projections and the 3 matrices of the SwiGLU."""
-    return 2.0 * (4 * dim * dim + 3 * dim * feed_forward_width(dim))
+    return 2.0 * (4 * dim * dim + 3 * dim * (ffn_dim or feed_forward_width(dim)))
 
 
 def attention_flops(dim, places):
@@ -80,12 +80,15 @@ def blt_flops(config, bytes_per_patch, row_bytes):
 
     return {
         "embeddings": 0.0,
-        "encoder": c.encoder_layers * block_flops(D),
+        "encoder": c.encoder_layers * block_flops(D, c.encoder_ffn_dim),
         "encoder attention": c.encoder_layers * attention_flops(D, n),
         "encoder cross-attention": 2.0 * k * D * D / s + n_encoder_cross * cross_attention(D),
-        "latent transformer": ((2.0 * k * D * G if k * D != G else 0.0) + c.global_layers * block_flops(G)) / s,
+        "latent transformer": (
+            (2.0 * k * D * G if k * D != G else 0.0) + c.global_layers * block_flops(G, c.global_ffn_dim)
+        )
+        / s,
         "latent attention": c.global_layers * attention_flops(G, mean_places(P)) / s,
-        "decoder": (2.0 * D * D2 if D != D2 else 0.0) + c.decoder_layers * block_flops(D2),
+        "decoder": (2.0 * D * D2 if D != D2 else 0.0) + c.decoder_layers * block_flops(D2, c.decoder_ffn_dim),
         "decoder attention": c.decoder_layers * attention_flops(D2, n),
         "decoder cross-attention": 2.0 * k * G * D2 / s + n_decoder_cross * cross_attention(D2),
         "head": 2.0 * D2 * 257,

@@ -66,9 +66,9 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, ffn_dim=None):
         super().__init__()
-        hidden = feed_forward_width(dim)
+        hidden = ffn_dim or feed_forward_width(dim)
         self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
@@ -79,12 +79,12 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One transformer layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False, dropout=0.0):
+    def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False, dropout=0.0, ffn_dim=None):
         super().__init__()
         self.attention_norm = RMSNorm(dim, norm_eps)
         self.attention = SelfAttention(dim, n_heads, norm_eps, qk_norm, dropout)
         self.feed_forward_norm = RMSNorm(dim, norm_eps)
-        self.feed_forward = FeedForward(dim)
+        self.feed_forward = FeedForward(dim, ffn_dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BTD, plan, past=None):
