@@ -1,23 +1,23 @@
-"""Compute the entropies of a corpus once, choose how to cut it into patches, and show what the patches look like.
+"""Compute the entropies of a corpus once, choose how to split it into patches, and show what the patches look like.
 
 Reads   a corpus and entropy_model.pth (python entropy_llm.py makes it)
-Writes  patch_cache/entropies-*/ (float16, one number a byte, one a document's end), patch_cache/patches.json (the rule that training will use),
-        and in patch_cache/: entropy.png, patch_sizes.png, patches.html
-Run     python create_patches.py [--preset cpu] [--method global --target_patch_size 4.5] [--field value ...]
+Writes  in patch_cache/: entropies-*/ (float16, one number a byte and one a document's end), patches.json (the rule that
+        training will use), entropy.png, patch_sizes.png, patches.html
+Run     python create_patches.py [--preset MACHINE] [--method global --target_patch_size 4.5] [--field value ...]
 Next    python llm.py
 
-Another method, threshold or patch size is a pass over the file of entropies: run it again, the model does not.
+For another method, threshold or patch size run it again: that is a pass over the file of entropies, without
+the model. The methods are listed in docs/patching.md and written in blt/patch_rules.py.
 """
 
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from blt.checks import check, check_positive
-from blt.config import print_header, run_script
+from blt.config import BY_PRESET, SIZES, Presets, next_command, print_header, run_script
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
 from blt.entropies import (
@@ -31,6 +31,7 @@ from blt.entropies import (
 from blt.files import write_json
 from blt.patch_rules import (
     DEFAULT_PATCH_SIZE,
+    RULES,
     PatchConfig,
     calibrate,
     patch_sizes,
@@ -38,30 +39,47 @@ from blt.patch_rules import (
     threshold_for_patch_size,
     warn_about_sizes,
 )
+from blt.runs import named_presets
 from blt.tokens import bpe_starts, train_tokenizer
 from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_entropy_model
 
+MACHINES = {
+    "cpu": dict(max_bytes=2_200_000, val_bytes=200_000, streams=4, chunk_bytes=1024),
+    "colab_t4": dict(streams=64, chunk_bytes=2048),
+    "rtx4090": dict(streams=256, chunk_bytes=2048),
+    "h100": dict(streams=256, chunk_bytes=2048),
+    "h200": dict(streams=512, chunk_bytes=2048),
+}
+BPE_DOCUMENTS = 2000  # training documents that a tokenizer is learned from, and whose tokens are counted
+
 
 @dataclass
 class CreatePatchesConfig(DataConfig):
+    """Settings of this script. A value written in place of BY_PRESET takes effect with every preset."""
+
+    # text: by machine
+    max_bytes: int | None = BY_PRESET  # use at most this many bytes of the training documents; None: all
+    val_bytes: int = BY_PRESET  # use at most this many bytes of the validation documents
     # entropies
     entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
-    streams: int = 4  # places of the text read side by side; more on a GPU (the presets)
-    chunk_bytes: int = 1024  # bytes of each read at once
+    streams: int = BY_PRESET  # positions of the text that are read side by side; more on a GPU
+    chunk_bytes: int = BY_PRESET  # bytes of each that are read at once
     # patches
-    method: Literal["global", "monotonic", "both", "static", "space", "cumulative", "bpe"] = "global"  # the rule
-    target_patch_size: float | None = (
-        None  # find the threshold that gives so many bytes a patch (4.5 if no threshold is given)
-    )
+    method: str = "global"  # the patching method
+    target_patch_size: float | None = None  # find the threshold that gives this many bytes a patch (None: 4.5)
     entropy_threshold: float | None = None  # or the threshold itself: nats; bytes for static
     monotonic_threshold: float = 0.0  # nats; both: the rise of entropy that a start also needs
     min_patch_size: int = 1  # bytes; a start that comes earlier is suppressed
-    max_patch_size: int | None = None  # bytes; after so many a patch is closed; None: no limit
+    max_patch_size: int | None = None  # bytes; a patch that reaches this size is closed; None: no limit
     bpe_vocab_size: int = 4096  # bpe: tokens to learn
     # output
     cache_dir: str = "patch_cache"  # where entropies, rule and pictures go
     picture_text: str | None = None  # text to draw; None: the beginning of the first validation document
+
+    # A size changes nothing here; it is accepted so that one --preset serves all three scripts.
+    PRESETS = Presets({size: {} for size in SIZES}, MACHINES)
+    CHOICES = {"method": lambda: list(RULES)}
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,23 +89,46 @@ class CreatePatchesConfig(DataConfig):
         if self.target_patch_size is not None:
             check(self, "target_patch_size", self.target_patch_size >= 1, "1 or more bytes")
         check(self, "bpe_vocab_size", self.bpe_vocab_size >= 256, "256 or more")
-        self.patch_config(self.entropy_threshold or 1.0)  # its checks, before any work is done
+        self.patch_config()  # its checks, before any work is done
 
-    def patch_config(self, threshold):
-        """The rule as a `PatchConfig`."""
-        tokenizer = str(Path(self.cache_dir) / "tokenizer.json") if self.method == "bpe" else None
+    def patch_config(self):
+        """The rule as a `PatchConfig`; without a threshold it has 1, until one is calibrated."""
         return PatchConfig(
-            self.method, threshold, self.monotonic_threshold, self.min_patch_size, self.max_patch_size,
-            cache_dir=self.cache_dir, tokenizer_path=tokenizer,
-        )  # fmt: skip
+            method=self.method,
+            entropy_threshold=1.0 if self.entropy_threshold is None else self.entropy_threshold,
+            monotonic_threshold=self.monotonic_threshold,
+            min_patch_size=self.min_patch_size,
+            max_patch_size=self.max_patch_size,
+            cache_dir=self.cache_dir,
+            tokenizer_path=str(Path(self.cache_dir) / "tokenizer.json") if self.method == "bpe" else None,
+        )
 
 
-PRESETS = {
-    "cpu": dict(max_bytes=2_200_000, val_bytes=200_000),
-    "colab_t4": dict(streams=64, chunk_bytes=2048),
-    "rtx4090": dict(streams=256, chunk_bytes=2048),
-    "h200": dict(streams=512, chunk_bytes=2048),
-}
+def print_distribution(distribution, entropies, document_starts):
+    """Print what the entropies are like, and which thresholds give which patch sizes."""
+    print(
+        f"entropy: mean {distribution['mean']:.3f}, std {distribution['std']:.3f}, "
+        f"from {distribution['min']:.3f} to {distribution['max']:.3f} nats"
+    )
+    levels = [f"{level}% {value:.3f}" for level, value in distribution["percentiles"].items()]
+    print("percentiles (nats): " + ", ".join(levels))
+    for method in ("global", "monotonic"):
+        suggestions = []
+        for size in (3, 4.5, 6, 8):
+            threshold = threshold_for_patch_size(entropies, method, size, document_starts)
+            suggestions.append(f"{size} bytes a patch {threshold:.3f}")
+        print(f"thresholds for {method}: " + ", ".join(suggestions))
+
+
+def sizes_of_patches(patcher, corpus, train, cache):
+    """Sizes in bytes of the training documents' patches, int64 [P], and the number of documents."""
+    if patcher.tokenizer is None:
+        is_start = training_starts(corpus, train, patcher.config, cache)
+        return training_patch_sizes(is_start, corpus, train), len(train)
+    # Tokenising takes long, so the sizes of BPE patches come from some documents only.
+    some = train[:BPE_DOCUMENTS]
+    sizes = [patch_sizes(bpe_starts(patcher.tokenizer, corpus.document(number))[:-1]) for number in some]
+    return np.concatenate(sizes), len(some)
 
 
 def main(config):
@@ -101,97 +142,79 @@ def main(config):
     cache = make_entropies(
         config.cache_dir, corpus, model, record, train, validation, precision, config.streams, config.chunk_bytes
     )
+    entropies, document_starts = training_sample(cache)
+    distribution = entropy_distribution(entropies)
+    print_distribution(distribution, entropies, document_starts)
 
-    sample = training_sample(cache)
-    distribution = entropy_distribution(sample[0])
-    print(
-        f"entropy: mean {distribution['mean']:.3f}, std {distribution['std']:.3f}, from {distribution['min']:.3f} to {distribution['max']:.3f} nats"
-    )
-    print(
-        "percentiles (nats): "
-        + ", ".join(f"{level}% {value:.3f}" for level, value in distribution["percentiles"].items())
-    )
-    for method in ("global", "monotonic"):
-        suggestions = [(size, threshold_for_patch_size(sample[0], method, size, sample[1])) for size in (3, 4.5, 6, 8)]
-        print(
-            f"thresholds for {method}: " + ", ".join(f"{size} bytes a patch {value:.3f}" for size, value in suggestions)
-        )
-
+    patch_config = config.patch_config()
     if config.method == "bpe":
-        train_tokenizer(
-            (corpus.document(n) for n in train[:2000]), config.bpe_vocab_size, Path(config.cache_dir) / "tokenizer.json"
-        )
-    patch_config = config.patch_config(config.entropy_threshold or 1.0)
+        documents = (corpus.document(number) for number in train[:BPE_DOCUMENTS])
+        train_tokenizer(documents, config.bpe_vocab_size, patch_config.tokenizer_path)
     if config.entropy_threshold is None:
-        patch_config = calibrate(patch_config, config.target_patch_size or DEFAULT_PATCH_SIZE, sample)
-    threshold = patch_config.entropy_threshold
+        target = config.target_patch_size or DEFAULT_PATCH_SIZE
+        patch_config = calibrate(patch_config, target, entropies, document_starts)
     patcher = EntropyPatcher(model, patch_config, precision=precision)
     began = time.perf_counter()
-    if config.method == "bpe":
-        sizes = np.concatenate(
-            [patch_sizes(bpe_starts(patcher.tokenizer, corpus.document(n))[:-1]) for n in train[:2000]]
-        )
-        documents = min(len(train), 2000)
-    else:
-        sizes, documents = (
-            training_patch_sizes(training_starts(corpus, train, patch_config, cache), corpus, train),
-            len(train),
-        )
-    statistics = patch_statistics(sizes, sample[0])
-    places = int(sizes.sum())
+    sizes, n_documents = sizes_of_patches(patcher, corpus, train, cache)
+    seconds = time.perf_counter() - began
+    statistics = patch_statistics(sizes, entropies)
+    total_bytes = int(sizes.sum())
     print(
-        f"patches: {config.method}, threshold {threshold:.4f}: {statistics['total_patches']:,} patches of {places:,} bytes, "
-        f"{statistics['avg_patch_size']:.2f} bytes a patch (from {statistics['min_patch_size']} to {statistics['max_patch_size']}) "
-        f"in {time.perf_counter() - began:.2f} s"
+        f"patches: {patch_config.describe()}: {statistics['total_patches']:,} patches of {total_bytes:,} bytes, "
+        f"{statistics['avg_patch_size']:.2f} bytes a patch "
+        f"(from {statistics['min_patch_size']} to {statistics['max_patch_size']}) in {seconds:.2f} s"
     )
-    warn_about_sizes(statistics["total_patches"], places, documents, threshold)
-    write_json(Path(config.cache_dir) / "patches.json", {
-        "patch_config": asdict(patch_config), "entropy_model_path": config.entropy_model_path,
-        "entropy_model_sha256": record["sha256"], "corpus_sha256": corpus.hash, "dataset": config.dataset,
-        "precision": precision, "statistics": statistics, "entropy_distribution": distribution,
-    })  # fmt: skip
+    warn_about_sizes(statistics["total_patches"], total_bytes, n_documents, patch_config.entropy_threshold)
+    chosen = {
+        "patch_config": asdict(patch_config),
+        "entropy_model_path": config.entropy_model_path,
+        "entropy_model_sha256": record.weights_sha256,
+        "corpus_sha256": corpus.hash,
+        "dataset": config.dataset,
+        "precision": precision,
+        "statistics": statistics,
+        "entropy_distribution": distribution,
+    }
+    write_json(Path(config.cache_dir) / "patches.json", chosen)
     draw_pictures(config, corpus, validation, patcher, sizes)
     print(f"wrote {config.cache_dir}/patches.json, entropy.png, patch_sizes.png, patches.html")
-    print("next: python llm.py" + (f" --preset {' '.join(config.preset)}" if config.preset else ""))
+    print("next: " + next_command("llm.py", named_presets(config)))
 
 
 def draw_pictures(config, corpus, validation, patcher, sizes):
     """entropy.png (the paper's Figure 4), patch_sizes.png and patches.html in the cache folder."""
-    from blt.pictures import (
-        MAX_PAGE_BYTES,
-        draw_entropy_figure,
-        draw_patch_size_histogram,
-        whole_characters,
-        write_patch_page,
-    )
+    # matplotlib takes half a second to import, for which --help should not wait.
+    from blt import pictures
 
-    folder, rule = Path(config.cache_dir), patcher.config
-    threshold = rule.entropy_threshold if rule.method in ("global", "both") else None
-    title = f"{rule.method} patches" + (
-        f", threshold {rule.entropy_threshold:.3f}" if rule.method not in ("space", "bpe") else ""
-    )
+    folder = Path(config.cache_dir)
+    title = patcher.config.describe()
     if config.picture_text:
-        text = whole_characters(config.picture_text.encode("utf-8", "surrogateescape"), MAX_PAGE_BYTES)
+        text = pictures.whole_characters(
+            config.picture_text.encode("utf-8", "surrogateescape"), pictures.MAX_PAGE_BYTES
+        )
     else:
-        text = b"\n\n".join(whole_characters(corpus.document(number)[:4001], 4000) for number in validation[:8])
-    H, predictions = stream_predictions(patcher.entropy_model, text, precision=patcher.precision)
-    starts, sentence = patcher.starts(text, H)[:-1], whole_characters(text, 240)
-    draw_entropy_figure(folder / "entropy.png", sentence, H[: len(sentence)], starts[: len(sentence)], threshold, title)
-    draw_patch_size_histogram(folder / "patch_sizes.png", sizes, title)
-    figures = [("entropy model, bits a byte", f"{predictions.bits_per_byte:.3f}")]
-    token_starts = starts if rule.method == "bpe" else None
-    write_patch_page(
+        beginnings = [pictures.whole_characters(corpus.document(number)[:4001], 4000) for number in validation[:8]]
+        text = b"\n\n".join(beginnings)
+    entropies, predictions = stream_predictions(patcher.entropy_model, text, precision=patcher.precision)
+    is_start = patcher.starts(text, entropies)[:-1]
+    sentence = pictures.whole_characters(text, 240)
+    n = len(sentence)
+    pictures.draw_entropy_figure(
+        folder / "entropy.png", sentence, entropies[:n], is_start[:n], patcher.config.entropy_level(), title
+    )
+    pictures.draw_patch_size_histogram(folder / "patch_sizes.png", sizes, title)
+    pictures.write_patch_page(
         folder / "patches.html",
         text,
-        H[:-1],
-        rule.rule,
+        entropies[:-1],
+        patcher.config.arguments(),
         {"entropy model": predictions},
-        "Patches",
-        title,
-        figures,
-        token_starts,
+        title="Patches",
+        subtitle=title,
+        figures=[("entropy model, bits a byte", f"{predictions.bits_per_byte:.3f}")],
+        token_starts=is_start if patcher.tokenizer is not None else None,
     )
 
 
 if __name__ == "__main__":
-    run_script(main, CreatePatchesConfig, __doc__, PRESETS)
+    run_script(main, CreatePatchesConfig, __doc__)

@@ -1,12 +1,12 @@
-"""Show how a text is cut into patches: a picture to share, and a page in which the rule and its threshold can be moved.
+"""Show how a text is split into patches: a picture to share, and a page in which the rule and its threshold can be moved.
 
 Reads   a text (--text, --file, or standard input) and entropy_model.pth; with --model also a trained BLT
 Writes  in pictures/: patches.html (one file that opens anywhere, without network) and patches.png
 Run     python show_patches.py --text "Hello, patches." | --file book.txt [--model checkpoints] [--field value ...]
+Time    18 s on 2 CPU cores for 100 kB of text with --model and models of size nano
 
-The page shows the entropy of each byte, what the models expected there, and applies every patching rule itself. With --model the
-text is cut by that model's rule, and what the BLT expected is shown beside the entropy model. On 2 CPU cores with the
-cpu preset's models 100 kB of text take 18 s with --model.
+The page shows the entropy of each byte and what the models predicted there, and applies every patching method itself.
+With --model the text is split by that model's rule, and the BLT's predictions are shown beside the entropy model's.
 """
 
 import sys
@@ -22,7 +22,8 @@ from blt.checks import check, check_positive
 from blt.config import run_script
 from blt.device import autocast, choose_device, choose_precision
 from blt.entropies import TopPredictions, stream_predictions
-from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, threshold_for_patch_size
+from blt.metric import row_logits
+from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, calibrate, causal_methods
 from blt.pictures import MAX_FIGURE_BYTES, MAX_PAGE_BYTES, draw_entropy_figure, whole_characters, write_patch_page
 from blt.rows import evaluation_batches
 from entropy_patcher import EntropyPatcher
@@ -31,37 +32,33 @@ from save_entropy_model import load_blt, load_entropy_model
 
 @dataclass
 class ShowPatchesConfig:
+    """Settings of this script. The fields under "patches" go without --model, which has a rule of its own."""
+
     # text
     text: str | None = None  # the text to show
     file: str | None = None  # or a file with it, any bytes; neither: standard input
     # models
-    entropy_model_path: str | None = (
-        None  # trained entropy model; None: entropy_model.pth, or the one that --model was trained with
-    )
-    model: str | None = (
-        None  # output folder of llm.py or train_blt.py: its rule cuts the text, and what it expected is shown too
-    )
+    entropy_model_path: str | None = None  # trained entropy model; None: entropy_model.pth, or the one of --model
+    model: str | None = None  # output folder of llm.py: its rule splits the text, and its predictions are shown too
     context_bytes: int = 2048  # bytes that the BLT sees at once, in windows half of that apart
-    top_k: int = 5  # likeliest bytes to show at each place
-    # patches, without --model
-    method: Literal["global", "monotonic", "both", "static", "space", "cumulative"] | None = (
-        None  # the rule; None: the model's, else global
-    )
-    target_patch_size: float | None = (
-        None  # find the threshold that gives so many bytes a patch of this text (4.5 if no threshold is given)
-    )
+    top_k: int = 5  # most likely bytes to show at each position
+    # patches
+    method: str | None = None  # the patching method; None: the model's, else global
+    target_patch_size: float | None = None  # find the threshold that gives this many bytes a patch here (None: 4.5)
     entropy_threshold: float | None = None  # or the threshold itself: nats; bytes for static
     monotonic_threshold: float = 0.0  # nats; both: the rise of entropy that a start also needs
     min_patch_size: int = 1  # bytes; a start that comes earlier is suppressed
-    max_patch_size: int | None = None  # bytes; after so many a patch is closed; None: no limit
+    max_patch_size: int | None = None  # bytes; a patch that reaches this size is closed; None: no limit
     # output
     output: str = "pictures"  # folder
     title: str | None = None  # heading of both; None: the file's name
-    picture_bytes: int = 384  # the picture shows the first so many bytes, 4000 at most
+    picture_bytes: int = 384  # the picture shows this many bytes of the beginning, 4000 at most
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # of the entropy model without --model; a BLT keeps that of its training
+        "auto"  # of the entropy model; a BLT keeps that of its training
     )
+
+    CHOICES = {"method": causal_methods}
 
     def __post_init__(self):
         check_positive(self, "target_patch_size", "picture_bytes")
@@ -72,25 +69,24 @@ class ShowPatchesConfig:
             raise ValueError("give either text or file, not both")
         if self.target_patch_size is not None and self.entropy_threshold is not None:
             raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
-        names = (
-            "method",
-            "target_patch_size",
-            "entropy_threshold",
-            "monotonic_threshold",
-            "min_patch_size",
-            "max_patch_size",
-        )
-        changed = [name for name in names if getattr(self, name) != getattr(type(self), name)]
+        of_rule = ("method", "target_patch_size", "entropy_threshold", "monotonic_threshold")
+        of_rule += ("min_patch_size", "max_patch_size")
+        changed = [name for name in of_rule if getattr(self, name) != getattr(type(self), name)]
         if self.model and changed:
             raise ValueError(
-                f"leave out {' and '.join(changed)}: a BLT reads the patches that it was trained with; other rules can be tried in the page"
+                f"leave out {' and '.join(changed)}: a BLT reads the patches that it was trained with; "
+                "other rules can be tried in the page"
             )
-        self.patch_config(self.entropy_threshold or 1.0)  # its checks, before any work is done
+        self.patch_config()  # its checks, before any work is done
 
-    def patch_config(self, threshold):
-        """The rule as a `PatchConfig`."""
+    def patch_config(self):
+        """The rule as a `PatchConfig`; without a threshold it has 1, until one is calibrated."""
         return PatchConfig(
-            self.method or "global", threshold, self.monotonic_threshold, self.min_patch_size, self.max_patch_size
+            method=self.method or "global",
+            entropy_threshold=1.0 if self.entropy_threshold is None else self.entropy_threshold,
+            monotonic_threshold=self.monotonic_threshold,
+            min_patch_size=self.min_patch_size,
+            max_patch_size=self.max_patch_size,
         )
 
 
@@ -111,31 +107,46 @@ def read_text(config):
 
 @torch.no_grad()
 def blt_predictions(model, starts, document, k=5, context_bytes=2048, precision="fp32", progress=None):
-    """What a BLT expected at each byte of a document: `TopPredictions`, from windows as in evaluation (rows.evaluation_batches).
+    """What a BLT predicted for each byte of a document: `TopPredictions`, from windows as in evaluation.
 
-    starts: bool [N + 1], the document's patches. Short documents are read whole.
+    starts: bool [N + 1], which positions of the document start a patch. Short documents are read whole.
     """
-    device, pieces, done = next(model.parameters()).device, [], 0
+    device = next(model.parameters()).device
     row_bytes = min(context_bytes, len(document) + 1)
+    pieces, done = [], 0
     for batch in evaluation_batches([document], [starts], row_bytes, batch_rows=2):
         batch = batch.to(device)
         with autocast(device, precision):
-            logits_BTV = model(batch.ids[:, :-1], batch.patch_lengths)
-        logits_NV = logits_BTV[batch.is_scored]  # the windows follow each other: each byte once, in order, then the end
-        pieces.append(TopPredictions.of_logits(logits_NV, document[done : done + len(logits_NV)], k))
-        done += len(pieces[-1].of_byte_N)
+            logits_BTV = row_logits(model, batch)
+        # The windows follow each other, so scored logits are in order: each byte once, then the document's end.
+        logits_NV = logits_BTV[batch.is_scored]
+        piece = TopPredictions.of_logits(logits_NV, document[done : done + len(logits_NV)], k)
+        pieces.append(piece)
+        done += len(piece.of_byte_N)
         if progress is not None:
-            progress.update(len(pieces[-1].of_byte_N))
+            progress.update(len(piece.of_byte_N))
     return TopPredictions.joined(pieces)
 
 
-def describe(rule):
-    """A rule in words: "global, threshold 1.335 nats, at most 16 bytes"."""
-    unit = {"static": "bytes", "space": None, "bpe": None}.get(rule.method, "nats")
-    words = [rule.method] + ([f"threshold {rule.entropy_threshold:.3f} {unit}"] if unit else [])
-    words += [f"rise {rule.monotonic_threshold:.3f} nats"] * (rule.method == "both")
-    words += [f"at least {rule.min_patch_size} bytes"] * (rule.min_patch_size > 1)
-    return ", ".join(words + ([f"at most {rule.max_patch_size} bytes"] if rule.max_patch_size else []))
+def open_models(config, device):
+    """(BLT or None, EntropyPatcher or None, entropy model, precision): with --model the patcher is the BLT's."""
+    blt, patcher, entropy_model = None, None, None
+    precision = choose_precision(config.precision, device)
+    if config.model is not None:
+        blt, patcher, _ = load_blt(config.model, device)
+        entropy_model = patcher.entropy_model
+        precision = patcher.precision
+        if entropy_model is not None and config.entropy_model_path is not None:
+            raise ValueError(
+                "leave out entropy_model_path: the BLT's patches come from the entropy model that it was trained with"
+            )
+    if entropy_model is None:
+        entropy_model, _ = load_entropy_model(config.entropy_model_path or "entropy_model.pth", device)
+    return blt, patcher, entropy_model, precision
+
+
+def progress_bar(total, what):
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
 
 
 def main(config):
@@ -146,61 +157,50 @@ def main(config):
     if len(text) < len(whole):
         print(f"note: the page shows the first {len(text):,} of {len(whole):,} bytes")
 
-    blt, precision = None, choose_precision(config.precision, device)
-    if config.model is not None:
-        blt, patcher, _ = load_blt(config.model, device)
-        entropy_model, precision = patcher.entropy_model, patcher.precision
-        if entropy_model is not None and config.entropy_model_path is not None:
-            raise ValueError(
-                "leave out entropy_model_path: the BLT's patches come from the entropy model that it was trained with"
-            )
-    if blt is None or entropy_model is None:
-        entropy_model, _ = load_entropy_model(config.entropy_model_path or "entropy_model.pth", device)
-    with tqdm(total=len(text), unit="B", unit_scale=True, desc="entropies", disable=None) as progress:
-        H, predictions = stream_predictions(entropy_model, document, config.top_k, precision, progress)
-    if blt is None:
-        threshold = config.entropy_threshold
-        if threshold is None and config.method != "space":
-            options = {
-                name: value
-                for name, value in config.patch_config(1.0).rule.items()
-                if name not in ("method", "threshold")
-            }
-            threshold = threshold_for_patch_size(
-                H, config.method or "global", config.target_patch_size or DEFAULT_PATCH_SIZE, **options
-            )
-        patcher = EntropyPatcher(
-            entropy_model, config.patch_config(1.0 if threshold is None else threshold), precision=precision
-        )
-    expected, starts, rule = {"entropy model": predictions}, patcher.starts(document, H), patcher.config
+    blt, patcher, entropy_model, precision = open_models(config, device)
+    with progress_bar(len(text), "entropies") as progress:
+        entropies, predictions = stream_predictions(entropy_model, document, config.top_k, precision, progress)
+    if patcher is None:
+        patch_config = config.patch_config()
+        if config.entropy_threshold is None:
+            target = config.target_patch_size or DEFAULT_PATCH_SIZE
+            patch_config = calibrate(patch_config, target, entropies)
+        patcher = EntropyPatcher(entropy_model, patch_config, precision=precision)
+    starts = patcher.starts(document, entropies)
+    predicted = {"entropy model": predictions}
     if blt is not None:
-        with tqdm(total=len(text), unit="B", unit_scale=True, desc="BLT", disable=None) as progress:
-            expected["BLT"] = blt_predictions(
+        with progress_bar(len(text), "BLT") as progress:
+            predicted["BLT"] = blt_predictions(
                 blt, starts, document, config.top_k, config.context_bytes, precision, progress
             )
+    # The page and the picture have no place for the document's end.
+    write_outputs(config, text, entropies[:-1], starts[:-1], patcher.config, predicted)
 
-    folder, starts, H = Path(config.output), starts[:-1], H[:-1]
+
+def write_outputs(config, text, entropies, is_start, rule, predicted):
+    """Write the page and the picture, and print what they show.
+
+    entropies, is_start: [N] of each byte. rule: `PatchConfig`. predicted: {model's name: `TopPredictions`}.
+    """
+    folder = Path(config.output)
     title = config.title or (Path(config.file).name if config.file else "Patches")
-    costs = [(f"{name}, bits a byte", f"{prediction.bits_per_byte:.3f}") for name, prediction in expected.items()]
-    subtitle = describe(rule) + (
-        "; the BLT's expectations belong to this rule and stay as they are" if blt is not None else ""
+    costs = [(f"{name}, bits a byte", f"{made.bits_per_byte:.3f}") for name, made in predicted.items()]
+    subtitle = rule.describe()
+    if "BLT" in predicted:
+        subtitle += "; the BLT's predictions belong to this rule and stay as they are"
+    page = write_patch_page(
+        folder / "patches.html", text, entropies, rule.arguments(), predicted, title, subtitle, costs
     )
-    page = write_patch_page(folder / "patches.html", text, H, rule.rule, expected, title, subtitle, costs)
     sentence = whole_characters(text, config.picture_bytes)
     n = len(sentence)
-    threshold = rule.entropy_threshold if rule.method in ("global", "both") else None
+    caption = f"{title}: {rule.describe()}"
     picture = draw_entropy_figure(
-        folder / "patches.png", sentence, H[:n], starts[:n], threshold, f"{title}: {describe(rule)}"
+        folder / "patches.png", sentence, entropies[:n], is_start[:n], rule.entropy_level(), caption
     )
-
-    print(
-        f"{len(text):,} bytes, {starts.sum():,} patches, {len(text) / starts.sum():.2f} bytes a patch ({describe(rule)})"
-    )
-    print(
-        f"entropy: mean {H.mean(dtype=np.float64):.3f} nats | "
-        + " | ".join(f"{name} {cost}" for name, cost in costs)
-        + " (end of text not counted)"
-    )
+    patches = int(is_start.sum())
+    print(f"{len(text):,} bytes, {patches:,} patches, {len(text) / patches:.2f} bytes a patch ({rule.describe()})")
+    cost_words = " | ".join(f"{name} {cost}" for name, cost in costs)
+    print(f"entropy: mean {entropies.mean(dtype=np.float64):.3f} nats | {cost_words} (end of text not counted)")
     print(f"wrote {page} ({page.stat().st_size / 1e6:.2f} MB)")
     print(f"wrote {picture} ({picture.stat().st_size / 1e3:.0f} kB, the first {n:,} bytes)")
 

@@ -1,106 +1,289 @@
-"""Settings of a script from its dataclass, presets and the command line; errors in one line; the header that is printed."""
+"""Settings of a script: a dataclass, presets and the command line; errors in one line; what is printed first.
+
+A config is a dataclass with one field a line, and the comment at the end of the line is the field's --help
+text. What decides a field's value, the strongest first:
+
+    a flag                     --steps 500
+    the file                   steps: int = 500
+    the presets                steps: int = BY_PRESET, and the size's or the machine's dict has "steps"
+    the library's default      the same field in a base class such as RunConfig
+
+So a number that a user writes in place of BY_PRESET takes effect with every preset.
+"""
 
 import argparse
+import ast
 import dataclasses
+import difflib
+import inspect
+import io
 import os
-import re
 import sys
-from inspect import getsource
+import textwrap
+import tokenize
+import types
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from blt.device import MACHINES, detect_machine
 from blt.files import git_commit
 
 
-def parse_config(config_class, description, presets=None, argv=None):
-    """Read a config from the command line: the dataclass's values, then presets, then flags.
+class ByPreset:
+    """The type of BY_PRESET, which stands in a dataclass for the value that the presets give."""
 
-    Every field is a flag, and the comment at the end of its line is its help. presets: {name: {field: value}}. The field that
-    a config class names as its POSITIONAL may be given first, without its flag.
+    def __repr__(self):
+        return "BY_PRESET"
+
+
+BY_PRESET = ByPreset()
+SIZES = ("nano", "tiny", "small", "medium", "large")  # names of model sizes; each script has its own numbers for them
+
+
+@dataclass(frozen=True)
+class Presets:
+    """Named values for the fields that are BY_PRESET: sizes say what the model is, machines how it is trained.
+
+    sizes, machines: {name: {field: value}}. A size and a machine never set the same field, so they combine
+    freely. pairs: {(size, machine): {field: value}} for what one size needs otherwise on one machine; it
+    beats both. size_of_machine: {machine: size} for a run that names no size; other machines get
+    default_size. alone: {name: {field: value}}, presets that set everything and combine with no other.
     """
-    from transformers import HfArgumentParser
 
-    presets = presets or {}
-    parser = HfArgumentParser(
-        config_class, description=description, formatter_class=_HelpFormatter, usage="%(prog)s [--field value ...]"
-    )
-    comments = field_comments(config_class)
-    for action in parser._actions:
-        if action.dest in comments:
-            action.help = (
-                "do without: " if action.option_strings[0].startswith("--no_") and action.nargs == 0 else ""
-            ) + comments[action.dest].replace("%", "%%")
-            action.option_strings = [
-                name for name in action.option_strings if "-" not in name[2:]
-            ]  # of --a_b and --a-b show one
-            action.metavar = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else "VALUE"
-        if action.dest == "preset":
-            action.help += f"; one or more of: {', '.join(presets) or 'none here'}"
-    argv = sys.argv[1:] if argv is None else argv
+    sizes: dict
+    machines: dict
+    pairs: dict = field(default_factory=dict)
+    default_size: str = "medium"
+    size_of_machine: dict = field(default_factory=lambda: {"cpu": "nano"})
+    alone: dict = field(default_factory=dict)
+
+    def names(self):
+        return [*self.sizes, "auto", *self.machines, *self.alone]
+
+    def choose(self, names, device="auto"):
+        """The full list of presets for the names that a user gave: [size, machine], or [the one that stands alone].
+
+        A machine that is not named, or is named auto, is detected. Raises ValueError for unknown names, and
+        for two that set the same fields.
+        """
+        for name in names:
+            if name not in self.names():
+                raise ValueError(f"unknown preset {name!r}; choose from: {', '.join(self.names())}")
+        alone = [name for name in names if name in self.alone]
+        if alone and len(names) > 1:
+            raise ValueError(
+                f"preset {alone[0]!r} sets the model and the run; it combines with no other, and there are {', '.join(names)}"
+            )
+        if alone:
+            return alone
+        sizes = [name for name in names if name in self.sizes]
+        machines = [name for name in names if name not in self.sizes and name != "auto"]
+        for kind, named in (("sizes", sizes), ("machines", machines)):
+            if len(set(named)) > 1:
+                raise ValueError(f"presets {' and '.join(named)} are {kind} that set the same fields; name one of them")
+        machine = machines[0] if machines else detect_machine(device)
+        size = sizes[0] if sizes else self.size_of_machine.get(machine, self.default_size)
+        return [size, machine]
+
+    def values(self, chosen):
+        """{field: value} of what `choose` returned."""
+        if len(chosen) == 1:
+            return self.alone[chosen[0]]
+        size, machine = chosen
+        return self.sizes[size] | self.machines[machine] | self.pairs.get((size, machine), {})
+
+
+def apply_presets(config):
+    """Replace every BY_PRESET in a config by the preset's value, or by the library's default where there is none.
+
+    The config's class has its `Presets` as PRESETS; a class without them has no such fields.
+    """
+    presets = getattr(config, "PRESETS", None)
+    if presets is None:
+        return
+    names = ["quick_demo"] if getattr(config, "quick_demo", False) else []
+    config.preset = presets.choose(list(dict.fromkeys([*names, *config.preset])), config.device)
+    values = presets.values(config.preset)
+    for f in dataclasses.fields(config):
+        if getattr(config, f.name) is BY_PRESET:
+            value = values[f.name] if f.name in values else library_default(type(config), f.name)
+            setattr(config, f.name, value)
+
+
+def library_default(config_class, name):
+    """The default of a field in the nearest base class where it is not BY_PRESET."""
+    for base in config_class.__mro__:
+        base_field = base.__dict__.get("__dataclass_fields__", {}).get(name)
+        if base_field is not None and base_field.default is not BY_PRESET:
+            if base_field.default is not dataclasses.MISSING:
+                return base_field.default
+            if base_field.default_factory is not dataclasses.MISSING:
+                return base_field.default_factory()
+    raise TypeError(f"{config_class.__name__}.{name} is BY_PRESET, but no preset and no base class has a value for it")
+
+
+# The command line
+
+
+def parse_config(config_class, description, argv=None):
+    """Read a config from the command line, where every field of the dataclass is a flag.
+
+    The config's `given_flags` says which flags were given. The field that a config class names as its
+    POSITIONAL may be given first, without its flag. CHOICES, {field: function}, limits a field to the words
+    that the function returns.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
     if hasattr(config_class, "POSITIONAL") and argv and not argv[0].startswith("-"):
         argv = [f"--{config_class.POSITIONAL}", *argv]
-    chosen = parser.parse_known_args(argv)[0]
-    names = (["quick_demo"] if getattr(chosen, "quick_demo", False) else []) + (getattr(chosen, "preset", None) or [])
-    for name in names:
-        if name not in presets:
-            parser.error(f"unknown preset {name!r}; choose from: {', '.join(presets)}")
-        parser.set_defaults(**presets[name])
+    parser = make_parser(config_class, description)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)}{_did_you_mean(unknown, config_class)}")
     try:
-        config = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)[0]
+        config = config_class(**vars(given))
     except ValueError as error:
-        parser.error(
-            str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown flags")
-        )
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    parser._defaults.clear()
-    config.given_flags = set(vars(parser.parse_known_args(argv)[0]))
+        parser.error(str(error))
+    config.given_flags = set(vars(given))
     return config
 
 
 def given_fields(config):
-    """Names of the settings that were chosen for this run: its flags; of a config made in Python, what differs from its class's values.
+    """Names of the settings that were chosen for this run.
 
-    Presets and the values in a file are not among them: they may give way, for instance to the sizes of a model that is read.
+    On the command line these are the flags; in a config made in Python, what differs from the class's
+    values. Presets and the values in a file are not among them: they give way, for instance to the sizes of
+    a model that is read.
     """
-    try:
+    if hasattr(config, "given_flags"):
         return config.given_flags
-    except AttributeError:
-        default = type(config)()
-        return {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(default, f.name)}
+    default = type(config)()
+    return {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(default, f.name)}
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keep the lines of the description and show every default."""
+def make_parser(config_class, description):
+    """An argparse parser with a flag for each field; flags that are not given leave no trace in what it returns."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage="%(prog)s [--field value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    types_of_fields = get_type_hints(config_class)
+    comments = field_comments(config_class)
+    choices_of_fields = {name: names() for name, names in getattr(config_class, "CHOICES", {}).items()}
+    for f in dataclasses.fields(config_class):
+        options = _argparse_options(types_of_fields[f.name], choices_of_fields.get(f.name))
+        text = f.metadata.get("help", comments.get(f.name, "")) + _describe_default(config_class, f)
+        parser.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **options)
+        if types_of_fields[f.name] is bool:
+            parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
+    return parser
+
+
+def _argparse_options(field_type, choices=None):
+    """argparse's keyword arguments for a field's type: int, float, str, bool, Literal, list[...] and X | None."""
+    arguments = get_args(field_type)
+    if get_origin(field_type) in (Union, types.UnionType):
+        (inner,) = [argument for argument in arguments if argument is not type(None)]
+        options = _argparse_options(inner, choices)
+        convert = options["type"]
+        options["type"] = _named(lambda text: None if text == "None" else convert(text), convert)
+        return options
+    if get_origin(field_type) is list:
+        return {**_argparse_options(arguments[0], choices), "nargs": "*"}
+    if get_origin(field_type) is Literal:
+        return {"type": str, "choices": arguments, "metavar": "{" + ",".join(arguments) + "}"}
+    if field_type is bool:
+        return {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+    if choices is not None:
+        return {"type": _one_of(choices), "metavar": "{" + ",".join(choices) + "}"}
+    return {"type": field_type, "metavar": field_type.__name__.upper()}
+
+
+def _named(convert, original):
+    """Give a converter the name that argparse prints in "invalid int value"."""
+    convert.__name__ = original.__name__
+    return convert
+
+
+def _one_of(choices):
+    def convert(text):
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(choices)})")
+        return text
+
+    return convert
+
+
+def _parse_bool(text):
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
+
+
+def _describe_default(config_class, f):
+    """What --help says about a field without its flag: its default, or its values by preset."""
+    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    if default is not BY_PRESET:
+        return f" (default: {default})"
+    presets = config_class.PRESETS
+    groups = [presets.sizes, presets.machines, presets.alone]
+    named = [f"{name} {values[f.name]}" for group in groups for name, values in group.items() if f.name in values]
+    named += [f"{' '.join(pair)} {values[f.name]}" for pair, values in presets.pairs.items() if f.name in values]
+    try:
+        named.append(f"else {library_default(config_class, f.name)}")
+    except TypeError:
+        pass  # the presets always give a value
+    return f" (by preset: {', '.join(named)})"
+
+
+def _did_you_mean(unknown, config_class):
+    names = [f"--{f.name}" for f in dataclasses.fields(config_class)]
+    close = [match for flag in unknown for match in difflib.get_close_matches(flag, names, n=1)]
+    return f"; did you mean {' '.join(close)}?" if close else ""
 
 
 def field_comments(config_class):
     """{field: the comment at the end of its line}, over a dataclass and its bases."""
     comments = {}
     for base in reversed(config_class.__mro__):
-        if dataclasses.is_dataclass(base):
-            for line in getsource(base).splitlines():
-                found = re.match(r"    (\w+): [^#]+  # (.+)", line)
-                if found:
-                    comments[found[1]] = found[2]
+        if not dataclasses.is_dataclass(base):
+            continue
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except OSError:  # a class that was made by code has no source
+            continue
+        comment_of_line = {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign) and node.end_lineno in comment_of_line:
+                comments[node.target.id] = comment_of_line[node.end_lineno]
     return comments
 
 
-def run_script(main, config_class, description, presets=None):
-    """Parse the command line and run main(config). A user's mistake ends in one line and exit status 1, without a traceback.
+def run_script(main, config_class, description):
+    """Parse the command line and run main(config). A user's mistake ends in one line and exit status 1.
 
     Set BLT_TRACEBACK=1 to see where an error came from.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    config = parse_config(config_class, description, presets)
+    config = parse_config(config_class, description)
     try:
         main(config)
     except (ValueError, OSError) as error:  # FileNotFoundError, PermissionError and ConnectionError are OSErrors
         if os.environ.get("BLT_TRACEBACK"):
             raise
         message = str(error)
-        if isinstance(error, OSError) and error.strerror and error.filename:  # raised by the system, not by us
+        raised_by_system = isinstance(error, OSError) and error.strerror and error.filename
+        if raised_by_system:
             message = f"{error.filename}: {error.strerror}; check the path and its permissions, or pass another one"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(1)
@@ -109,22 +292,38 @@ def run_script(main, config_class, description, presets=None):
         sys.exit(130)
 
 
+# What scripts print
+
+
 def print_header(config, device, precision):
     """Print what runs where, and every setting: enough to repeat the run."""
     print(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"commit {git_commit()} | torch {torch.__version__} | {device} ({name}) | {precision}")
-    if device.type == "cpu" and not getattr(config, "preset", True):
-        print("note: no GPU is used; --preset cpu is sized for a CPU")
+    machines = [preset for preset in getattr(config, "preset", []) if preset in MACHINES]
+    if machines:
+        print(f"machine {machines[0]}: {MACHINES[machines[0]]} | presets {' '.join(config.preset)}")
     print("config " + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items()))
 
 
 def print_table(header, rows):
-    """Columns as wide as their widest cell, the first to the left, the others to the right."""
+    """Print columns as wide as their widest cell, the first aligned left, the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, ["-" * width for width in widths], *rows]:
-        print(
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-            ).rstrip()
-        )
+        first = row[0].ljust(widths[0])
+        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        print("  ".join([first, *others]).rstrip())
+
+
+def next_command(script, preset=(), **flags):
+    """The command that a script prints as the next step, with the presets that were named on its own command line."""
+    words = [f"python {script}"]
+    if preset:
+        words.append("--preset " + " ".join(preset))
+    words += [f"--{name} {value}" for name, value in flags.items()]
+    return " ".join(words)
+
+
+def part_of(config, config_class):
+    """The part of a script's config that another config class describes: `part_of(config, BLTConfig)`."""
+    return config_class(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config_class)})

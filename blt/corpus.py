@@ -4,11 +4,11 @@
     for number in corpus.documents("train"):        # "HuggingFaceTB/smollm-corpus:cosmopedia-v2" with max_bytes=...
         print(bytes(corpus.document(number)[:60]))
 
-Reads: the bundled sample (data/sample.jsonl.xz, 23.5 MB of English text; data/LICENSES.md says whose), a local file or
-folder of .txt, .md, .jsonl, .json or .parquet (each plain, .gz, .xz or .zst), or a dataset streamed from the hub.
-Writes: a byte store, cache_dir/NAME-KEY/. The same settings on unchanged files open the store that is already there.
-Takes: about 1 s for the sample on one core of an AMD EPYC server. Documents stream through: memory holds one document,
-and about 20 bytes for each document of the corpus.
+Reads: the bundled sample (data/sample.jsonl.xz, 23.5 MB of English text; data/LICENSES.md says whose), a
+local file or folder of .txt, .md, .jsonl, .json or .parquet (each plain, .gz, .xz or .zst), or a dataset
+streamed from the hub. Writes: a byte store, cache_dir/NAME-KEY/. The same settings on unchanged files open
+the store that is already there. Takes: about 1 s for the sample on one core of an AMD EPYC server.
+Documents stream through: memory holds one document, and about 20 bytes for each document of the corpus.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blt.checks import check, check_positive
+from blt.config import apply_presets
 from blt.files import add_to_hash
 
 
@@ -41,25 +42,22 @@ from blt.files import add_to_hash
 class DataConfig:
     """Settings of every script that reads a corpus."""
 
-    preset: list[str] = field(
-        default_factory=list
-    )  # named sets of changes to these settings, applied left to right; flags beat them
+    preset: list[str] = field(default_factory=list)  # a size, a machine, or one of each; what is not named is detected
     # data
-    dataset: str = "sample"  # sample, a file or folder (.txt .md .jsonl .json .parquet, also .gz .xz .zst), or a Hugging Face id[:subset]
+    dataset: str = "sample"  # sample, a file or folder (.txt .md .jsonl .json .parquet), or a Hugging Face id[:subset]
     text_field: str = "text"  # the field of a JSON or parquet record that holds the text
-    corpus_bytes: int | None = None  # store at most so many bytes of the dataset (needed for a Hugging Face dataset)
+    corpus_bytes: int | None = None  # store at most this many bytes of the dataset (needed for a Hugging Face dataset)
     val_fraction: float = 0.03  # share of documents held out, chosen by a hash of each document
-    max_document_bytes: int = 65536  # plain text files are cut into documents of at most so many bytes
-    max_bytes: int | None = None  # use the first so many bytes of the training documents; None: all
-    val_bytes: int = 1_000_000  # and the first so many bytes of the validation documents
+    max_document_bytes: int = 65536  # plain text files are split into documents of at most this many bytes
+    max_bytes: int | None = None  # use at most this many bytes of the training documents; None: all
+    val_bytes: int = 1_000_000  # use at most this many bytes of the validation documents
     data_cache: str = "data_cache"  # folder of the byte stores
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # auto: bf16 where the hardware computes in it, fp16 on older GPUs
-    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 if the hardware has it, fp16 on older GPUs
 
     def __post_init__(self):
+        apply_presets(self)
         check_positive(self, "max_bytes", "val_bytes", "corpus_bytes", "max_document_bytes")
         check(self, "val_fraction", 0 < self.val_fraction <= 0.5, "above 0 and at most 0.5")
         check(self, "precision", self.precision in ("auto", "bf16", "fp16", "fp32"), "one of auto, bf16, fp16, fp32")
@@ -67,9 +65,13 @@ class DataConfig:
     def corpus(self):
         """Open the byte store of the dataset; the first time it is built."""
         return open_corpus(
-            self.dataset, text_field=self.text_field, max_bytes=self.corpus_bytes, val_fraction=self.val_fraction,
-            max_document_bytes=self.max_document_bytes, cache_dir=self.data_cache,
-        )  # fmt: skip
+            self.dataset,
+            text_field=self.text_field,
+            max_bytes=self.corpus_bytes,
+            val_fraction=self.val_fraction,
+            max_document_bytes=self.max_document_bytes,
+            cache_dir=self.data_cache,
+        )
 
 
 FORMAT = 1  # of the store; part of its key, so a store of another format is never opened
@@ -89,8 +91,9 @@ class Corpus:
     bytes: uint8 [total bytes], the raw bytes of all documents with nothing between them.
     offsets: int64 [documents + 1]; document i is bytes[offsets[i]:offsets[i + 1]].
     is_validation: bool [documents].
-    source_ids: uint16 [documents], places in `sources`: a record's "source" field, else its file's name or the hub id.
-    hash: sha256 over every document's length (8 bytes, little endian) and bytes, in stored order.
+    source_ids: uint16 [documents], places in `sources`: a record's "source" field, else its file's name or
+    the hub id. hash: sha256 over every document's length (8 bytes, little endian) and bytes, in stored
+    order.
     """
 
     def __init__(self, folder):
@@ -116,7 +119,8 @@ class Corpus:
         """Numbers of a split's documents in stored order, cut to the longest prefix within the limits.
 
         With training documents 0, 1 and 3 of 10 bytes each, documents("train", max_bytes=25) is [0, 1].
-        split: "train", "validation" or "all". Returns int64 [n]; n >= 1, even if the first document passes max_bytes.
+        split: "train", "validation" or "all". Returns int64 [n]; n >= 1, even if the first document passes
+        max_bytes.
         """
         if split not in ("train", "validation", "all"):
             raise ValueError(f"split is {split!r}; it must be 'train', 'validation' or 'all'")
@@ -508,9 +512,10 @@ def write_store(folder, documents, settings, origin):
 def split_off(split_hashes, val_fraction):
     """Which documents are validation: those whose hash, read as a number in [0, 1), is below val_fraction.
 
-    split_hashes: uint64 [documents], blake2b of each document's bytes. Equal documents land on the same side, and a
-    document keeps its side whatever else the corpus holds, in whatever order. Only where that leaves a side empty (a
-    few documents) does the smallest hash become validation, or the largest training. Returns bool [documents].
+    split_hashes: uint64 [documents], blake2b of each document's bytes. Equal documents land on the same
+    side, and a document keeps its side whatever else the corpus holds, in whatever order. Only where that
+    leaves a side empty (a few documents) does the smallest hash become validation, or the largest training.
+    Returns bool [documents].
     """
     smallest, largest = split_hashes.min(), split_hashes.max()
     if smallest == largest:

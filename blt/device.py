@@ -65,3 +65,26 @@ def threads_for(n_rows):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+# Machines that the presets are sized for, in the order of their memory.
+MACHINES = {
+    "cpu": "no GPU",
+    "colab_t4": "a Tesla T4 or another GPU below 20 GB",
+    "rtx4090": "an RTX 4090 or another GPU of 20 to 47 GB",
+    "h100": "an H100 or another GPU of 48 to 99 GB",
+    "h200": "an H200 or another GPU from 100 GB",
+}
+
+
+def detect_machine(device_name="auto"):
+    """The name in MACHINES of what this device is: the CPU, or the class of its GPU by memory."""
+    device = choose_device(device_name)
+    if device.type != "cuda":
+        return "cpu"
+    gigabytes = torch.cuda.get_device_properties(device).total_memory / 1e9
+    if gigabytes < 20:
+        return "colab_t4"
+    if gigabytes < 48:
+        return "rtx4090"
+    return "h100" if gigabytes < 100 else "h200"

@@ -1,4 +1,9 @@
-"""Entropies of texts and corpora: the pass of the entropy model, and its results on disk."""
+"""Entropies of texts and corpora: the pass of the entropy model, and its results on disk (BLT section 2.3).
+
+A corpus's entropies are computed once and stored as float16, one number a position. Another patching
+method, threshold or patch size is then a vectorised pass over that file; the entropy model does not run
+again.
+"""
 
 import json
 import shutil
@@ -14,12 +19,15 @@ from tqdm import tqdm
 from blt.device import autocast
 from blt.files import write_json
 from blt.ids import to_bytes
-from blt.patch_rules import NEEDS_ENTROPIES, patch_starts
+from blt.patch_rules import patch_starts
 from blt.rows import BitArray, DocumentStream
+
+BLOCK = 1 << 22  # positions that are patched at once: tens of megabytes in memory
+SAMPLE_POSITIONS = 2_000_000  # of training text, from which a threshold is calibrated
 
 
 def entropy_of(logits_BTV):
-    """Entropy in nats of each distribution: float32 [B, T]."""
+    """Entropy of each distribution in nats, float32 [B, T]: the paper's equation 1."""
     log_p = logits_BTV.float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
@@ -28,40 +36,51 @@ def entropy_of(logits_BTV):
 def stream_entropies(
     model, stream, n_streams=4, chunk_bytes=1024, precision="fp32", progress=None, out=None, visit=None
 ):
-    """Entropies of every place of a `DocumentStream` but its last boundary: N + 1 numbers per document, in its order.
+    """Entropies of every position of a `DocumentStream` but its last boundary: N + 1 numbers a document, in its order.
 
-    The stream is cut into `n_streams` equal shares, read side by side in chunks; the model hands its window on from chunk to
-    chunk. A lane begins as far before its share as the model can see, so every number is what one pass over its document
-    gives, whatever the number of n_streams and the size of the chunks. Short streams get fewer n_streams, that little is read twice.
-    out: array to write to (float32 by default). visit: called with (first, last + 1, logits [n, 256]) of each piece, for what else
-    is to be read from the logits. Entropies as in the paper's equation 1.
+    The stream is divided into n_streams equal shares, which are read side by side in chunks; the model
+    hands the keys and values of its window on from chunk to chunk. Each share is read from one receptive
+    field before its beginning, so results equal a single pass, whatever n_streams and chunk_bytes are.
+    Short streams get fewer shares, so that little is read twice.
+
+    out: array to write to; None: a new float32 array. visit: called with (first, end, logits [n, V]) of
+    every piece, for whatever else is to be read from the logits. progress: a tqdm bar to update. Returns
+    out.
     """
     device = next(model.parameters()).device
     total = len(stream) - 1
     out = np.empty(total, dtype=np.float32) if out is None else out
-    receptive_field = model.config.n_layers * (
-        model.config.max_seq_len - 1
-    )  # places before a byte that its entropy depends on
+    # How many bytes before a byte its entropy depends on: one window less the byte itself, for each layer.
+    receptive_field = model.config.n_layers * (model.config.max_seq_len - 1)
     n_streams = max(1, min(n_streams, total // (4 * receptive_field + 1)))
+
     shares = np.linspace(0, total, n_streams + 1).astype(np.int64)
-    begins, starts, finishes = np.maximum(shares[:-1] - receptive_field, 0), shares[:-1], shares[1:]
-    state, longest = None, int((finishes - begins).max())
+    share_first = shares[:-1]
+    share_end = shares[1:]
+    read_from = np.maximum(share_first - receptive_field, 0)
+    longest = int((share_end - read_from).max())
+    state = None
     was_training = model.training
     model.eval()
-    with autocast(device, precision):  # around the loop: it rounds each weight once
+    # One autocast context around the loop: it rounds each weight only once.
+    with autocast(device, precision):
         for offset in range(0, longest, chunk_bytes):
             width = min(chunk_bytes, longest - offset)
-            ids = np.stack([stream.ids(begin + offset, begin + offset + width) for begin in begins])
+            chunk_first = read_from + offset
+            ids = np.stack([stream.ids(first, first + width) for first in chunk_first])
             logits, state = model.stream(torch.from_numpy(ids).to(device), state)
-            H = entropy_of(logits).cpu().numpy()
+            entropies = entropy_of(logits).cpu().numpy()
             done = 0
-            for lane, (begin, start, finish) in enumerate(zip(begins + offset, starts, finishes)):
-                low, high = max(begin, start), min(begin + width, finish)
-                if low < high:
-                    out[low:high] = H[lane, low - begin : high - begin]
-                    done += high - low
-                    if visit is not None:
-                        visit(int(low), int(high), logits[lane, low - begin : high - begin])
+            for row, first in enumerate(chunk_first):
+                # The part of this chunk that lies in the stream's own share.
+                low = max(first, share_first[row])
+                high = min(first + width, share_end[row])
+                if low >= high:
+                    continue
+                out[low:high] = entropies[row, low - first : high - first]
+                done += high - low
+                if visit is not None:
+                    visit(int(low), int(high), logits[row, low - first : high - first])
             if progress is not None:
                 progress.update(int(done))
     model.train(was_training)
@@ -70,30 +89,28 @@ def stream_entropies(
 
 @dataclass
 class TopPredictions:
-    """What a model expected at each of N places, from what stands before: its k likeliest ids, the likeliest first.
+    """What a model predicted for each of N bytes from what is before it: its k most likely ids, in that order."""
 
-    ids_Nk: int64; 256 is the document's end. probabilities_Nk, of_byte_N: float32, of these ids and of the byte that came.
-    """
-
-    ids_Nk: np.ndarray
-    probabilities_Nk: np.ndarray
-    of_byte_N: np.ndarray
+    ids_Nk: np.ndarray  # int64; 256 is the document's end
+    probabilities_Nk: np.ndarray  # float32, of these ids
+    of_byte_N: np.ndarray  # float32, the probability of the byte that came
 
     @classmethod
     def of_logits(cls, logits_NV, byte_values, k):
-        """From logits and the bytes that came; logits of places after the last byte are left out."""
+        """From logits and the bytes that came; logits after the last byte are left out."""
         probabilities_NV = logits_NV[: len(byte_values)].float().softmax(-1)
-        likeliest = probabilities_NV.topk(k)
-        came = torch.from_numpy(byte_values.astype(np.int64)).to(logits_NV.device)[:, None]
-        return cls(
-            *(x.cpu().numpy() for x in (likeliest.indices, likeliest.values, probabilities_NV.gather(1, came)[:, 0]))
-        )
+        top = probabilities_NV.topk(k)
+        came_N1 = torch.from_numpy(byte_values.astype(np.int64)).to(logits_NV.device)[:, None]
+        of_byte_N = probabilities_NV.gather(1, came_N1)[:, 0]
+        return cls(top.indices.cpu().numpy(), top.values.cpu().numpy(), of_byte_N.cpu().numpy())
 
     @classmethod
     def joined(cls, pieces):
         """Pieces of one text, in order, as one."""
         return cls(
-            *(np.concatenate(parts) for parts in zip(*((p.ids_Nk, p.probabilities_Nk, p.of_byte_N) for p in pieces)))
+            np.concatenate([piece.ids_Nk for piece in pieces]),
+            np.concatenate([piece.probabilities_Nk for piece in pieces]),
+            np.concatenate([piece.of_byte_N for piece in pieces]),
         )
 
     @property
@@ -103,103 +120,133 @@ class TopPredictions:
 
 
 def stream_predictions(model, document, k=5, precision="fp32", progress=None):
-    """An entropy model's entropies [N + 1] of a document, as `EntropyPatcher` computes them, and its `TopPredictions`."""
-    pieces, document = [], to_bytes(document)
+    """A document's entropies [N + 1], as `EntropyPatcher` computes them, and the model's `TopPredictions`."""
+    document = to_bytes(document)
+    pieces = []
 
     def visit(low, high, logits_NV):
         pieces.append(TopPredictions.of_logits(logits_NV, document[low:high], k))
 
-    H = stream_entropies(
-        model, DocumentStream.of_documents([document]), n_streams=1, precision=precision, progress=progress, visit=visit
-    )
-    return H, TopPredictions.joined(pieces)
+    stream = DocumentStream.of_documents([document])
+    entropies = stream_entropies(model, stream, n_streams=1, precision=precision, progress=progress, visit=visit)
+    return entropies, TopPredictions.joined(pieces)
 
 
-def entropy_distribution(H):
+def entropy_distribution(entropies):
     """{"mean", "std", "min", "max", "percentiles": {5: ..., 99: ...}} of float [N], nats."""
-    if len(H) == 0:
+    if len(entropies) == 0:
         raise ValueError("no bytes to analyse")
-    H = np.asarray(H, dtype=np.float32)
+    entropies = np.asarray(entropies, dtype=np.float32)
     levels = (5, 10, 25, 50, 75, 80, 85, 90, 95, 99)
     return {
-        "mean": float(H.mean(dtype=np.float64)),
-        "std": float(H.std(dtype=np.float64)),
-        "min": float(H.min()),
-        "max": float(H.max()),
-        "percentiles": {level: float(value) for level, value in zip(levels, np.percentile(H, levels))},
+        "mean": float(entropies.mean(dtype=np.float64)),
+        "std": float(entropies.std(dtype=np.float64)),
+        "min": float(entropies.min()),
+        "max": float(entropies.max()),
+        "percentiles": {level: float(value) for level, value in zip(levels, np.percentile(entropies, levels))},
     }
+
+
+# The cache
 
 
 class EntropyCache:
     """Entropies of a corpus's documents on disk: N + 1 float16 numbers a document, in nats (its bytes and its end).
 
-    manifest: what made them (corpus and entropy model by hash, precision, dtype) and which documents they cover.
-    train, validation: document numbers covered.
+    manifest: what made them (corpus and entropy model by hash, precision, dtype) and which documents they
+    cover. train, validation: the document numbers covered. numbers: both, in the order of the file. Raises
+    ValueError if the file's length is not what the manifest implies.
     """
 
     def __init__(self, folder, corpus):
         self.folder = Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        self.train, self.validation = (np.load(self.folder / f"{name}.npy") for name in ("train", "validation"))
+        self.train = np.load(self.folder / "train.npy")
+        self.validation = np.load(self.folder / "validation.npy")
         self.numbers = np.concatenate((self.train, self.validation))
         self.lengths = np.diff(corpus.offsets)[self.numbers] + 1
         self.ends = np.cumsum(self.lengths)
         self.entropies = np.memmap(self.folder / "entropies.f16", dtype=np.float16, mode="r")
         if len(self.entropies) != self.ends[-1]:
             raise ValueError(
-                f"{self.folder} is damaged: {len(self.entropies):,} entropies, not {self.ends[-1]:,}; delete it and run: python create_patches.py"
+                f"{self.folder} is damaged: {len(self.entropies):,} entropies, not {self.ends[-1]:,}; "
+                "delete it and run: python create_patches.py"
             )
 
     def covers(self, train, validation):
-        """Whether the first documents in here are these."""
-        return all(
-            len(asked) <= len(held) and np.array_equal(held[: len(asked)], asked)
-            for asked, held in ((train, self.train), (validation, self.validation))
-        )
+        """Whether the cache begins with these documents, in this order."""
+        has_train = np.array_equal(self.train[: len(train)], train)
+        has_validation = np.array_equal(self.validation[: len(validation)], validation)
+        return has_train and has_validation
 
     def document(self, place):
-        """Entropies [N + 1] of the document at this place of `numbers`, float32."""
+        """Entropies of the document numbers[place]: float32 [N + 1]."""
         end = int(self.ends[place])
         return self.entropies[end - int(self.lengths[place]) : end].astype(np.float32)
 
-    def of_training(self, count, block=1 << 22):
-        """Entropies of the first `count` training documents in blocks of whole documents: yields (first, last + 1, float32)."""
-        first = 0
-        while first < count:
+    def of_training(self, count, block=BLOCK):
+        """Entropies of the first `count` training documents in blocks of whole documents.
+
+        Yields (first document, end, float32 array of about `block` positions).
+        """
+        for first, end in document_blocks(self.ends[:count], block):
             begin = int(self.ends[first - 1]) if first else 0
-            last = min(count, max(first + 1, int(np.searchsorted(self.ends, begin + block, side="right"))))
-            yield first, last, self.entropies[begin : int(self.ends[last - 1])].astype(np.float32)
-            first = last
+            yield first, end, self.entropies[begin : int(self.ends[end - 1])].astype(np.float32)
+
+
+def document_blocks(ends, block=BLOCK):
+    """Group documents into blocks of about `block` positions: yields (first, end). ends: their cumulative lengths."""
+    first = 0
+    while first < len(ends):
+        begin = ends[first - 1] if first else 0
+        end = int(np.searchsorted(ends, begin + block, side="right"))
+        end = min(len(ends), max(first + 1, end))
+        yield first, end
+        first = end
+
+
+def document_starts(lengths):
+    """Where documents of these lengths begin when concatenated: bool [sum of lengths]."""
+    is_document_start = np.zeros(int(np.sum(lengths)), dtype=bool)
+    is_document_start[np.cumsum(lengths) - lengths] = True
+    return is_document_start
 
 
 def cache_folder(cache_dir, corpus, model_record):
-    """Where the entropies of this corpus by this model lie."""
-    return Path(cache_dir) / f"entropies-{corpus.hash[:8]}-{model_record['sha256'][:8]}"
+    """Where the entropies of this corpus by this model are."""
+    return Path(cache_dir) / f"entropies-{corpus.hash[:8]}-{model_record.weights_sha256[:8]}"
 
 
 def open_entropies(cache_dir, corpus, model_record, entropy_model_path):
-    """Open the cached entropies of this corpus by this model. Raises FileNotFoundError saying what is there and what to run."""
+    """Open the cached entropies of this corpus by this model.
+
+    Raises FileNotFoundError that says what the folder holds instead and what to run.
+    """
     folder = cache_folder(cache_dir, corpus, model_record)
     if folder.exists():
         cache = EntropyCache(folder, corpus)
         made_by = (cache.manifest["corpus_sha256"], cache.manifest["entropy_model_sha256"])
-        if made_by == (corpus.hash, model_record["sha256"]):
+        if made_by == (corpus.hash, model_record.weights_sha256):
             return cache
-    others = sorted(Path(cache_dir).glob("entropies-*"))
     found = []
-    for other in others:
+    for other in sorted(Path(cache_dir).glob("entropies-*")):
         manifest = json.loads((other / "manifest.json").read_text())
-        what = "another corpus" if manifest["corpus_sha256"] != corpus.hash else "another entropy model"
-        found.append(f"{other.name} is of {what}")
+        is_other_corpus = manifest["corpus_sha256"] != corpus.hash
+        found.append(f"{other.name} is of another {'corpus' if is_other_corpus else 'entropy model'}")
+    dataset = corpus.manifest["dataset"]
     raise FileNotFoundError(
-        f"{cache_dir} holds no entropies of dataset {corpus.manifest['dataset']!r} by {entropy_model_path}"
-        f"{' (' + '; '.join(found) + ')' if found else ''}; run: python create_patches.py --dataset {corpus.manifest['dataset']} "
+        f"{cache_dir} holds no entropies of dataset {dataset!r} by {entropy_model_path}"
+        f"{' (' + '; '.join(found) + ')' if found else ''}; run: python create_patches.py --dataset {dataset} "
         f"--entropy_model_path {entropy_model_path} --cache_dir {cache_dir}"
     )
 
 
 def make_entropies(cache_dir, corpus, model, model_record, train, validation, precision, n_streams=4, chunk_bytes=1024):
-    """Compute and store the entropies of these documents, or open them if they are there already."""
+    """Compute and store the entropies of these documents; open them if they are there already.
+
+    train, validation: document numbers. Returns an `EntropyCache`. It is built aside and renamed: an
+    interrupted pass is never taken for a cache.
+    """
     folder = cache_folder(cache_dir, corpus, model_record)
     if folder.exists():
         cache = EntropyCache(folder, corpus)
@@ -220,12 +267,19 @@ def make_entropies(cache_dir, corpus, model, model_record, train, validation, pr
         out.flush()
         np.save(aside / "train.npy", train)
         np.save(aside / "validation.npy", validation)
-        write_json(aside / "manifest.json", {
-            "corpus_sha256": corpus.hash, "dataset": corpus.manifest["dataset"],
-            "entropy_model_sha256": model_record["sha256"], "precision": precision, "dtype": "float16",
-            "documents": len(numbers), "train_documents": len(train), "numbers": len(out), "unit": "nats",
+        manifest = {
+            "corpus_sha256": corpus.hash,
+            "dataset": corpus.manifest["dataset"],
+            "entropy_model_sha256": model_record.weights_sha256,
+            "precision": precision,
+            "dtype": "float16",
+            "documents": len(numbers),
+            "train_documents": len(train),
+            "numbers": len(out),
+            "unit": "nats",
             "layout": "for each document: one number for each byte, about that byte, then one for the document's end",
-        })  # fmt: skip
+        }
+        write_json(aside / "manifest.json", manifest)
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)
@@ -236,62 +290,73 @@ def make_entropies(cache_dir, corpus, model, model_record, train, validation, pr
     return EntropyCache(folder, corpus)
 
 
-def training_starts(corpus, train, patch_config, cache=None):
-    """Patch starts of the training stream (`DocumentStream` of these documents), as a `BitArray`: one vectorised pass.
+# Patch starts of a training corpus
 
-    Place 0 is the first boundary; then each document has its bytes' places and its end's. cache: for methods that need it.
+
+def training_starts(corpus, train, patch_config, cache=None):
+    """Patch starts of the training stream (`DocumentStream` of these documents) as a `BitArray`: one vectorised pass.
+
+    Position 0 is the first boundary; then each document has a position for each byte and one for its end.
+    cache: `EntropyCache`, for methods that need entropies.
     """
-    needs = patch_config.method in NEEDS_ENTROPIES
     lengths = np.diff(corpus.offsets)[train] + 1
     stream = DocumentStream.of_corpus(corpus, train)
-    starts = BitArray()
-    starts.append(np.ones(1, dtype=bool))
-    for first, last, H in cache.of_training(len(train)) if needs else _document_blocks(lengths):
-        ends = np.cumsum(lengths[first:last])
-        document_starts = np.zeros(ends[-1], dtype=bool)
-        document_starts[ends - lengths[first:last]] = True
-        byte_values = None
-        if not needs:
-            before = 1 + (int(stream.ends[first - 1]) if first else 0)
-            byte_values = stream.ids(before, before + len(document_starts)).astype(np.uint8)  # an end's place: any byte
-        starts.append(patch_starts(H, **patch_config.rule, byte_values=byte_values, document_starts=document_starts))
-    starts.close()
-    return starts
+    is_start = BitArray()
+    is_start.append(np.ones(1, dtype=bool))
+    for first, end, entropies, byte_values in _training_blocks(stream, lengths, patch_config, cache):
+        starts = patch_starts(
+            entropies,
+            **patch_config.arguments(),
+            byte_values=byte_values,
+            document_starts=document_starts(lengths[first:end]),
+        )
+        is_start.append(starts)
+    is_start.close()
+    return is_start
 
 
-def _document_blocks(lengths, block=1 << 22):
-    """Blocks of whole documents of about `block` places: yields (first, last + 1, None)."""
-    ends, first = np.cumsum(lengths), 0
-    while first < len(lengths):
-        before = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + block, side="right")))
-        yield first, last, None
-        first = last
+def _training_blocks(stream, lengths, patch_config, cache):
+    """Blocks of whole training documents: yields (first, end, entropies or None, byte values or None)."""
+    if patch_config.needs_entropies:
+        for first, end, entropies in cache.of_training(len(lengths)):
+            yield first, end, entropies, None
+        return
+    for first, end in document_blocks(np.cumsum(lengths)):
+        # Position 0 of the stream is the boundary before the first document. At a document's end stands a
+        # boundary too, which becomes 0 as a uint8: the byte value there is arbitrary.
+        begin = 1 + (int(stream.ends[first - 1]) if first else 0)
+        positions = int(lengths[first:end].sum())
+        yield first, end, None, stream.ids(begin, begin + positions).astype(np.uint8)
 
 
-def training_sample(cache, places=2_000_000):
-    """Entropies of the first training documents, about so many, with the flags of where documents begin."""
+def training_sample(cache, positions=SAMPLE_POSITIONS):
+    """(entropies, is_document_start) of the first training documents, about this many positions."""
     lengths = cache.lengths[: len(cache.train)]
-    count = int(np.searchsorted(np.cumsum(lengths), places)) + 1
-    _, last, H = next(cache.of_training(min(count, len(lengths)), block=max(places, int(lengths[0]))))
-    document_starts = np.zeros(len(H), dtype=bool)
-    document_starts[np.cumsum(lengths[:last]) - lengths[:last]] = True
-    return H, document_starts
+    count = int(np.searchsorted(np.cumsum(lengths), positions)) + 1
+    count = min(count, len(lengths))
+    _, end, entropies = next(cache.of_training(count, block=max(positions, int(lengths[0]))))
+    return entropies, document_starts(lengths[:end])
 
 
-def training_patch_sizes(starts, corpus, train):
-    """Sizes in bytes of the training documents' patches, int64 [P]; boundaries do not count as bytes."""
+def training_patch_sizes(is_start, corpus, train):
+    """Sizes in bytes of the training documents' patches, int64 [P]. Document ends count as no byte.
+
+    is_start: what `training_starts` returned.
+    """
     lengths = np.diff(corpus.offsets)[train]
-    ends = np.cumsum(lengths + 1)  # place of each document's end in the stream
-    sizes, rest, block = [], np.empty(0, np.int64), 1 << 24
-    for begin in range(1, len(starts), block):
-        flags = starts.read(begin, min(begin + block, len(starts)))
-        inside = ends[np.searchsorted(ends, begin) : np.searchsorted(ends, begin + len(flags))] - begin
-        flags[inside] = True  # cut where documents end, and leave the end's own place out below
-        places = np.flatnonzero(flags) + begin
-        places = np.concatenate((rest, places))
-        is_end = np.zeros(len(places), dtype=bool)
-        is_end[np.searchsorted(places, inside + begin)] = True
-        sizes.append(np.diff(places)[~is_end[:-1]])
-        rest = places[-1:]
+    document_ends = np.cumsum(lengths + 1)  # positions in the stream
+    sizes = []
+    unfinished = np.empty(0, np.int64)  # the last start of the block before, whose patch ends in the next block
+    block = 1 << 24
+    for begin in range(1, len(is_start), block):
+        flags = is_start.read(begin, min(begin + block, len(is_start)))
+        first_end = np.searchsorted(document_ends, begin)
+        ends_here = document_ends[first_end : np.searchsorted(document_ends, begin + len(flags))]
+        # A patch also ends with its document. The end's own position then looks like a patch and is left out.
+        flags[ends_here - begin] = True
+        start_positions = np.concatenate((unfinished, np.flatnonzero(flags) + begin))
+        is_end = np.zeros(len(start_positions), dtype=bool)
+        is_end[np.searchsorted(start_positions, ends_here)] = True
+        sizes.append(np.diff(start_positions)[~is_end[:-1]])
+        unfinished = start_positions[-1:]
     return np.concatenate(sizes)

@@ -1,10 +1,11 @@
-"""The training loop, its checkpoints and its metrics."""
+"""The training loop, its checkpoints and its metrics. Every model of the project is trained by `fit`."""
 
 import dataclasses
 import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from blt.corpus import DataConfig
 from blt.device import autocast, choose_precision
 from blt.files import save_weights, write_atomically
 from blt.metric import evaluate, target_losses
-from blt.optimizers import add_gradients, apply_gradients, learning_rate_scale, make_optimizers
+from blt.optimizers import backward, clip_gradients, learning_rate_scale, make_optimizers, step_optimizers
 
 
 @dataclass
@@ -33,7 +34,7 @@ class RunConfig(DataConfig):
     steps: int = 5000  # updates
     # optimization
     lr: float = 0.005  # peak learning rate of the matrices (Muon, scaled to the RMS of an AdamW update)
-    adam_lr: float = 0.003  # peak learning rate of embeddings, output head and norms (AdamW)
+    adam_lr: float = 0.003  # peak learning rate of embeddings, hash tables, output head and norms (AdamW)
     weight_decay: float = 0.1  # decoupled weight decay of the matrices
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # constant then linear to zero, or half a cosine to zero
     warmup: float = 0.02  # share of the steps in which the learning rate rises
@@ -49,9 +50,8 @@ class RunConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(
-            self, "row_bytes", "batch_rows", "accumulate", "steps", "lr", "adam_lr", "clip", "eval_every", "log_every"
-        )
+        check_positive(self, "row_bytes", "batch_rows", "accumulate", "steps", "lr", "adam_lr", "clip")
+        check_positive(self, "eval_every", "log_every")
         for name in ("warmup", "cooldown"):
             check(self, name, 0 <= getattr(self, name) <= 1, "a share of the steps, from 0 to 1")
         check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
@@ -61,124 +61,192 @@ class RunConfig(DataConfig):
 
 
 def fit(model, config, train_rows, validation_batches, out_dir):
-    """Train: the one loop of the project. Returns the best evaluation (that of best.pt), last_val_bpb and the speed.
+    """Train a model. Returns the best evaluation (that of best.pt), last_val_bpb, bytes_per_second and train_seconds.
 
-    train_rows: `TrainingRows`. validation_batches: list of `RowBatch`, scored every eval_every updates and at the end.
-    Writes to out_dir: last.pt (everything to go on from), best.pt (weights of the best evaluation), metrics.jsonl.
-    Stopped and resumed gives the weights of a run straight through: a batch depends on its number only.
+    train_rows: `TrainingRows`. validation_batches: list of `RowBatch`, scored every eval_every updates and
+    at the end. Writes to out_dir: last.pt (everything to go on from), best.pt (weights of the best
+    evaluation), metrics.jsonl. Stopped and resumed gives the weights of a run straight through: a batch
+    depends on its number only.
     """
     device = next(model.parameters()).device
     precision = choose_precision(config.precision, device)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     optimizers = make_optimizers(model, config)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    # fp16 gradients underflow, so their loss is scaled; for other precisions the scaler does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    settings = dataclasses.asdict(config)
-    start, best, last, trained_bytes = 0, None, None, 0
+    start, best, trained_bytes = 0, None, 0
     if config.resume:
-        start, best, trained_bytes = load_checkpoint(out_dir / "last.pt", model, optimizers, scaler, settings)
+        start, best, trained_bytes = load_checkpoint(out_dir / "last.pt", model, optimizers, scaler, config)
         print(f"resumed {out_dir / 'last.pt'} at step {start}")
-    metrics = Metrics(out_dir, config.tensorboard, start)
-    use_compile = config.compile == "yes" or (config.compile == "auto" and device.type == "cuda")
-    step_model = torch.compile(model) if use_compile else model
-
-    def load(step):
-        batches = [
-            train_rows.shuffled_batch(step * config.accumulate + micro, config.batch_rows, config.seed)
-            for micro in range(config.accumulate)
-        ]
-        return [batch.pin() for batch in batches] if device.type == "cuda" else batches
-
+    last = best
     model.train()
-    bar = tqdm(total=config.steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
-    loader = ThreadPoolExecutor(1)  # the next update's rows are made while this one computes
-    pending = loader.submit(load, start)
-    seconds, bytes_here, logged_at = 0.0, 0, (0.0, 0, start)  # of this process, for the speed
-    tick = time.perf_counter()
-    for step in range(start, config.steps):
-        scale = learning_rate_scale(step, config)
-        for optimizer, rates in zip(optimizers, peaks):
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * scale
-        batches = pending.result()
-        pending = loader.submit(load, step + 1)
+    step_model = compile_model(model, config, train_rows, device, precision)
+    progress = Progress(config, Metrics(out_dir, config.tensorboard, start), start, trained_bytes, out_dir)
+
+    for step, batches in batches_of_steps(train_rows, config, start, device):
+        learning_rate = set_learning_rates(optimizers, learning_rate_scale(step, config))
         targets = sum(batch.targets for batch in batches)
         loss_nats = torch.zeros((), device=device)
         for batch in batches:
             with autocast(device, precision):
-                batch = batch.to(device)
-                nats, _ = target_losses(step_model, batch)
-                if step == start and step_model is not model:
-                    check_compiled(model, batch, nats)
-                loss = nats.sum() / targets
-            add_gradients(model, loss, scaler)
+                nats_BT, _ = target_losses(step_model, batch.to(device))  # the forward pass
+                loss = nats_BT.sum() / targets
+            backward(model, loss, scaler)
             loss_nats += loss.detach()
-        gradient_norm = apply_gradients(model, optimizers, scaler, config.clip)
+        gradient_norm = clip_gradients(model, optimizers, scaler, config.clip)
+        step_optimizers(optimizers, scaler)
 
         done = step + 1
-        is_last = done == config.steps
-        evaluate_now = done % config.eval_every == 0 or is_last
-        bytes_here += sum(batch.bytes for batch in batches)
-        trained_bytes += sum(batch.bytes for batch in batches)
-        if done % config.log_every == 0 or evaluate_now:  # a checkpoint is never written after an infinite loss
-            loss_value = loss_nats.item()  # waits for the device, so the clock below is honest
-            if not math.isfinite(loss_value):
-                raise ValueError(
-                    f"the loss is {loss_value} at step {done}; lower --lr or --adam_lr, or use --precision fp32 "
-                    f"(the last good state is in {out_dir / 'last.pt'})"
-                )
-            now = seconds + time.perf_counter() - tick
-            speed = (bytes_here - logged_at[1]) / (now - logged_at[0])
-            step_ms = 1000 * (now - logged_at[0]) / (done - logged_at[2])
-            logged_at = (now, bytes_here, done)
-            metrics.write(
-                step=done, bytes=trained_bytes, loss=loss_value, lr=config.lr * scale,
-                gradient_norm=gradient_norm.item(), bytes_per_second=speed,
-            )  # fmt: skip
-            bar.set_postfix_str(f"{loss_value:.3f} nats, {speed / 1e3:.1f} kB/s", refresh=False)
-            if bar.disable or is_last:
-                print(
-                    f"step {done:6d}/{config.steps} | loss {loss_value:.4f} nats | lr {config.lr * scale:.1e} | "
-                    f"{step_ms:.0f} ms | {speed / 1e3:.1f} kB/s"
-                )
-        bar.update(1)
+        evaluate_now = done % config.eval_every == 0 or done == config.steps
+        progress.count(batches)
+        if done % config.log_every == 0 or evaluate_now:
+            progress.log(done, loss_nats, gradient_norm, learning_rate)
         if evaluate_now:
-            seconds += time.perf_counter() - tick  # evaluation is not training time
-            last = evaluate(model, validation_batches, device, precision)
-            bar.write(
-                f"step {done:6d}/{config.steps} | val {last['val_bpb']:.4f} bpb over {last['val_bytes']:,} bytes | "
-                f"accuracy {last['val_accuracy']:.1%}"
-            )
-            metrics.write(step=done, bytes=trained_bytes, **last)
-            if best is None or last["val_bpb"] < best["val_bpb"]:
-                best = last
-                save_weights(out_dir / "best.pt", model)
-            state = {"step": done, "best": best, "bytes": trained_bytes, "settings": settings}
-            save_checkpoint(out_dir / "last.pt", model, optimizers, scaler, state)
-            tick = time.perf_counter()
-    bar.close()
-    loader.shutdown(cancel_futures=True)
-    metrics.close()
-    speed = bytes_here / seconds if seconds else 0.0
-    last_bpb = (last or best)["val_bpb"]
-    return {**best, "last_val_bpb": last_bpb, "bytes_per_second": speed, "train_seconds": seconds}
+            with progress.paused():
+                last = evaluate(model, validation_batches, device, precision)
+                progress.log_evaluation(done, last)
+                if best is None or last["val_bpb"] < best["val_bpb"]:
+                    best = last
+                    save_weights(out_dir / "best.pt", model)
+                state = {"step": done, "best": best, "bytes": progress.trained_bytes}
+                save_checkpoint(out_dir / "last.pt", model, optimizers, scaler, config, state)
+    progress.close()
+    return {**best, "last_val_bpb": last["val_bpb"], **progress.speed()}
 
 
-@torch.no_grad()
-def check_compiled(model, batch, compiled_nats):
-    """Stop with ValueError if the compiled model's losses are not the model's: the leak gate has looked at the latter only.
+def batches_of_steps(train_rows, config, start, device):
+    """Yield (step, its batches: one a pass); the next step's rows are made in a thread while the device computes."""
 
-    A model with dropout is not checked: its two passes drop different channels.
+    def make(step):
+        first = step * config.accumulate
+        batches = [
+            train_rows.shuffled_batch(position, config.batch_rows, config.seed)
+            for position in range(first, first + config.accumulate)
+        ]
+        return [batch.pin() for batch in batches] if device.type == "cuda" else batches
+
+    with ThreadPoolExecutor(1) as loader:
+        pending = loader.submit(make, start)
+        for step in range(start, config.steps):
+            batches = pending.result()
+            if step + 1 < config.steps:
+                pending = loader.submit(make, step + 1)
+            yield step, batches
+
+
+def set_learning_rates(optimizers, scale):
+    """Set every group's learning rate to this share of its peak; returns the first group's, for the log."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
+    return optimizers[0].param_groups[0]["lr"]
+
+
+def compile_model(model, config, train_rows, device, precision):
+    """torch.compile(model) where the config wants it, else the model itself.
+
+    The forward and backward pass are compiled here, before the clock of the training speed starts. Raises
+    ValueError if compiled and eager losses disagree: the leak gate has tested the eager model only.
     """
-    if any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
-        return
-    difference = (target_losses(model, batch)[0] - compiled_nats).abs()
-    if not difference.mean() < 0.02:
+    if config.compile == "no" or (config.compile == "auto" and device.type != "cuda"):
+        return model
+    compiled = torch.compile(model)
+    batch = train_rows.shuffled_batch(0, config.batch_rows, config.seed).to(device)
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+    if has_dropout:
+        # Two passes drop different channels, so there is nothing to compare; the first step compiles.
+        return compiled
+    with autocast(device, precision):
+        compiled_nats, _ = target_losses(compiled, batch)
+        compiled_nats.sum().backward()
+        with torch.no_grad():
+            eager_nats, _ = target_losses(model, batch)
+    model.zero_grad(set_to_none=True)
+    difference = (eager_nats - compiled_nats.detach()).abs().mean().item()
+    if not difference < 0.02:
         raise ValueError(
-            f"the compiled model is wrong here: its losses differ by {difference.mean():.2g} nats on average; "
+            f"the compiled model is wrong here: its losses differ by {difference:.2g} nats on average; "
             "run with --compile no, and please report this with your torch and GPU"
         )
+    return compiled
+
+
+class Progress:
+    """Log lines, progress bar, metrics and speed of a run. The time of evaluations is not training time."""
+
+    def __init__(self, config, metrics, start, trained_bytes, out_dir):
+        self.config = config
+        self.metrics = metrics
+        self.out_dir = out_dir
+        self.trained_bytes = trained_bytes  # since the first step of the run, before it was stopped and resumed too
+        self.bytes_here = 0  # by this process
+        self.seconds = 0.0  # of training, up to the last pause
+        self.running_since = time.perf_counter()
+        self.last_log = {"seconds": 0.0, "bytes": 0, "step": start}
+        self.bar = tqdm(total=config.steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+
+    def count(self, batches):
+        """Count the bytes of an update."""
+        new_bytes = sum(batch.bytes for batch in batches)
+        self.bytes_here += new_bytes
+        self.trained_bytes += new_bytes
+        self.bar.update(1)
+
+    def log(self, done, loss_nats, gradient_norm, learning_rate):
+        """Print and record a training step. Raises ValueError for a loss that is infinite or not a number."""
+        # .item() waits for the device, so the clock that is read next is right.
+        loss = loss_nats.item()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {done}; lower --lr or --adam_lr, or use --precision fp32 "
+                f"(the last good state is in {self.out_dir / 'last.pt'})"
+            )
+        seconds = self.seconds + time.perf_counter() - self.running_since
+        since_log = seconds - self.last_log["seconds"]
+        speed = (self.bytes_here - self.last_log["bytes"]) / since_log
+        step_ms = 1000 * since_log / (done - self.last_log["step"])
+        self.last_log = {"seconds": seconds, "bytes": self.bytes_here, "step": done}
+        self.metrics.write(
+            step=done,
+            bytes=self.trained_bytes,
+            loss=loss,
+            lr=learning_rate,
+            gradient_norm=gradient_norm.item(),
+            bytes_per_second=speed,
+        )
+        self.bar.set_postfix_str(f"{loss:.3f} nats, {speed / 1e3:.1f} kB/s", refresh=False)
+        if self.bar.disable or done == self.config.steps:
+            print(
+                f"step {done:6d}/{self.config.steps} | loss {loss:.4f} nats | lr {learning_rate:.1e} | "
+                f"{step_ms:.0f} ms | {speed / 1e3:.1f} kB/s"
+            )
+
+    def log_evaluation(self, done, result):
+        """Print and record an evaluation."""
+        self.bar.write(
+            f"step {done:6d}/{self.config.steps} | val {result['val_bpb']:.4f} bpb "
+            f"over {result['val_bytes']:,} bytes | accuracy {result['val_accuracy']:.1%}"
+        )
+        self.metrics.write(step=done, bytes=self.trained_bytes, **result)
+
+    @contextmanager
+    def paused(self):
+        """Stop the clock of the training speed."""
+        self.seconds += time.perf_counter() - self.running_since
+        yield
+        self.running_since = time.perf_counter()
+
+    def speed(self):
+        """{"bytes_per_second", "train_seconds"} of this process; call it after the last evaluation."""
+        return {
+            "bytes_per_second": self.bytes_here / self.seconds if self.seconds else 0.0,
+            "train_seconds": self.seconds,
+        }
+
+    def close(self):
+        self.bar.close()
+        self.metrics.close()
 
 
 class Metrics:
@@ -187,9 +255,8 @@ class Metrics:
     def __init__(self, out_dir, tensorboard=False, start=0):
         path = Path(out_dir) / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
-        write_atomically(
-            path, lambda temporary: Path(temporary).write_text("".join(json.dumps(line) + "\n" for line in kept))
-        )
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(path, lambda temporary: Path(temporary).write_text(text))
         self.file = open(path, "a", buffering=1)
         self.board = None
         if tensorboard:
@@ -201,8 +268,9 @@ class Metrics:
 
     def write(self, step, **values):
         self.file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
 
     def close(self):
         self.file.close()
@@ -216,68 +284,72 @@ def read_metrics(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def save_checkpoint(path, model, optimizers, scaler, state):
-    """Write everything that `load_checkpoint` needs to go on as if never stopped."""
-    whole = {
+# Checkpoints
+
+# Settings that may differ between the run that stopped and the one that goes on.
+FREE_TO_CHANGE = {
+    "preset", "resume", "eval_every", "log_every", "tensorboard", "data_cache", "device", "compile", "val_bytes",
+}  # fmt: skip
+
+
+def save_checkpoint(path, model, optimizers, scaler, config, state):
+    """Write everything that `load_checkpoint` needs to go on as if never stopped. state: step, best and bytes."""
+    checkpoint = {
         **state,
+        "settings": dataclasses.asdict(config),
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "scaler": scaler.state_dict(),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    write_atomically(path, lambda temporary: torch.save(whole, temporary))
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
-# Settings that may differ between the run that stopped and the one that goes on.
-FREE_TO_CHANGE = {
-    "preset",
-    "resume",
-    "eval_every",
-    "log_every",
-    "tensorboard",
-    "data_cache",
-    "device",
-    "compile",
-    "val_bytes",
-}
+def load_checkpoint(path, model, optimizers, scaler, config):
+    """Restore a `save_checkpoint` file into model, optimizers, scaler and random state.
 
-
-def load_checkpoint(path, model, optimizers, scaler, settings):
-    """Restore a `save_checkpoint` file into model and optimizers; returns (step, best evaluation so far, bytes trained on)."""
+    Returns (step, best evaluation so far, bytes trained on). Raises FileNotFoundError, or ValueError if the
+    settings of the stopped run differ from the config's.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} not found: nothing to resume; run without --resume")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    then = checkpoint["settings"]
     differing = [
-        f"{name}: {state['settings'].get(name)!r} then, {value!r} now"
-        for name, value in settings.items()
-        if name not in FREE_TO_CHANGE and state["settings"].get(name) != value
+        f"{name}: {then.get(name)!r} then, {value!r} now"
+        for name, value in dataclasses.asdict(config).items()
+        if name not in FREE_TO_CHANGE and then.get(name) != value
     ]
     if differing:
         raise ValueError(
             f"cannot resume {path} with other settings ({'; '.join(differing)}); use those, or run without --resume"
         )
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
+    model.load_state_dict(checkpoint["model"])
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
         optimizer.load_state_dict(saved)
-    scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"])
-    if state["random_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["random_cuda"])
-    return state["step"], state["best"], state["bytes"]
+    scaler.load_state_dict(checkpoint["scaler"])
+    torch.set_rng_state(checkpoint["random"])
+    if checkpoint["random_cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(checkpoint["random_cuda"])
+    return checkpoint["step"], checkpoint["best"], checkpoint["bytes"]
 
 
 def training_curves(path, out_dir, bytes_per_id=1.0):
-    """Draw metrics.jsonl as a picture: loss of each logged batch and validation, both in bits per byte, against bytes seen.
+    """Draw metrics.jsonl: loss of the logged batches and of validation, in bits per byte, against bytes seen.
 
-    bytes_per_id: mean bytes that a target stands for, to turn a loss in nats per BPE token into bits per byte.
+    bytes_per_id: mean bytes that a target stands for; it turns a loss in nats per BPE token into bits per byte.
     """
+    # matplotlib takes half a second to import, for which --help should not wait.
     from blt.pictures import draw_curves
 
     lines = read_metrics(Path(out_dir) / "metrics.jsonl")
-    train = [(line["bytes"] / 1e6, line["loss"] / math.log(2) / bytes_per_id) for line in lines if "loss" in line]
-    val = [(line["bytes"] / 1e6, line["val_bpb"]) for line in lines if "val_bpb" in line]
-    curves = {"training batches": zip(*train), "validation": zip(*val)}
-    curves = {name: tuple(np.array(axis) for axis in pairs) for name, pairs in curves.items()}
+    points = {
+        "training batches": [
+            (line["bytes"] / 1e6, line["loss"] / math.log(2) / bytes_per_id) for line in lines if "loss" in line
+        ],
+        "validation": [(line["bytes"] / 1e6, line["val_bpb"]) for line in lines if "val_bpb" in line],
+    }
+    curves = {name: tuple(np.array(axis) for axis in zip(*pairs)) for name, pairs in points.items()}
     draw_curves(path, curves, "training bytes seen (MB)", "bits per byte")

@@ -1,4 +1,8 @@
-"""The metric: loss, bits per byte, what compressors make of the same bytes, the leak gate."""
+"""The metric: the loss, bits per byte, what compressors make of the same bytes, and the leak gate.
+
+What defines a number exists once, here: `target_losses` is the loss, `bits_per_byte` the metric, and
+`leak_gate` says whether the metric can be trusted.
+"""
 
 import gzip
 import lzma
@@ -10,48 +14,62 @@ import torch.nn.functional as F
 
 from blt.device import autocast
 from blt.ids import BYTES
+from blt.patch_rules import refuse_lookahead
 from blt.rows import evaluation_batches
+
+IGNORED = -100  # the target that cross_entropy leaves out
 
 
 def target_losses(model, batch):
-    """Cross-entropy of each target of a `RowBatch`, in nats, 0 where it does not count: float32 [B, T]; and the logits."""
-    inputs, targets = batch.ids[:, :-1], batch.ids[:, 1:].masked_fill(~batch.is_scored, -100)
-    logits_BTV = model(inputs) if batch.patch_lengths is None else model(inputs, batch.patch_lengths)
-    nats = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
-    return nats.view_as(targets), logits_BTV
+    """Cross-entropy of each target of a `RowBatch`: (nats float32 [B, T], logits [B, T, V]).
+
+    A target that is not scored costs 0 nats. The training loss is the sum of nats over the number of scored
+    targets.
+    """
+    targets_BT = batch.ids[:, 1:].masked_fill(~batch.is_scored, IGNORED)
+    logits_BTV = row_logits(model, batch)
+    nats = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return nats.view_as(targets_BT), logits_BTV
+
+
+def row_logits(model, batch):
+    """Logits [B, T, V] of the inputs of a `RowBatch`."""
+    inputs_BT = batch.ids[:, :-1]
+    return model(inputs_BT) if batch.patch_lengths is None else model(inputs_BT, batch.patch_lengths)
 
 
 @torch.no_grad()
 def score_batches(model, batches, device, precision="fp32"):
-    """What each target of `RowBatch`es costs: yields (batch, nats float32 [B, T], is_right bool [B, T]); 0, False where none counts."""
+    """Score `RowBatch`es one by one: yields (batch, nats float32 [B, T], is_right bool [B, T]).
+
+    is_right: whether the most likely id is the target. Targets that are not scored have 0 nats and False.
+    """
     was_training = model.training
     model.eval()
     for batch in batches:
         batch = batch.to(device)
         with autocast(device, precision):
-            nats, logits = target_losses(model, batch)
-        yield batch, nats, (logits.argmax(-1) == batch.ids[:, 1:]) & batch.is_scored
+            nats_BT, logits_BTV = target_losses(model, batch)
+        is_right_BT = (logits_BTV.argmax(-1) == batch.ids[:, 1:]) & batch.is_scored
+        yield batch, nats_BT, is_right_BT
     model.train(was_training)
 
 
-def score(model, batches, device, precision="fp32"):
-    """Total nats, right predictions, targets and bytes over `RowBatch`es: a dict of numbers."""
-    return add_up(score_batches(model, batches, device, precision))
-
-
-def add_up(costs):
-    """`score` of what `score_batches` yields."""
+def add_up(scored_batches):
+    """Totals of what `score_batches` yields: {"nats", "right", "targets", "bytes"}."""
     totals = {"nats": 0.0, "right": 0, "targets": 0, "bytes": 0}
-    for batch, nats, is_right in costs:
-        totals["nats"] += nats.sum(dtype=torch.float64).item()
-        totals["right"] += int(is_right.sum())
+    for batch, nats_BT, is_right_BT in scored_batches:
+        totals["nats"] += nats_BT.sum(dtype=torch.float64).item()
+        totals["right"] += int(is_right_BT.sum())
         totals["targets"] += batch.targets
         totals["bytes"] += batch.bytes
     return totals
 
 
 def rates(totals):
-    """Totals as {"val_bpb", "val_loss" (nats per target), "val_accuracy", "val_bytes"}."""
+    """`add_up`'s totals as {"val_bpb", "val_loss" (nats per target), "val_accuracy", "val_bytes"}."""
     return {
         "val_bpb": totals["nats"] / math.log(2) / totals["bytes"],
         "val_loss": totals["nats"] / totals["targets"],
@@ -61,18 +79,21 @@ def rates(totals):
 
 
 def evaluate(model, batches, device, precision="fp32"):
-    """Score validation rows: `rates` of their `score`."""
-    return rates(score(model, batches, device, precision))
+    """Score validation rows, a list of `RowBatch`: a dict as from `rates`."""
+    return rates(add_up(score_batches(model, batches, device, precision)))
 
 
 def bits_per_byte(model, patcher, documents, row_bytes=4096, batch_rows=8, precision="fp32"):
-    """Bits per byte of whole documents: nats of every byte and of every document's end, / ln 2 / number of raw bytes.
+    """Bits per byte of whole documents: the nats of every byte and every document's end, / ln 2, / number of raw bytes.
 
-    patcher: makes each document's patches from what stands before each byte; None for a model without patches.
-    documents: bytes-like or uint8 arrays, each scored from its boundary on; one longer than row_bytes - 1 bytes is read in
-    windows of row_bytes ids, half a window apart (`evaluation_batches`). A model with 256 classes (the entropy model) has
-    no way to end a document: its ends are left out, the bytes are not. A model over other ids (`.vocabulary`, BPE tokens) pays
-    for the ids that its vocabulary makes of a document, in rows of about row_bytes bytes; the bytes counted stay the raw ones.
+    patcher: makes each document's patches from what is before each byte; None for a model without patches.
+    documents: bytes-like objects or uint8 arrays, each scored from its boundary on. A document longer than
+    row_bytes - 1 bytes is read in windows of row_bytes ids, half a window apart
+    (`rows.evaluation_batches`).
+
+    A model with 256 classes (the entropy model) cannot end a document: its ends are left out, the bytes are
+    not. A model over other ids (`.vocabulary`, BPE tokens) pays for the ids that its vocabulary makes of a
+    document, in rows of about row_bytes bytes; the bytes counted are still the raw ones.
     """
     documents = [np.frombuffer(bytes(document), dtype=np.uint8) for document in documents]
     is_start = None if patcher is None else [patcher.starts(document) for document in documents]
@@ -81,89 +102,108 @@ def bits_per_byte(model, patcher, documents, row_bytes=4096, batch_rows=8, preci
 
 
 def scoring_batches(model, documents, is_start, row_bytes=4096, batch_rows=8):
-    """The rows from which `bits_per_byte` scores uint8 documents with a model, their patches already made (is_start; None: no patches)."""
+    """The rows from which `bits_per_byte` scores uint8 documents: yields `RowBatch`es.
+
+    is_start: bool [N + 1] of each document, its patches already made; None for a model without patches.
+    """
     if not sum(len(document) for document in documents):
         raise ValueError("bits per byte need at least one byte of text")
-    score_ends, vocabulary = predicts_document_ends(model), vocabulary_of(model)
+    vocabulary = vocabulary_of(model)
     ids = [vocabulary.encode(document) for document in documents]
-    return evaluation_batches(ids, is_start, vocabulary.row_ids(row_bytes), batch_rows, score_ends, vocabulary)
+    row_ids = vocabulary.row_ids(row_bytes)
+    return evaluation_batches(ids, is_start, row_ids, batch_rows, predicts_document_ends(model), vocabulary)
 
 
 def predicts_document_ends(model):
-    """Whether the model has a class for the document's end (257 classes) or bytes only (256)."""
-    return getattr(model, "_orig_mod", model).n_classes > vocabulary_of(model).boundary
+    """Whether the model has a class for the document's end (257 classes) or for bytes only (256)."""
+    return _uncompiled(model).n_classes > vocabulary_of(model).boundary
 
 
 def vocabulary_of(model):
-    """What a model's ids stand for (`rows.Vocabulary`): bytes, unless the model carries a vocabulary of its own."""
-    return getattr(getattr(model, "_orig_mod", model), "vocabulary", BYTES)
+    """What a model's ids mean (`ids.Vocabulary`): bytes, unless the model has a vocabulary of its own."""
+    return getattr(_uncompiled(model), "vocabulary", BYTES)
+
+
+def _uncompiled(model):
+    """The module inside what torch.compile returned, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+# The leak gate
+
+LEAK_TOLERANCE = 1e-3  # nats; rounding stays below it, a leak does not
 
 
 @torch.no_grad()
-def leak_gate(model, patcher, text, places=6):
-    """Stop with ValueError if the model or its patches see bytes that they must predict (DESIGN.md, invariants 1 and 2).
+def leak_gate(model, patcher, text, positions=6):
+    """Raise ValueError if the model or its patches see bytes that they must predict (docs/design.md, invariants 1 and 2).
 
-    For some places t of the text: (1) other bytes from t on must leave the logits of bytes 0 to t as they are, and
-    (2) the text cut off at t must give the last logit of the cut the value it has in the whole text. The patches are made
-    anew by the patcher each time. patcher None: a model without patches. Returns the largest difference seen, in nats.
+    At some positions t of the first 512 bytes of the text: (1) changing the bytes from t on must not change
+    the logits of bytes 0 to t, and (2) cutting the text off at t must not change the last logits. The
+    patcher makes the patches again each time. patcher None: a model without patches. Returns the largest
+    difference seen, in nats.
 
-    A model over BPE tokens is held to the same with tokens in place of bytes: the text is tokenised once, and tokens are changed and
-    cut. (Bytes cannot be: other bytes from t on may change a token that began before t. That is the tokenizer's looking ahead, not
-    the model's; the tokens still restore the text, so their cost is an honest one.)
+    A model over BPE tokens is tested with tokens in place of bytes: the text is tokenised once, and tokens
+    are changed and cut. Bytes cannot be, because other bytes from t on may change a token that began before
+    t. There the tokenizer looks ahead, not the model; the tokens still restore the text, so their cost is
+    honest.
     """
-    if patcher is not None and not patcher.is_causal:
-        raise ValueError(
-            f"patch method {patcher.config.method!r} looks ahead: it serves comparisons of boundaries only; "
-            "train with global, monotonic, both, static, space or cumulative"
-        )
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    if patcher is not None:
+        refuse_lookahead(patcher.config, "train or be scored as a model")
     vocabulary = vocabulary_of(model)
     text = vocabulary.encode(np.frombuffer(bytes(text), dtype=np.uint8)[:512])
     if len(text) < 2:
         raise ValueError(f"the leak gate needs a text of at least 2 {'bytes' if vocabulary is BYTES else 'tokens'}")
+    was_training = model.training
+    model.eval()
 
-    def log_probabilities(document):
-        is_start = None if patcher is None else [patcher.starts(document)]
-        (batch,) = evaluation_batches([document], is_start, len(document) + 1, batch_rows=1, vocabulary=vocabulary)
-        batch = batch.to(device)
-        logits = model(batch.ids[:, :-1]) if is_start is None else model(batch.ids[:, :-1], batch.patch_lengths)
-        return logits[0].float().log_softmax(-1)
-
-    whole, worst = log_probabilities(text), 0.0
+    whole = _log_probabilities(model, patcher, text, vocabulary)
     generator = np.random.default_rng(0)
-    for t in np.unique(np.linspace(1, len(text) - 1, places).astype(int)):
+    worst = 0.0
+    for t in np.unique(np.linspace(1, len(text) - 1, positions).astype(int)):
         changed = text.copy()
         changed[t:] = generator.integers(0, vocabulary.boundary, len(text) - t, dtype=text.dtype)
-        future = (log_probabilities(changed)[: t + 1] - whole[: t + 1]).abs().max().item()
-        prefix = (log_probabilities(text[:t])[-1] - whole[t]).abs().max().item()
-        for difference, what in (
-            (future, f"changing bytes from {t} on changes logits before"),
-            (prefix, f"cutting the text at {t} changes its last logit"),
-        ):
-            worst = max(worst, difference)
-            if not difference < 1e-3:
+        other_future = _log_probabilities(model, patcher, changed, vocabulary)
+        prefix = _log_probabilities(model, patcher, text[:t], vocabulary)
+        differences = {
+            f"changing bytes from {t} on changes logits before": (other_future[: t + 1] - whole[: t + 1]).abs().max(),
+            f"cutting the text at {t} changes its last logits": (prefix[-1] - whole[t]).abs().max(),
+        }
+        for what, difference in differences.items():
+            # Written so that a difference that is not a number fails too.
+            if not difference.item() < LEAK_TOLERANCE:
                 raise ValueError(f"leak: {what} (by {difference:.2g} nats); losses of this model mean nothing")
+            worst = max(worst, difference.item())
     model.train(was_training)
     return worst
 
 
+def _log_probabilities(model, patcher, document, vocabulary):
+    """Log-probabilities [N + 1, V] of one document in a row of its own, with patches made from scratch."""
+    is_start = None if patcher is None else [patcher.starts(document)]
+    (batch,) = evaluation_batches([document], is_start, len(document) + 1, batch_rows=1, vocabulary=vocabulary)
+    logits_BTV = row_logits(model, batch.to(next(model.parameters()).device))
+    return logits_BTV[0].float().log_softmax(-1)
+
+
+# What compressors make of the same bytes
+
+
 def compressors_bpb(documents):
-    """Bits per byte of gzip -9, xz -9 and zstd -19 on the same documents, joined: what any compressor gets without training."""
-    from pyarrow import Codec
+    """Bits per byte of gzip -9, xz -9 and zstd -19 on the same documents, joined. They have read no training text."""
+    from pyarrow import Codec  # slow to import
 
     raw = b"".join(document.tobytes() for document in documents)
-    made = {
+    compressed = {
         "gzip -9": gzip.compress(raw, 9),
         "xz -9": lzma.compress(raw, preset=9),
         "zstd -19": Codec("zstd", 19).compress(raw, asbytes=True),
     }
-    return {name: 8 * len(compressed) / len(raw) for name, compressed in made.items()}
+    return {name: 8 * len(data) / len(raw) for name, data in compressed.items()}
 
 
 def result_line(result, validation):
-    """One line: bits per byte of the best weights beside gzip's, xz's and zstd's on the same documents."""
+    """One line: bits per byte of the best weights beside those of compressors on the same documents."""
     others = ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressors_bpb(validation).items())
     return (
         f"val {result['val_bpb']:.4f} bpb over {result['val_bytes']:,} bytes of held-out text "

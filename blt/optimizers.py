@@ -127,36 +127,31 @@ class RowWiseAdam(torch.optim.Optimizer):
                     p.addcmul_(values, step)
 
 
-def add_gradients(model, loss, scaler):
-    """The backward pass: add the loss's gradients to those there are. Sparse ones are summed row by row, so that they stay small."""
+def backward(model, loss, scaler):
+    """The backward pass: add the loss's gradients to those there are. Sparse ones are coalesced, so that they stay small."""
     scaler.scale(loss).backward()
     for p in model.parameters():
         if p.grad is not None and p.grad.is_sparse:
             p.grad = p.grad.coalesce()
 
 
-def clip_gradients(model, max_norm):
-    """Scale the whole gradient, sparse parts included, to at most this norm. Returns its norm before, without waiting for it."""
+def clip_gradients(model, optimizers, scaler, max_norm):
+    """Unscale and scale the whole gradient, sparse parts included, to at most this norm. Returns its norm before."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
     gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
     norm = get_total_norm(gradients)
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def apply_gradients(model, optimizers, scaler, max_norm):
-    """One update from the gradients that backward passes left: unscale, clip, step, clear. Returns the gradient's norm.
-
-    Waits for the device with fp16 only (the scaler has to know whether a gradient overflowed).
-    """
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = clip_gradients(model, max_norm)
+def step_optimizers(optimizers, scaler):
+    """One update from the gradients: step, update the loss scale, clear."""
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def learning_rate_scale(step, config):

@@ -1,4 +1,4 @@
-"""Training a BLT on patches: settings, data, and the run of the loop."""
+"""Training a BLT on patches: its settings, its data, and the run of the loop."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +11,18 @@ from blt.files import load_weights
 from blt.ids import to_bytes
 from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
-from blt.patch_rules import warn_about_sizes
+from blt.patch_rules import causal_methods, warn_about_sizes
 from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
 
 
 @dataclass
 class TrainingConfig(RunConfig):
+    """Settings of a run that trains a BLT, the model's sizes apart."""
+
     # patches: None takes what create_patches.py chose
     entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
     patch_cache: str = "patch_cache"  # folder that create_patches.py filled
-    patch_method: str | None = (
-        None  # global, monotonic, both, static, space, cumulative; None: as create_patches.py chose
-    )
+    patch_method: str | None = None  # the patching method; None: the rule that create_patches.py chose
     entropy_threshold: float | None = None  # with patch_method: the threshold in nats (bytes for static)
     target_patch_size: float | None = None  # with patch_method: or the wanted bytes a patch
     patch_slots: int | None = None  # patches in a row; None: chosen so that little is padding
@@ -31,11 +31,15 @@ class TrainingConfig(RunConfig):
     prompt: str | None = None  # text to continue when training ends; None: the beginning of a validation document
     sample_bytes: int = 200  # bytes of that continuation; 0: none
 
+    CHOICES = {"patch_method": causal_methods}
+
     def __post_init__(self):
         super().__post_init__()
-        if self.patch_method is None and (self.entropy_threshold is not None or self.target_patch_size is not None):
+        names_threshold = self.entropy_threshold is not None or self.target_patch_size is not None
+        if self.patch_method is None and names_threshold:
             raise ValueError(
-                "entropy_threshold and target_patch_size need --patch_method; without it the rule of create_patches.py is used"
+                "entropy_threshold and target_patch_size need --patch_method; "
+                "without it the rule of create_patches.py is used"
             )
         if self.entropy_threshold is not None and self.target_patch_size is not None:
             raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
@@ -46,13 +50,16 @@ class TrainingConfig(RunConfig):
 class PatchedDataset:
     """What `train_blt` trains on: rows of patched training text, rows that score the validation text, and the patcher.
 
-    train_rows: `TrainingRows`. validation: list of uint8 documents, validation_starts: their patch starts, bool [N + 1] each.
-    patcher: the `EntropyPatcher` that made the patches; the leak gate makes them again with it.
+    train_rows: `TrainingRows`. validation: list of uint8 documents. validation_starts: bool [N + 1] each,
+    which positions start a patch. patcher: the `EntropyPatcher` that made the patches; the leak gate makes
+    them again with it.
     """
 
     def __init__(self, train_rows, validation, validation_starts, patcher, batch_rows=8):
-        self.train_rows, self.patcher = train_rows, patcher
-        self.validation, self.validation_starts = validation, validation_starts
+        self.train_rows = train_rows
+        self.validation = validation
+        self.validation_starts = validation_starts
+        self.patcher = patcher
         self.validation_batches = list(
             evaluation_batches(validation, validation_starts, train_rows.row_bytes, batch_rows)
         )
@@ -60,64 +67,77 @@ class PatchedDataset:
     @classmethod
     def from_documents(cls, training, validation, patcher, row_bytes=1024, batch_rows=8):
         """Patch lists of documents (anything `EntropyPatcher` takes) with the patcher: for small data in memory."""
-        training, validation = [to_bytes(d) for d in training], [to_bytes(d) for d in validation]
+        training = [to_bytes(document) for document in training]
+        validation = [to_bytes(document) for document in validation]
         if not training or not validation:
             raise ValueError("training and validation each need at least one document")
-        starts = BitArray()
-        starts.append(np.concatenate([[True], *(patcher.starts(document) for document in training)]))
-        starts.close()
-        rows = TrainingRows(DocumentStream.of_documents(training), row_bytes, starts)
+        is_start = BitArray()
+        # The stream begins with a boundary, which is a patch of its own.
+        is_start.append(np.concatenate([[True], *(patcher.starts(document) for document in training)]))
+        is_start.close()
+        rows = TrainingRows(DocumentStream.of_documents(training), row_bytes, is_start)
         return cls(rows, validation, [patcher.starts(document) for document in validation], patcher, batch_rows)
 
     @classmethod
     def from_corpus(cls, corpus, patcher, config, cache=None):
-        """Patch a corpus by its cached entropies (`create_patches.EntropyCache`; None for static and space patches)."""
+        """Patch a corpus by its cached entropies.
+
+        config: `TrainingConfig`. cache: `entropies.EntropyCache`; None for methods without entropies.
+        Raises ValueError if the cache does not cover the documents that the config wants.
+        """
         train = corpus.documents("train", config.max_bytes)
         numbers = corpus.documents("validation", config.val_bytes)
         if cache is not None and not cache.covers(train, numbers):
-            limits = [
-                f"--{name} {value}"
-                for name, value in (("max_bytes", config.max_bytes), ("val_bytes", config.val_bytes))
-                if value
-            ]
+            limits = {"max_bytes": config.max_bytes, "val_bytes": config.val_bytes}
+            flags = " ".join(f"--{name} {value}" for name, value in limits.items() if value)
             raise ValueError(
                 f"{cache.folder} covers {len(cache.train):,} training and {len(cache.validation):,} validation documents, "
-                f"and {len(train):,} and {len(numbers):,} are wanted; run: python create_patches.py {' '.join(limits)}, or lower max_bytes"
+                f"but {len(train):,} and {len(numbers):,} are wanted; run: python create_patches.py {flags}, "
+                "or lower max_bytes"
             )
-        stream = DocumentStream.of_corpus(corpus, train)
-        starts = training_starts(corpus, train, patcher.config, cache)
-        rows = TrainingRows(stream, config.row_bytes, starts, config.patch_slots)
+        is_start = training_starts(corpus, train, patcher.config, cache)
+        rows = TrainingRows(DocumentStream.of_corpus(corpus, train), config.row_bytes, is_start, config.patch_slots)
         validation = [corpus.document(number) for number in numbers]
-        validation_starts = [
-            patcher.starts(document, None if cache is None else cache.document(len(cache.train) + place))
-            for place, document in enumerate(validation)
-        ]
+        validation_starts = []
+        for place, document in enumerate(validation):
+            entropies = None if cache is None else cache.document(len(cache.train) + place)
+            validation_starts.append(patcher.starts(document, entropies))
         return cls(rows, validation, validation_starts, patcher, config.batch_rows)
+
+    def bytes_per_patch(self):
+        """Mean patch size of the validation text, and its number of patches; prints a warning for an extreme rule."""
+        patches = sum(int(is_start[:-1].sum()) for is_start in self.validation_starts)
+        total_bytes = sum(len(document) for document in self.validation)
+        warn_about_sizes(patches, total_bytes, len(self.validation), self.patcher.config.entropy_threshold)
+        return total_bytes / patches
 
 
 def train_blt(model, patched_dataset, training_config):
-    """Train a `BLTModel` on a `PatchedDataset`. The leak gate runs before the first step and stops a model that sees ahead.
+    """Train a `BLTModel` on a `PatchedDataset`. The leak gate runs first and stops a model that sees ahead.
 
-    training_config: `TrainingConfig` (or any `RunConfig` with an `output` folder). Returns a dict with val_bpb, val_loss (nats
-    per target) and val_accuracy of the best weights, last_val_bpb, bytes_per_second, train_seconds, avg_patch_size and, of the padding in the
-    training rows, byte_padding and patch_padding. The best weights are in output/best.pt and are in the model afterwards.
+    training_config: `TrainingConfig`, or any `RunConfig` with an `output` folder. Returns a dict with
+    val_bpb, val_loss (nats per target) and val_accuracy of the best weights, last_val_bpb,
+    bytes_per_second, train_seconds, avg_patch_size and, of the padding in the training rows, byte_padding
+    and patch_padding. The best weights are in output/best.pt, and in the model afterwards.
     """
     if not isinstance(patched_dataset, PatchedDataset):
-        raise ValueError(
-            f"train_blt needs a PatchedDataset (see PatchedDataset.from_documents), not {type(patched_dataset).__name__}"
-        )
+        kind = type(patched_dataset).__name__
+        raise ValueError(f"train_blt needs a PatchedDataset (see PatchedDataset.from_documents), not {kind}")
     data = patched_dataset
-    text = np.concatenate([*data.validation[:8]])[:512]
+    text = np.concatenate(data.validation[:8])[:512]
     print(f"leak gate passed: largest difference {leak_gate(model, data.patcher, text):.1e} nats")
+    bytes_per_patch = data.bytes_per_patch()
     byte_padding, patch_padding = data.train_rows.padding()
-    patches = sum(int(starts[:-1].sum()) for starts in data.validation_starts)
-    total_bytes = sum(len(document) for document in data.validation)
-    size = total_bytes / patches
-    warn_about_sizes(patches, total_bytes, len(data.validation), data.patcher.config.entropy_threshold)
     print(
         f"rows: {len(data.train_rows):,} of {data.train_rows.row_bytes:,} bytes and {data.train_rows.patch_slots} patches | "
-        f"padding {byte_padding:.1%} of bytes, {patch_padding:.1%} of patches | {size:.2f} bytes a patch in validation"
+        f"padding {byte_padding:.1%} of bytes, {patch_padding:.1%} of patches | "
+        f"{bytes_per_patch:.2f} bytes a patch in validation"
     )
     result = fit(model, training_config, data.train_rows, data.validation_batches, training_config.output)
     load_weights(Path(training_config.output) / "best.pt", model)
-    return {**result, "avg_patch_size": size, "byte_padding": byte_padding, "patch_padding": patch_padding}
+    return {
+        **result,
+        "avg_patch_size": bytes_per_patch,
+        "byte_padding": byte_padding,
+        "patch_padding": patch_padding,
+    }

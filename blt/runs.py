@@ -1,0 +1,64 @@
+"""The beginning and the end that all training scripts have in common."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from blt.config import given_fields, print_header
+from blt.corpus import Corpus
+from blt.device import choose_device, choose_precision, set_seed
+from blt.loop import training_curves
+from blt.metric import result_line
+from blt.records import save_model
+
+
+@dataclass
+class Run:
+    """What a training script works with."""
+
+    device: torch.device
+    precision: str  # bf16, fp16 or fp32
+    corpus: Corpus
+    train: np.ndarray  # int64, numbers of the training documents
+    validation: list  # uint8 arrays, the validation documents
+
+
+def start_run(config):
+    """Seed everything, print the header, and open the corpus. config: a `RunConfig`."""
+    set_seed(config.seed)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    print_header(config, device, precision)
+    corpus = config.corpus()
+    train = corpus.documents("train", config.max_bytes)
+    validation = [corpus.document(number) for number in corpus.documents("validation", config.val_bytes)]
+    return Run(device, precision, corpus, train, validation)
+
+
+def print_model(name, parts, config, train_bytes):
+    """Print a model's parameters by part, {part: count}, and how much text it is about to read."""
+    counts = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+    print(f"{name}: {sum(parts.values()):,} parameters ({counts})")
+    trained_bytes = config.steps * config.accumulate * config.batch_rows * config.row_bytes
+    print(f"training text {train_bytes:,} bytes, {trained_bytes / train_bytes:.2f} epochs")
+
+
+def finish_run(model, record, result, validation, run_dir, weights_path, record_path, bytes_per_id=1.0):
+    """Save the best weights with their record, draw the curves, and print the result beside compressors on the same bytes.
+
+    model: with its best weights. record: its `RunRecord`. result: what `loop.fit` returned. run_dir: where
+    metrics.jsonl is. bytes_per_id: mean bytes of an id, for the curves of a BPE model.
+    """
+    record.result = result
+    save_model(model, weights_path, record, record_path)
+    training_curves(Path(run_dir) / "curves.png", run_dir, bytes_per_id)
+    print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s")
+    print(result_line(result, validation))
+    print(f"wrote {weights_path}, {record_path}, {run_dir}/curves.png, {run_dir}/metrics.jsonl")
+
+
+def named_presets(config):
+    """The presets that the user named, for the command that a script prints as the next step."""
+    return config.preset if "preset" in given_fields(config) else []
