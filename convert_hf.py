@@ -121,8 +121,10 @@ def from_transformers(hf_model):
     no counterpart and are left out. The patcher is left to `entropy_model_from_transformers`; its rule is
     PatchConfig(entropy_threshold=hf_model.config.patching_threshold).
 
-    Raises ValueError for what `BLTModel` cannot express: grouped-query attention, feed-forward widths other than
-    `feed_forward_width`, several hash functions, no window, another kind of rotary embedding, parts that differ in epsilon,
+    A feed-forward may have any width (that of transformers' default encoder is not rounded up to 256). A field like
+    encoder_ffn_dim is set where the width is another than `feed_forward_width`, and is None elsewhere.
+
+    Raises ValueError for what `BLTModel` cannot express: grouped-query attention, several hash functions, no window, another kind of rotary embedding, parts that differ in epsilon,
     theta or dropout, cross-attention after several encoder layers (transformers pools anew at each; here and in the
     released code the same vectors are refined).
     """
@@ -155,7 +157,7 @@ def entropy_model_from_transformers(hf_model):
         raise ValueError("blt_patcher.sliding_window is None; to be converted it must be a number of bytes")
     entropy_config = EntropyConfig(
         d_model=config.hidden_size, n_heads=config.num_attention_heads, n_layers=config.num_hidden_layers,
-        max_seq_len=config.sliding_window, rope_theta=config.rope_parameters["rope_theta"], dropout=config.dropout,
+        ffn_dim=_ffn_dim(config), max_seq_len=config.sliding_window, rope_theta=config.rope_parameters["rope_theta"], dropout=config.dropout,
     )  # fmt: skip
     return _filled(
         MinimalLLM(entropy_config), _our_weights(hf_model, _entropy_weight_names(entropy_config), of_patcher=True)
@@ -229,12 +231,17 @@ def _need(config, name, wanted, advice=""):
 def _check_part(config):
     """Raise ValueError unless this stack of a `BltConfig` is made of our `Block`."""
     _need(config, "num_key_value_heads", config.num_attention_heads)
-    _need(config, "intermediate_size", feed_forward_width(config.hidden_size))
     _need(config, "hidden_act", "silu")
     if config.rope_parameters["rope_type"] != "default":
         raise ValueError(
             f"{config.model_type}.rope_parameters is {config.rope_parameters}; to be converted its rope_type must be 'default'"
         )
+
+
+def _ffn_dim(config):
+    """The ffn_dim of our settings for a stack of a `BltConfig`: None where None gives that width."""
+    width = config.intermediate_size
+    return None if width == feed_forward_width(config.hidden_size) else width
 
 
 def _blt_config(hf_config):
@@ -266,6 +273,7 @@ def _blt_config(hf_config):
     fields = {"layers": "num_hidden_layers", "dim": "hidden_size", "heads": "num_attention_heads"}
     return BLTConfig(
         **{f"{name}_{ours}": getattr(part, theirs) for name, part in parts.items() for ours, theirs in fields.items()},
+        **{f"{name}_ffn_dim": _ffn_dim(part) for name, part in parts.items()},
         ngram_sizes=list(hf_config.encoder_hash_byte_group_size), hash_rows=hf_config.encoder_hash_byte_group_vocab,
         cross_attn_k=hf_config.cross_attn_k, window=encoder.sliding_window, rope_theta=theta,
         norm_eps=encoder.rms_norm_eps, dropout=encoder.dropout,
@@ -274,9 +282,12 @@ def _blt_config(hf_config):
     )  # fmt: skip
 
 
-def _hf_part(dim, heads, layers, theta, norm_eps, dropout):
+def _hf_part(dim, heads, layers, ffn_dim, theta, norm_eps, dropout):
     sizes = dict(
-        hidden_size=dim, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=feed_forward_width(dim)
+        hidden_size=dim,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        intermediate_size=ffn_dim or feed_forward_width(dim),
     )
     rope = {"rope_type": "default", "rope_theta": float(theta)}
     return sizes | dict(rope_parameters=rope, rms_norm_eps=norm_eps, dropout=dropout)
@@ -287,12 +298,17 @@ def _hf_config(config, entropy_config, patch_config):
     parts = {}
     for name in ("encoder", "global", "decoder"):
         dim, layers = getattr(config, f"{name}_dim"), getattr(config, f"{name}_layers")
-        parts[name] = _hf_part(dim, config.heads(name), layers, config.rope_theta, config.norm_eps, config.dropout)
+        ffn_dim = getattr(config, f"{name}_ffn_dim")
+        parts[name] = _hf_part(
+            dim, config.heads(name), layers, ffn_dim, config.rope_theta, config.norm_eps, config.dropout
+        )
     for name in ("encoder", "decoder"):
         parts[name] |= dict(cross_attn_k=config.cross_attn_k, hidden_size_global=config.global_dim)
         parts[name]["cross_attn_all_layers"] = getattr(config, f"cross_attn_all_layers_{name}")
     if (e := entropy_config) is not None:
-        parts["patcher"] = _hf_part(e.d_model, e.n_heads, e.n_layers, e.rope_theta, ENTROPY_NORM_EPS, e.dropout)
+        parts["patcher"] = _hf_part(
+            e.d_model, e.n_heads, e.n_layers, e.ffn_dim, e.rope_theta, ENTROPY_NORM_EPS, e.dropout
+        )
         parts["patcher"]["sliding_window"] = e.max_seq_len
     return BltConfig(
         **{f"{name}_config": part for name, part in parts.items()},
