@@ -612,7 +612,9 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
     folder = Path(folder)
     output = Path(output)
     if (output / "config.json").exists() and not (output / "convert_hf.json").exists():
-        raise ValueError(f"{output} holds a transformers model that convert_hf.py has not written; give another --output")
+        raise ValueError(
+            f"{output} holds a transformers model that convert_hf.py has not written; give another --output"
+        )
     record = read_record(folder)
     # The model maps the file into memory. A copy would need the weights' size again.
     with torch.device("meta"):
