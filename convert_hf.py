@@ -47,7 +47,6 @@ Where transformers differs:
 """
 
 import gc
-import json
 import re
 import sys
 from dataclasses import asdict, dataclass
@@ -65,13 +64,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from blt.checks import check
 from blt.config import run_script
-from blt.files import git_commit, load_weights, model_hash, save_weights, write_atomically, write_json
+from blt.files import git_commit, load_weights, model_hash, write_atomically, write_json
 from blt.ids import BOUNDARY, to_bytes
 from blt.layers import feed_forward_width
-from blt.patch_rules import NEEDS_ENTROPIES, PatchConfig
+from blt.patch_rules import PatchConfig
+from blt.records import RunRecord, read_record, save_model
 from blt_model import BLTConfig, BLTModel, uninitialized
 from entropy_llm import EntropyConfig, MinimalLLM
-from save_entropy_model import entropy_model_of, load_blt, read_record, save_entropy_model
+from save_entropy_model import entropy_model_of, load_blt, save_entropy_model
 
 
 @dataclass
@@ -615,16 +615,16 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
         raise ValueError(
             f"{output} holds a transformers model that convert_hf.py has not written; give another --output"
         )
-    record = read_record(folder)
+    record = read_record(folder, "blt")
     # The model maps the file into memory. A copy would need the weights' size again.
     with torch.device("meta"):
-        model = BLTModel(BLTConfig(**record["model_config"]))
+        model = BLTModel(BLTConfig(**record.model_config))
     load_weights(folder / "best.pt", model, assign=True)
     wanted = DTYPES[dtype] or model.head.weight.dtype
     entropy_model = None
     patch_config = None
     if not without_patcher:
-        patch_config = PatchConfig(**record["patch_config"])
+        patch_config = PatchConfig(**record.patch_config)
         advice = " (or leave the patcher out: --without_patcher; patches must then be passed to transformers)"
         _need(patch_config, "method", "global", advice)
         entropy_model = entropy_model_of(folder, record)[0].to(wanted)
@@ -642,8 +642,8 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
         "commit": git_commit(),
         "dtype": str(wanted).removeprefix("torch."),
         "patcher": not without_patcher,
-        "patch_config": record["patch_config"],
-        "entropy_model_sha256": record["entropy_model_sha256"],
+        "patch_config": record.patch_config,
+        "entropy_model_sha256": record.entropy_model_sha256,
         "weights_sha256": model_hash(model),
     }
     # First, because this file marks the folder as ours: an interrupted conversion can be repeated.
@@ -663,13 +663,13 @@ def write_from_transformers(source, output, dtype="keep", patches_of=None):
     """Convert a folder of transformers, or a model of the hub, into an output folder of ours.
 
     patches_of: an output folder of ours whose patch rule and entropy model the result takes; None:
-    those of the patcher. Returns the record that it writes to model.json. Needs the memory of the
+    those of the patcher. Returns the `RunRecord` that it writes to model.json. Needs the memory of the
     weights twice. The entropy model is written in fp32. Raises ValueError if the model or its patch
     rule cannot be converted, or if output holds a trained model.
     """
     output = Path(output)
     record_file = output / "model.json"
-    if record_file.exists() and "converted_from" not in json.loads(record_file.read_text()):
+    if record_file.exists() and RunRecord.load(record_file).converted_from is None:
         raise ValueError(f"{output} holds a model that was trained there; give another --output")
     hf_model = open_hf_model(source, DTYPES[dtype] or "auto")
     if patches_of is None:
@@ -680,33 +680,30 @@ def write_from_transformers(source, output, dtype="keep", patches_of=None):
     # Modules refer to each other, so `del` alone frees no weights.
     del hf_model
     gc.collect()
-    # What a training run writes to model.json, as far as this project reads it.
-    record = {
-        "model_config": asdict(model.config),
-        "patch_config": asdict(patch_config),
-        "precision": "fp32",
-        "entropy_model_path": str(output / "entropy_model.pth"),
-        "entropy_model_sha256": None,
-        "converted_from": str(source),
-        "commit": git_commit(),
-        "dtype": str(model.head.weight.dtype).removeprefix("torch."),
-        "corpus": {"dataset": f"that of {source}", "sha256": None},
-        "settings": {"row_bytes": 4096},
-    }
+    record = RunRecord(
+        kind="blt",
+        model_config=asdict(model.config),
+        settings={"row_bytes": 4096},
+        corpus={"dataset": f"that of {source}", "sha256": None},
+        patch_config=asdict(patch_config),
+        precision="fp32",
+        entropy_model_path=str(output / "entropy_model.pth"),
+        converted_from=str(source),
+        commit=git_commit(),
+        dtype=str(model.head.weight.dtype).removeprefix("torch."),
+    )
     if entropy_model is not None:
-        metadata = {"converted_from": str(patches_of or source)}
-        save_entropy_model(entropy_model, record["entropy_model_path"], metadata)
-        record["entropy_model_sha256"] = model_hash(entropy_model)
-    write_json(output / "model.json", record)
-    save_weights(output / "best.pt", model)
+        save_entropy_model(entropy_model, record.entropy_model_path, converted_from=str(patches_of or source))
+        record.entropy_model_sha256 = model_hash(entropy_model)
+    save_model(model, output / "best.pt", record, record_file)
     return record
 
 
 def _patches_of_folder(folder):
     """Return the `PatchConfig` of an output folder of ours, and its entropy model or None."""
-    record = read_record(folder)
-    patch_config = PatchConfig(**record["patch_config"])
-    if patch_config.method not in NEEDS_ENTROPIES:
+    record = read_record(folder, "blt")
+    patch_config = PatchConfig(**record.patch_config)
+    if not patch_config.needs_entropies:
         return patch_config, None
     return patch_config, entropy_model_of(folder, record)[0]
 
@@ -796,19 +793,16 @@ def _start_positions(lengths_1P):
     return set(lengths_1P[0].cumsum(0)[:-1].tolist())
 
 
-def print_summary(folder, record):
+def print_summary(folder, dtype, patch_config, has_patcher):
     """Print the sizes of a converted model and its patch rule. Returns the number of parameters."""
     # Shapes are enough to count parameters.
     with torch.device("meta"):
-        parts = BLTModel(BLTConfig(**read_record(folder)["model_config"])).parameters_by_part()
+        parts = BLTModel(BLTConfig(**read_record(folder, "blt").model_config)).parameters_by_part()
     size = sum(parts.values())
     by_part = ", ".join(f"{part} {count:,}" for part, count in parts.items())
-    print(f"BLT: {size:,} parameters ({by_part}), {record['dtype']}")
-    rule = record["patch_config"]
-    # Only convert_hf.json has this key. Our own folders need no patcher.
-    has_patcher = record.get("patcher", True)
+    print(f"BLT: {size:,} parameters ({by_part}), {dtype}")
     note = "" if has_patcher else "; without patcher: pass patch_lengths (convert_hf.hf_inputs)"
-    print(f"patches: {rule['method']}, threshold {rule['entropy_threshold']:.4f}{note}")
+    print(f"patches: {PatchConfig(**patch_config).describe()}{note}")
     return size
 
 
@@ -832,21 +826,23 @@ def main(config):
     if config.to_hf is not None:
         folder = config.to_hf
         hf_folder = config.output
-        record = write_for_transformers(folder, hf_folder, config.dtype, config.without_patcher)
+        converted = write_for_transformers(folder, hf_folder, config.dtype, config.without_patcher)
+        summary = (converted["dtype"], converted["patch_config"], converted["patcher"])
         files = "model.safetensors, config.json, generation_config.json, tokenizer, convert_hf.json"
         next_step = f"BltForCausalLM.from_pretrained({config.output!r}); docs/transformers.md says with which settings"
     else:
         folder = config.output
         hf_folder = config.from_hf
         record = write_from_transformers(hf_folder, folder, config.dtype, config.patches_of)
+        summary = (record.dtype, record.patch_config, True)
         files = "best.pt, model.json"
-        if record["entropy_model_sha256"]:
+        if record.entropy_model_sha256:
             files += ", entropy_model.pth, entropy_model.json"
         next_step = (
             f"python generate.py --model {config.output} --prompt 'The history of', "
             f"or python train_blt.py --init_from {config.output}"
         )
-    size = print_summary(folder, record)
+    size = print_summary(folder, *summary)
     if config.check == "yes" or (config.check == "auto" and size <= CHECKED_SIZE):
         difference = print_check(folder, hf_folder)
         # Only a kept dtype must agree: another one rounds the weights. `not ... <` is also true of NaN.
