@@ -11,8 +11,7 @@ What counts: matrix products, at 2 FLOPs per multiply-add, of real bytes and pat
 lookups (bytes and n-grams) are 0 FLOPs, as in the paper. Norms, rotary embedding, softmax,
 activations and pooling are left out, also as in the paper. Attention counts the positions that the
 mathematics needs, not those that a blocked mask computes and discards. Padding counts 0. Training
-is 3 times the forward
-pass: for each product of the forward pass, the backward pass has two.
+is 3 times the forward pass: for each product of the forward pass, the backward pass has two.
 """
 
 import re
