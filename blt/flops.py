@@ -85,8 +85,7 @@ def blt_flops(config, bytes_per_patch, row_bytes):
     both cross-attentions), with the terms of its appendix for projections and attention. Differences:
 
     - The feed-forward is the SwiGLU that is computed, three matrices of `feed_forward_width`; the
-    paper
-      counts two of width 4 d.
+      paper counts two of width 4 d.
     - A window costs the mean of min(t + 1, window) positions; the paper takes (window + 1) / 2.
     - The scores of the cross-attentions count in full; the paper halves them, though none of their
       queries has a key that it may not see.
@@ -168,6 +167,7 @@ def flat_shape_of_equal_flops(flops_per_byte, row_bytes, window, n_classes=257):
 
     widths = [*range(16, 256, 16), *range(256, 8193, 64)]
     shapes = [(dim, n_layers) for dim in widths for n_layers in range(1, 65)]
+    # A model of usual shape is the fairer comparison; among all shapes some are thin and very deep.
     usual_shapes = [shape for shape in shapes if 32 <= shape[0] / shape[1] <= 128]
     nearest_usual = min(usual_shapes, key=relative_error)
     if relative_error(nearest_usual) <= 0.05:
@@ -217,6 +217,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def listed_peak(name, precision):
     """(FLOP/s, source) of a card in PEAK_FLOPS at a precision; None if the table has no such entry."""
+    # A card may lack a precision: a T4 multiplies no bf16.
     for pattern, (source, peaks) in PEAK_FLOPS.items():
         if re.fullmatch(pattern, name) and precision in peaks:
             return peaks[precision], source
