@@ -368,8 +368,7 @@ def open_stream(path):
     stream = io.BufferedReader(raw, BUFFER_BYTES)
     if kind != ".parquet":
         return stream
-    # Parquet is read from its end, which a compressed stream cannot do: decompress it to a file
-    # first.
+    # Parquet is read from its end, which a compressed stream cannot do: decompress it first.
     plain = tempfile.TemporaryFile()
     with stream:
         shutil.copyfileobj(stream, plain)
@@ -469,8 +468,7 @@ def read_parquet(stream, path, text_field):
     import pyarrow.parquet
 
     try:
-        # pre_buffer would keep all that was read; without buffer_size a whole row group is read at
-        # once.
+        # pre_buffer would keep all that was read; without buffer_size a row group is read at once.
         parquet = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER_BYTES)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"cannot read {path}: {error}; is the file damaged?") from error
@@ -542,8 +540,7 @@ def hub_records(repo, subset, name):
 
         check_hub_answers()
         yield from datasets.load_dataset(repo, subset, split="train", streaming=True)
-    # The library raises a dozen types, from three packages, for wrong names, missing access and the
-    # network.
+    # For wrong names, missing access and no network, the library raises a dozen types.
     except Exception as error:
         kind = ConnectionError if isinstance(error, (ConnectionError, TimeoutError)) else ValueError
         reason = " ".join(str(error).split())[:500] or type(error).__name__
@@ -564,8 +561,7 @@ def check_hub_answers():
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    # The type depends on the library's version: an error of requests, of httpx, or about offline
-    # mode.
+    # The type depends on the library's version: that of requests, of httpx, or of offline mode.
     except Exception as error:
         raise ConnectionError(f"no answer from {constants.ENDPOINT} ({error})") from error
 
@@ -633,8 +629,7 @@ def write_store(folder, documents, settings, origin):
             add_to_hash(digest, document)
             offsets.append(total_bytes)
             split_hashes.append(_split_hash(document))
-            # Some datasets put each document's address there: more sources than ids share the last
-            # one.
+            # Some datasets put each document's address there; the last id takes all that are too many.
             if source not in id_of_source and len(id_of_source) >= SOURCE_LIMIT - 1:
                 source = "(other)"
             source_ids.append(id_of_source.setdefault(source, len(id_of_source)))

@@ -146,8 +146,7 @@ def draw_entropy_figure(path, text_bytes, entropies_nats, is_start, threshold=No
     top = 0.85 if title else 0.5
     width = max(7.0, 0.14 * columns + 0.84)
     height = top + n_lines * line_height
-    # One scale for all lines. No entropy passes log 256, so a threshold above it would only waste
-    # room.
+    # One scale for all lines. A threshold above log 256, the highest entropy, would waste room.
     limit = 1.1 * max(entropies_nats.max(), min(threshold or 0, math.log(256)), 0.1)
 
     figure = Figure(figsize=(width, height))

@@ -463,7 +463,8 @@ def _pack(pieces, row_bytes):
 
 def _slots_needed(pieces, is_start):
     """Patch slots that are enough for an evaluation row."""
-    # One for padding. Per piece, two for its first two ids and one for each later patch start.
+    # One for padding. Per piece, two for its first two ids and one for each patch start after the
+    # first; if the second id is such a start, it counts twice, which does no harm.
     slots = 1
     for piece in pieces:
         slots += 2 + int(is_start[piece.document][piece.begin : piece.end].sum())

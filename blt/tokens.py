@@ -29,8 +29,7 @@ def train_tokenizer(documents, vocab_size, path):
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN_PATTERN), "isolated")
-    # All 256 bytes are tokens, also those that the training text lacks: no document is without
-    # tokens.
+    # Every byte is a token, also one that the training text lacks, so any document can be encoded.
     alphabet = [chr(byte) for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((_as_characters(document) for document in documents), trainer)
