@@ -58,7 +58,7 @@ from blt.metric import (
     vocabulary_of,
 )
 from blt.patch_rules import patch_sizes
-from blt.rows import target_places
+from blt.rows import target_positions
 from entropy_patcher import EntropyPatcher
 from generate import generate
 from save_entropy_model import load_blt, load_entropy_model
@@ -228,7 +228,7 @@ def measure(contestant, documents, is_start, batch_rows=8, precision="fp32"):
     def costs():
         for batch, nats, is_right in score_batches(model, batches, device, precision):
             is_scored = batch.is_scored.cpu().numpy()
-            document, context = (places[is_scored] for places in target_places(batch, vocabulary))
+            document, context = (places[is_scored] for places in target_positions(batch, vocabulary))
             size = vocabulary.bytes_of_id[batch.ids[:, 1:].cpu().numpy()[is_scored]]
             values = [nats.cpu().numpy()[is_scored], is_right.cpu().numpy()[is_scored], np.ones(len(size)), size]
             bucket = np.where(

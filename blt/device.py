@@ -8,7 +8,10 @@ import torch
 
 
 def choose_device(name="auto"):
-    """torch.device: CUDA where there is one, else the CPU; or the one that was named."""
+    """The torch.device of this name; "auto" is CUDA if there is one, else the CPU.
+
+    Raises ValueError for a name that torch does not know and for CUDA on a machine without it.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -21,13 +24,18 @@ def choose_device(name="auto"):
 
 
 def choose_precision(name, device):
-    """'bf16', 'fp16' or 'fp32'; auto takes what the hardware multiplies fastest (a T4 only emulates bf16, so fp16)."""
+    """The precision of matrix products: "bf16", "fp16" or "fp32"; "auto" is the fastest on this device.
+
+    Raises ValueError for fp16 anywhere but on CUDA.
+    """
     if name != "auto":
         if name == "fp16" and device.type != "cuda":
             raise ValueError(f"precision is 'fp16', which needs CUDA; on {device.type} use bf16 or fp32")
         return name
     if device.type == "cuda":
+        # Cards older than Ampere (8.0), such as the T4, only emulate bf16.
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    # A CPU without these instructions computes bf16 more slowly than fp32.
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "bf16"
     return "fp32"
@@ -37,7 +45,8 @@ def autocast(device, precision):
     """The context in which a model's matrix products run in this precision; weights stay fp32."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype)
 
 
 def set_seed(seed):
@@ -48,17 +57,20 @@ def set_seed(seed):
 
 
 def synchronize(device):
-    """Wait until the device has done what was asked of it, so that a clock read next is honest."""
+    """Wait until the device has finished its work, so that a clock can be read."""
+    # A GPU only queues what it is told to do: without waiting, a clock measures the launch.
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
-FEW_ROWS = 16  # below this many rows one CPU thread is as fast as several, and seven times faster where another program uses a core
+# Below this many rows one CPU thread is as fast as several. Where another program uses a core, it
+# is seven times faster.
+FEW_ROWS = 16
 
 
 @contextmanager
 def threads_for(n_rows):
-    """Compute with one thread while few rows are read byte by byte; the number of threads is put back at the end."""
+    """Compute with one CPU thread if there are fewer than FEW_ROWS rows; restore the old number at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if n_rows < FEW_ROWS else before)
     try:

@@ -1,4 +1,4 @@
-"""Files: written aside and renamed, JSON, weights and their hashes, the commit."""
+"""Files: atomic writes, JSON, weights and their hashes, the commit."""
 
 import hashlib
 import json
@@ -12,56 +12,80 @@ import torch
 
 
 def git_commit():
-    """The checkout's short commit, with + if files differ from it; 'unknown' outside a checkout."""
+    """The short commit of this checkout, with "+" if tracked files differ from it.
+
+    Outside a checkout, or without git, it is "unknown".
+    """
     try:
-        run = lambda *args: subprocess.run(  # noqa: E731
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+        commit = _git("rev-parse", "--short", "HEAD")
+        is_changed = _git("status", "--porcelain", "-uno") != ""
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return commit + "+" if is_changed else commit
+
+
+def _git(*arguments):
+    """What a git command prints about this checkout."""
+    # A repository on a slow network disk must not hold up a training run.
+    command = ["git", *arguments]
+    here = Path(__file__).parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
 
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename it to path: a reader never sees half a file, a failure leaves the old one."""
+    """Call write(temporary path), then rename it to path.
+
+    A reader never sees half a file, and a failed write leaves the old file as it was. Makes the
+    folder if needed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
         write(temporary)
+        # mkstemp lets only the owner read its file; give it the permissions of any other new file.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    # Also on Ctrl-C, which is no Exception.
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
 def _umask():
+    """The permission bits that this process removes from new files."""
+    # The system has no call that only reads the mask: setting it returns the old one.
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def write_json(path, value):
-    """Write JSON aside and rename it."""
-    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=2) + "\n"))
+    """Write a value as indented JSON, atomically."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
 def save_weights(path, model):
-    """Write a plain state dict, aside and renamed."""
+    """Write a model's state dict, atomically. It holds CPU tensors only, so any machine can load it."""
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def load_weights(path, model, assign=False):
-    """Read a `save_weights` file into the model. Raises ValueError for a file that does not hold this model's weights.
+    """Read a `save_weights` file into the model.
 
-    assign: let the model (on the meta device) have the file's own memory and dtype instead of a copy.
+    assign: let the model (on the meta device) take the file's own memory and dtype instead of a copy.
+    Raises ValueError if the file does not hold this model's weights.
     """
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=assign), assign=assign)
-    except Exception as error:  # torch raises many kinds for a file that is no state dict of these shapes
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=assign)
+        model.load_state_dict(state, assign=assign)
+    # torch raises many types for a file that is no state dict of these shapes.
+    except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{path} does not hold the model that the JSON beside it describes ({reason}); train it again"
@@ -69,22 +93,28 @@ def load_weights(path, model, assign=False):
 
 
 def model_hash(model):
-    """sha256 over the names and values of a model's weights: the same for the same model on any device."""
+    """sha256 (hex) over the names and values of a model's weights. It does not depend on the device."""
     digest = hashlib.sha256()
+    # Sorted, so that the order in which a model defines its layers does not matter.
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
+        # NumPy has no bfloat16, so hash the memory and not the numbers.
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def add_to_hash(digest, document):
-    """Add a document's length (8 bytes, little endian) and bytes to a hash: how documents are told from others everywhere."""
+    """Add a document to a hash: its length (8 bytes, little endian), then its bytes.
+
+    Every hash of documents in this project is made this way.
+    """
+    # Without the lengths, "ab" + "c" and "a" + "bc" would have the same hash.
     digest.update(len(document).to_bytes(8, "little"))
     digest.update(document)
 
 
 def hash_of_documents(documents):
-    """sha256 of a list of documents in hex; of all documents of a store, the store's."""
+    """sha256 (hex) of a list of documents. For all documents of a store it equals `Corpus.hash`."""
     digest = hashlib.sha256()
     for document in documents:
         add_to_hash(digest, np.ascontiguousarray(document))

@@ -3,17 +3,25 @@
 import numpy as np
 import torch
 
-BOUNDARY = 256  # document boundary id: as input it opens a document, as target it ends one
+# The id of the document boundary. As an input it opens a document; as a target it ends one.
+BOUNDARY = 256
 
 
 class Vocabulary:
-    """What ids stand for, here bytes: ids 0..255 are themselves, `boundary` opens and ends documents and stands for no byte.
+    """What ids stand for, here bytes: ids 0..255 are the bytes, and `boundary` opens and ends documents.
 
-    A model over other ids carries its own in `.vocabulary` (template_llm.BPEVocabulary); one without is a byte model.
-    bytes_of_id: int64 [boundary + 1], raw bytes that each id stands for. bytes_per_id: their mean in text.
+    A model over other ids carries its own vocabulary in `.vocabulary` (`tokens.BPEVocabulary`); a
+    model without that attribute is a byte model.
+
+    boundary: the id of the document boundary.
+    bytes_per_id: mean number of raw bytes per id in text.
+    bytes_of_id: int64 [boundary + 1], the number of raw bytes of each id.
     """
 
-    boundary, bytes_per_id = BOUNDARY, 1.0
+    boundary = BOUNDARY
+    bytes_per_id = 1.0
+    # Every byte is one byte long. The boundary holds none, so it adds nothing to the bytes of bits
+    # per byte.
     bytes_of_id = np.append(np.ones(BOUNDARY, dtype=np.int64), 0)
 
     def encode(self, document):
@@ -21,7 +29,7 @@ class Vocabulary:
         return document
 
     def row_ids(self, row_bytes):
-        """Ids in a row that holds about row_bytes bytes of text: for bytes as many."""
+        """Number of ids in a row of about row_bytes bytes of text (for this vocabulary: row_bytes)."""
         return max(1, round(row_bytes / self.bytes_per_id))
 
 
@@ -29,19 +37,33 @@ BYTES = Vocabulary()
 
 
 def documents_of(ids_BT, boundary):
-    """Number the document of each id: a boundary opens the next one. [x, x, 256, y, 256] gives 0, 0, 1, 1, 2."""
+    """Number the document of each id; a boundary opens the next one.
+
+    [x, x, 256, y, 256] with boundary 256 gives [0, 0, 1, 1, 2].
+    """
     return (ids_BT == boundary).cumsum(dim=1)
 
 
 def to_bytes(byte_sequence):
-    """bytes, bytearray, memoryview, list of ints, uint8 array or tensor, or str (as UTF-8) -> uint8 array [N]."""
+    """Convert a byte sequence to a uint8 array [N].
+
+    byte_sequence: bytes, bytearray, memoryview, str (taken as UTF-8), or a list, array or tensor of whole numbers.
+    Raises ValueError for anything that is not one row of whole numbers from 0 to 255.
+    """
     if isinstance(byte_sequence, str):
+        # JSON can hold half of a surrogate pair, which strict UTF-8 refuses; corpora store it in
+        # the same way.
         byte_sequence = byte_sequence.encode("utf-8", "surrogatepass")
     if isinstance(byte_sequence, (bytes, bytearray, memoryview)):
         return np.frombuffer(bytes(byte_sequence), dtype=np.uint8)
     if isinstance(byte_sequence, torch.Tensor):
         byte_sequence = byte_sequence.detach().cpu().numpy()
+
     values = np.asarray(byte_sequence)
-    if values.ndim != 1 or (values.size and (values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255)):
+    is_row_of_bytes = values.ndim == 1
+    # An empty list becomes a float array, so the dtype says something only about values that exist.
+    if is_row_of_bytes and values.size:
+        is_row_of_bytes = values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= 255
+    if not is_row_of_bytes:
         raise ValueError("a byte sequence must be bytes, str, or one row of whole numbers from 0 to 255")
     return values.astype(np.uint8)

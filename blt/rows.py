@@ -1,14 +1,23 @@
 """Rows: what a model reads in training and evaluation.
 
-Documents follow each other as ids, a boundary before each and one at the very end:
+Documents follow each other as one stream of ids, a boundary (256) before each and one at the end:
 
     256 d o c 0 256 d o c 1 256
 
-A row is T + 1 neighbouring ids: the first T are inputs, the last T are targets.
+A row is T + 1 neighbouring ids. The first T are the inputs, the last T are the targets: the model
+reads ids 0 to t and predicts id t + 1. Only scored targets count in the loss and in bits per byte:
+
+- padding is never scored;
+- a document's end is scored only for models that have a class for it;
+- evaluation scores each byte once, though its windows overlap.
+
+`TrainingRows` splits the stream of the training documents into rows. `evaluation_batches` makes rows
+that score whole documents.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,33 +25,41 @@ import torch
 from blt.ids import BYTES
 from blt.segments import check_patch_lengths
 
+# Share of patch slots that may stay empty in training rows.
+MAX_PATCH_PADDING = 0.045
+# Patch starts of the training stream are read this many ids at a time, which takes at most 40 MB.
+BLOCK_IDS = 1 << 22
+
 
 class DocumentStream:
-    """Documents as one sequence of ids, read piece by piece from the byte store (nothing is copied until it is asked for).
+    """Documents as one stream of ids, read in slices: only what is asked for is copied.
 
-    flat_bytes: uint8 array or memory map; begins, lengths: int64 [documents], where each document lies in it.
-    len(stream) counts ids: one boundary and the bytes of each document, and the last boundary.
-    vocabulary: what the ids stand for; if not bytes, flat_bytes holds these ids.
+    flat: uint8 array or memory map with the bytes of all documents; or, with another vocabulary
+        than bytes, an array of its ids. Without boundaries.
+    offsets, lengths: int64 [documents]; document i is flat[offsets[i]:offsets[i] + lengths[i]].
+    ends: int64 [documents], the stream position of the boundary after each document.
+    len(stream) counts ids: a boundary and the ids of each document, and the last boundary.
+
+    Example: the documents b"ab" and b"c" give 256 97 98 256 99 256. `ends` is [3, 5].
     """
 
-    def __init__(self, flat_bytes, begins, lengths, vocabulary=BYTES):
-        self.flat_bytes, self.begins, self.lengths, self.vocabulary = (
-            flat_bytes,
-            np.asarray(begins),
-            np.asarray(lengths),
-            vocabulary,
-        )
+    def __init__(self, flat, offsets, lengths, vocabulary=BYTES):
+        self.flat = flat
+        self.offsets = np.asarray(offsets)
+        self.lengths = np.asarray(lengths)
+        self.vocabulary = vocabulary
         self.ends = np.cumsum(self.lengths + 1)
 
     @classmethod
     def of_corpus(cls, corpus, numbers):
-        """The stream of a corpus's documents of these numbers, in this order."""
+        """The stream of the documents of a `Corpus` that have these numbers, in this order."""
         return cls(corpus.bytes, corpus.offsets[numbers], np.diff(corpus.offsets)[numbers])
 
     @classmethod
     def of_documents(cls, documents, vocabulary=BYTES):
-        """The stream of a list of uint8 arrays (or arrays of a vocabulary's ids)."""
+        """The stream of a list of uint8 arrays (or of arrays of a vocabulary's ids)."""
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        # The empty array lets a list of no documents be joined, too.
         flat = np.concatenate([*documents, np.empty(0, np.uint8)])
         return cls(flat, np.cumsum(lengths) - lengths, lengths, vocabulary)
 
@@ -51,36 +68,51 @@ class DocumentStream:
 
     @property
     def total_bytes(self):
+        """Raw bytes of all documents."""
         if self.vocabulary is BYTES:
             return int(self.lengths.sum())
-        return sum(
-            int(self.vocabulary.bytes_of_id[self.flat_bytes[b : b + n]].sum())
-            for b, n in zip(self.begins, self.lengths)
-        )
+        total = 0
+        for offset, length in zip(self.offsets, self.lengths):
+            ids = self.flat[offset : offset + length]
+            total += int(self.vocabulary.bytes_of_id[ids].sum())
+        return total
 
     def ids(self, begin, end):
-        """Ids begin to end (not included) of the stream, int64; places after the last boundary are boundaries too."""
-        out = np.full(end - begin, self.vocabulary.boundary, dtype=np.int64)
-        number = int(np.searchsorted(self.ends, begin, side="right"))
-        while number < len(self.ends):
-            first = int(self.ends[number]) - int(self.lengths[number])  # where the document's first byte stands
+        """Ids at stream positions begin to end - 1, int64; after the stream's end, boundaries."""
+        # Fill with boundaries, then copy the documents that overlap this range.
+        ids = np.full(end - begin, self.vocabulary.boundary, dtype=np.int64)
+        # The first document that ends after `begin`: with `ends` [3, 5], begin 3 is the end of
+        # document 0, so its bytes are no part of the range.
+        document = int(np.searchsorted(self.ends, begin, side="right"))
+        while document < len(self.ends):
+            # Stream position of the document's first id, right after the boundary that opens it.
+            first = int(self.ends[document]) - int(self.lengths[document])
             if first >= end:
                 break
-            low, high = max(first, begin), min(first + int(self.lengths[number]), end)
+            low = max(first, begin)
+            high = min(int(self.ends[document]), end)
             if low < high:
-                source = int(self.begins[number]) - first
-                out[low - begin : high - begin] = self.flat_bytes[source + low : source + high]
-            number += 1
-        return out
+                shift = int(self.offsets[document]) - first
+                ids[low - begin : high - begin] = self.flat[low + shift : high + shift]
+            document += 1
+        return ids
 
 
 class BitArray:
-    """A long bool array in one bit an item, appended to in pieces and read in slices (10 GB of text: 1.25 GB)."""
+    """A long bool array that takes one bit an item: appended to in pieces, then read in slices.
+
+    The patch starts of 10 GB of text take 1.25 GB. Order of use: `append` any number of times,
+    `close` once, then `read` and `len`.
+    """
 
     def __init__(self):
-        self._packed, self._rest, self._length = [], np.empty(0, dtype=bool), 0
+        self._packed = []
+        # Items that do not fill a byte yet, fewer than 8.
+        self._rest = np.empty(0, dtype=bool)
+        self._length = 0
 
     def append(self, flags):
+        """Add a bool array at the end."""
         flags = np.concatenate((self._rest, flags))
         whole = len(flags) // 8 * 8
         self._packed.append(np.packbits(flags[:whole]))
@@ -96,244 +128,406 @@ class BitArray:
         return self._length
 
     def read(self, begin, end):
-        """bool [end - begin]; False after the end."""
-        bits = np.unpackbits(self._packed[begin // 8 : (end + 7) // 8])[begin % 8 :][: end - begin].astype(bool)
+        """Items begin to end - 1: bool [end - begin], False after the last item."""
+        packed = self._packed[begin // 8 : (end + 7) // 8]
+        # The first byte may hold items before `begin`, the last one items after `end`.
+        bits = np.unpackbits(packed)[begin % 8 :][: end - begin].astype(bool)
         return np.pad(bits, (0, end - begin - len(bits)))
+
+
+class Piece(NamedTuple):
+    """A part of one document in an evaluation row.
+
+    begin, end and scored_from are positions in the document's inputs: position 0 is the boundary
+    before it, position t + 1 its byte t. The target of an input is the byte after it, or the
+    document's end.
+    """
+
+    document: int  # index in the list of documents
+    begin: int  # first input
+    end: int  # one past the last input
+    scored_from: int  # earlier inputs are context: their targets are not scored here
 
 
 @dataclass
 class RowBatch:
-    """Rows for one forward pass. is_scored marks the targets that count: those that are no padding."""
+    """Rows for one forward pass."""
 
     ids: torch.Tensor  # int64 [B, T + 1]
-    is_scored: torch.Tensor  # bool [B, T]
-    patch_lengths: torch.Tensor | None  # int64 [B, P], the sum of each row is T + 1; None for models without patches
-    targets: int  # targets that count
-    bytes: int  # raw bytes that they stand for; a document's end stands for none
-    pieces: list | None = None  # evaluation rows: of each row, its (document, first input, end of inputs, scored from)
+    is_scored: torch.Tensor  # bool [B, T], the targets that count
+    patch_lengths: torch.Tensor | None  # int64 [B, P], each row sums to T + 1; None: no patches
+    targets: int  # number of scored targets
+    bytes: int  # raw bytes of the scored targets; a document's end has none
+    pieces: list[list[Piece]] | None = None  # evaluation: the parts of documents in each row
 
     def to(self, device):
-        """The same on a device; from pinned memory the copy runs beside the computation."""
-        moved = [
-            x if x is None else x.to(device, non_blocking=True) for x in (self.ids, self.is_scored, self.patch_lengths)
-        ]
-        return RowBatch(*moved, self.targets, self.bytes, self.pieces)
+        """The same batch on a device; from pinned memory it is copied while the GPU computes."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self):
-        """The same in pinned memory (CUDA only)."""
-        pinned = [x if x is None else x.pin_memory() for x in (self.ids, self.is_scored, self.patch_lengths)]
-        return RowBatch(*pinned, self.targets, self.bytes, self.pieces)
+        """The same batch in pinned memory (CUDA only)."""
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
+
+    def _with_tensors(self, change):
+        """The same batch with `change` applied to each tensor."""
+        patch_lengths = None if self.patch_lengths is None else change(self.patch_lengths)
+        ids = change(self.ids)
+        is_scored = change(self.is_scored)
+        return RowBatch(ids, is_scored, patch_lengths, self.targets, self.bytes, self.pieces)
 
 
 def make_batch(rows, row_bytes, patch_slots=None, score_ends=True, vocabulary=BYTES):
-    """Put rows of different fill into one batch of equal shape.
+    """Put rows of up to row_bytes + 1 ids into one `RowBatch` of equal shape.
 
-    rows: list of (ids int64 [n], is_start bool [n] or None, is_scored bool [n - 1]), n <= row_bytes + 1. Missing ids are
-    filled with boundaries that all lie in one last patch and count nowhere. score_ends=False leaves document ends
-    unscored, for models without a class for them. vocabulary: what the ids stand for.
+    rows: list of (ids int64 [n], is_start bool [n] or None, is_scored bool [n - 1]).
+    row_bytes: T. Rows of fewer than T + 1 ids are filled with boundaries, which are never scored.
+    patch_slots: P, columns of patch_lengths; None: as many as the row with the most patches needs.
+    score_ends: False leaves the documents' ends unscored, for models without a class for them.
+
+    Example: ids [256, 97, 98, 256] with is_start [1, 1, 0, 1] and row_bytes 5 become ids
+    [256, 97, 98, 256, 256, 256], is_scored [1, 1, 1, 0, 0] and patch_lengths [1, 2, 1, 2].
     """
-    T = row_bytes
-    ids = np.full((len(rows), T + 1), vocabulary.boundary, dtype=np.int64)
-    is_scored = np.zeros((len(rows), T), dtype=bool)
-    lengths = []
-    for r, (row_ids, is_start, row_scored) in enumerate(rows):
+    n_ids = row_bytes + 1
+    ids = np.full((len(rows), n_ids), vocabulary.boundary, dtype=np.int64)
+    is_scored = np.zeros((len(rows), row_bytes), dtype=bool)
+    lengths_of_rows = []
+    for r, (row_ids, is_start, row_is_scored) in enumerate(rows):
         ids[r, : len(row_ids)] = row_ids
-        is_scored[r, : len(row_scored)] = row_scored
+        is_scored[r, : len(row_is_scored)] = row_is_scored
         if is_start is not None:
-            starts = np.flatnonzero(is_start)
-            if len(row_ids) < T + 1:
-                starts = np.append(starts, len(row_ids))
-            lengths.append(np.diff(starts, append=T + 1))
+            lengths_of_rows.append(_patch_lengths(is_start, n_ids))
     if not score_ends:
         is_scored &= ids[:, 1:] != vocabulary.boundary
+
     patch_lengths_BP = None
-    if lengths:
-        patch_slots = patch_slots or max(len(row) for row in lengths)
+    if lengths_of_rows:
+        patch_slots = patch_slots or max(len(lengths) for lengths in lengths_of_rows)
         padded = np.zeros((len(rows), patch_slots), dtype=np.int64)
-        for r, row in enumerate(lengths):
-            padded[r, : len(row)] = row
+        for r, lengths in enumerate(lengths_of_rows):
+            padded[r, : len(lengths)] = lengths
         patch_lengths_BP = torch.from_numpy(padded)
-        check_patch_lengths(patch_lengths_BP, T + 1)
+        # A model given other lengths could see its targets, so no batch leaves unchecked.
+        check_patch_lengths(patch_lengths_BP, n_ids)
+
+    # The bytes of bits per byte: a scored token counts as all bytes that it holds.
+    scored_ids = ids[:, 1:][is_scored]
     return RowBatch(
         torch.from_numpy(ids),
         torch.from_numpy(is_scored),
         patch_lengths_BP,
         targets=int(is_scored.sum()),
-        bytes=int(vocabulary.bytes_of_id[ids[:, 1:][is_scored]].sum()),
+        bytes=int(vocabulary.bytes_of_id[scored_ids].sum()),
     )
 
 
-MAX_PATCH_PADDING = 0.045  # share of patch slots
+def _patch_lengths(is_start, n_ids):
+    """Patch lengths of a row that is filled up to n_ids ids: all its padding is one last patch."""
+    start_positions = np.flatnonzero(is_start)
+    if len(is_start) < n_ids:
+        start_positions = np.append(start_positions, len(is_start))
+    return np.diff(start_positions, append=n_ids)
 
 
 class TrainingRows:
-    """The training stream cut into rows of row_bytes + 1 ids; neighbours share one id, so each id is a target just once.
+    """The training stream split into rows.
 
-    is_start: `BitArray` over the stream (None: a model without patches). A row then also ends where patch_slots patches
-    are full, so that both the bytes and the patches of a batch have a fixed shape with little padding. A row's first id
-    and its second open a patch whatever the rule says (a row may begin inside a patch, of which nothing is seen).
+    Neighbouring rows share one id, the last of one and the first of the next. So each id is a target
+    once, except for the first boundary, which no model predicts.
+
+    Without patches, each row has row_bytes + 1 ids: the stream 256 a b c d 256 with row_bytes 2 gives
+    256 a b | b c d | d 256.
+
+    With patches, a batch needs two fixed shapes: [B, row_bytes + 1] ids and [B, patch_slots]
+    patches. A row takes ids until it has row_bytes + 1, or until one more patch would not fit into
+    its slots. So a row of small patches ends early and is padded in bytes; a row of large patches
+    has all its bytes and leaves slots empty. A row's first two ids always start patches: the first
+    must be a patch of its own (see `check_patch_lengths`), and the row may begin inside a patch
+    whose earlier bytes it lacks.
+
+    is_start: `BitArray` over the stream, True where a patch starts; None for a model without patches.
+    patch_slots: None lets the text decide, see `_choose_slots`.
+    row_positions: int64 [rows], the stream position of each row's first id.
+    row_lengths: int64 [rows], the ids of each row without padding; at most row_bytes + 1.
+    Raises ValueError if the stream has fewer than two ids.
     """
 
     def __init__(self, stream, row_bytes, is_start=None, patch_slots=None, score_ends=True):
-        self.stream, self.row_bytes, self.is_start, self.score_ends = stream, row_bytes, is_start, score_ends
-        last = len(stream) - 1  # the last id is a target only
+        self.stream = stream
+        self.row_bytes = row_bytes
+        self.is_start = is_start
+        self.score_ends = score_ends
+        # The last id of the stream is a target only, so no row begins there.
+        last = len(stream) - 1
         if last < 1:
             raise ValueError("there is no training text")
         if is_start is None:
             self.patch_slots = None
-            self.begins = np.arange(0, last, row_bytes)
-            self.sizes = np.minimum(row_bytes, last - self.begins) + 1
+            self.row_positions = np.arange(0, last, row_bytes)
+            self.row_lengths = np.minimum(row_bytes, last - self.row_positions) + 1
         else:
             self.patch_slots = patch_slots or self._choose_slots()
-            self.begins, self.sizes = self._cut()
+            self.row_positions, self.row_lengths = self._split_by_patches()
 
     def __len__(self):
-        return len(self.begins)
+        return len(self.row_positions)
 
-    def _blocks(self, block=1 << 22):
-        for begin in range(0, len(self.stream), block):
-            yield begin, np.flatnonzero(self.is_start.read(begin, min(begin + block, len(self.stream)))) + begin
+    def _start_blocks(self):
+        """Yield (end, start positions since the previous end) over the stream, block by block."""
+        for begin in range(0, len(self.stream), BLOCK_IDS):
+            end = min(begin + BLOCK_IDS, len(self.stream))
+            yield end, np.flatnonzero(self.is_start.read(begin, end)) + begin
 
     def _choose_slots(self):
-        """The most slots of which less than MAX_PATCH_PADDING stay empty. Rows with more patches end early, and pad bytes."""
-        counts = np.zeros(-(-len(self.stream) // self.row_bytes))
-        for _, starts in self._blocks():
-            np.add.at(counts, starts // self.row_bytes, 1)
-        counts = counts[:-1] if len(counts) > 1 else counts
-        counts += 2  # the patches that a row opens itself
-        slots = np.arange(8, counts.max() + 16, 8)
-        empty = np.array([np.maximum(n - counts, 0).mean() / n for n in slots])
-        return int(slots[max(0, np.searchsorted(empty, MAX_PATCH_PADDING) - 1)])
+        """Patch slots per row: as many as leave less than MAX_PATCH_PADDING of them empty.
 
-    def _cut(self):
-        begins, sizes, at, last = [], [], 0, len(self.stream) - 1
-        blocks, starts = self._blocks(), np.empty(0, dtype=np.int64)
-        known = 0  # starts are known up to here
-        while at < last:
-            end = min(at + self.row_bytes + 1, len(self.stream))
-            while known < end:
-                begin, more = next(blocks)
-                starts = np.concatenate((starts[np.searchsorted(starts, at) :], more))
-                known = begin + (1 << 22)
-            first = np.searchsorted(starts, at + 2)  # the row's first two ids open patches anyway
-            extra = np.searchsorted(starts, end) - first
-            if 2 + extra + (end < at + self.row_bytes + 1) > self.patch_slots:
-                end = int(starts[first + self.patch_slots - 3])  # one slot is left for the padding
-            begins.append(at)
-            sizes.append(end - at)
-            at = end - 1
-        return np.array(begins), np.array(sizes)
+        A multiple of 8, the largest of that kind.
+        More slots mean more empty slots; fewer slots mean more rows that end early and pad bytes.
+        Example: if all stretches of row_bytes ids have 98 patches, a row needs 98 + 2. Of 104 slots,
+        4 / 104 = 3.8% would be empty; of 112, 10.7%. The choice is 104.
+        """
+        # Patches in each stretch of row_bytes ids. The rows do not exist yet: these stand for them.
+        counts = np.zeros(-(-len(self.stream) // self.row_bytes))
+        for _, start_positions in self._start_blocks():
+            np.add.at(counts, start_positions // self.row_bytes, 1)
+        # The last stretch is shorter than a row.
+        if len(counts) > 1:
+            counts = counts[:-1]
+        # A row's first two ids start patches, whether the stream has patch starts there or not.
+        counts += 2
+
+        candidates = np.arange(8, counts.max() + 16, 8)
+        empty_shares = [np.maximum(slots - counts, 0).mean() / slots for slots in candidates]
+        # The shares rise with the slots, so this finds the last candidate below the limit.
+        last_below = np.searchsorted(np.array(empty_shares), MAX_PATCH_PADDING) - 1
+        return int(candidates[max(0, last_below)])
+
+    def _split_by_patches(self):
+        """row_positions and row_lengths of rows limited by both row_bytes and patch_slots.
+
+        Example: patch starts at 0, 1, 3, 4, 7, 8, ..., 4 slots, many bytes per row. The row at 0
+        has the patches 0, 1-2, 3; a fourth would need the slot that is kept for padding. It ends
+        before 4. The next row begins at 3, the id that both share.
+        """
+        row_positions = []
+        row_lengths = []
+        blocks = self._start_blocks()
+        # Start positions from the current row on, complete below `read_to`.
+        start_positions = np.empty(0, dtype=np.int64)
+        read_to = 0
+        position = 0
+        while position < len(self.stream) - 1:
+            full_end = position + self.row_bytes + 1
+            end = min(full_end, len(self.stream))
+            while read_to < end:
+                read_to, block_positions = next(blocks)
+                # Drop what earlier rows have used.
+                kept = start_positions[np.searchsorted(start_positions, position) :]
+                start_positions = np.concatenate((kept, block_positions))
+
+            # Two patches for the first two ids, one for each later patch start, one for padding.
+            first_later = np.searchsorted(start_positions, position + 2)
+            n_later = np.searchsorted(start_positions, end) - first_later
+            needs_padding = end < full_end
+            if 2 + n_later + needs_padding > self.patch_slots:
+                # Too many. A row that ends early is padded, which takes one slot, so it keeps
+                # patch_slots - 3 of the later patches and ends where the next one starts.
+                end = int(start_positions[first_later + self.patch_slots - 3])
+            row_positions.append(position)
+            row_lengths.append(end - position)
+            position = end - 1
+        return np.array(row_positions), np.array(row_lengths)
 
     def batch(self, numbers):
         """The rows of these numbers as a `RowBatch`."""
         rows = []
         for number in numbers:
-            begin, size = int(self.begins[number]), int(self.sizes[number])
+            begin = int(self.row_positions[number])
+            length = int(self.row_lengths[number])
             is_start = None
             if self.is_start is not None:
-                is_start = self.is_start.read(begin, begin + size)
+                is_start = self.is_start.read(begin, begin + length)
                 is_start[:2] = True
-            rows.append((self.stream.ids(begin, begin + size), is_start, np.ones(size - 1, dtype=bool)))
+            is_scored = np.ones(length - 1, dtype=bool)
+            rows.append((self.stream.ids(begin, begin + length), is_start, is_scored))
         return make_batch(rows, self.row_bytes, self.patch_slots, self.score_ends, self.stream.vocabulary)
 
     def shuffled_batch(self, position, batch_rows, seed):
-        """Batch number `position` of an endless pass in random order, each epoch a new one; a pure function of its arguments."""
+        """Batch number `position` of endless epochs over the rows, each in its own random order.
+
+        It depends on the arguments only, so a resumed run reads what an uninterrupted one would have.
+        """
         numbers = []
         for i in range(position * batch_rows, (position + 1) * batch_rows):
-            epoch, place = divmod(i, len(self))
-            numbers.append(_epoch_order(len(self), seed, epoch)[place])
+            epoch, index = divmod(i, len(self))
+            numbers.append(_epoch_order(len(self), seed, epoch)[index])
         return self.batch(numbers)
 
     def padding(self):
-        """Share of byte places and of patch slots that hold padding, over all rows: two numbers in [0, 1]."""
-        byte_waste = 1 - (self.sizes - 1).sum() / (len(self) * self.row_bytes)
+        """Shares of inputs and of patch slots that are padding, over all rows: two floats in [0, 1].
+
+        The share of slots is an estimate, see the comment.
+        """
+        inputs = (self.row_lengths - 1).sum()
+        byte_padding = 1 - inputs / (len(self) * self.row_bytes)
         if self.is_start is None:
-            return float(byte_waste), 0.0
-        patches = sum(len(starts) for _, starts in self._blocks())
-        return float(byte_waste), float(1 - min(1.0, (patches + len(self)) / (len(self) * self.patch_slots)))
+            return float(byte_padding), 0.0
+        # Each row repeats the last id of the row before it, which is one more patch. Not counted: the
+        # second id of a row that is no patch start in the stream, and the patch of padding.
+        patches = len(self) + sum(len(positions) for _, positions in self._start_blocks())
+        slots = len(self) * self.patch_slots
+        return float(byte_padding), float(1 - min(1.0, patches / slots))
 
 
+# A batch at the end of an epoch needs the orders of two epochs.
 @lru_cache(maxsize=2)
-def _epoch_order(n, seed, epoch):
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def _epoch_order(n_rows, seed, epoch):
+    """The order in which an epoch reads the rows: a permutation, int64 [n_rows]."""
+    return np.random.default_rng((seed, epoch)).permutation(n_rows)
 
 
 def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, score_ends=True, vocabulary=BYTES):
-    """Rows that score every byte of whole documents once, each from its boundary on: yields `RowBatch`es.
+    """Yield `RowBatch`es that score every byte of whole documents once.
 
-    documents: list of uint8 arrays; is_start: list of bool [N + 1] (the last one for the document's end), or None.
-    Documents of up to row_bytes - 1 bytes are scored whole, several to a row (the model keeps them apart). A longer one is
-    read in windows of row_bytes ids, half a window apart, and each byte is scored in the first window that holds it: it has
-    at least half a window of context (and the last window may not be full). A window thus begins where it would if the document were
-    still being written. With a vocabulary other than bytes, documents are arrays of its ids and row_bytes counts ids.
+    documents: list of uint8 arrays, or of arrays of a vocabulary's ids; then row_bytes counts ids.
+    is_start: list of bool [N + 1], the patch starts of each document and of its end; or None.
+    score_ends: whether the ends of documents are scored, too.
+
+    A document of N bytes has N + 1 inputs, the boundary before it and its bytes. Documents of up to
+    row_bytes inputs are read whole, several to a row; the model keeps them apart. A longer one is
+    read in windows of row_bytes inputs, each half a window after the one before. A byte is scored
+    in the first window that has it as a target, so it has at least half a window of context.
+    Example: 9 inputs and row_bytes 4 give the windows (inputs -> scored targets)
+
+        0 1 2 3 -> 1 2 3 4    2 3 4 5 -> 5 6    4 5 6 7 -> 7 8    6 7 8 -> 9
+
+    Windows begin at fixed distances from the document's start, never from its end: a generator that
+    writes the document from left to right would use the same ones.
     """
-    rows, short = [], []
+    rows = []
+    short = []
     for number, document in enumerate(documents):
-        inputs = len(document) + 1
-        if inputs <= row_bytes:
-            short.append(number)
-            continue
-        scored_to = 0
-        for begin in range(0, inputs, max(1, row_bytes // 2)):
-            if scored_to < inputs:
-                end = min(inputs, begin + row_bytes)
-                rows.append([(number, begin, end, scored_to)])
-                scored_to = end
-    short.sort(key=lambda number: len(documents[number]), reverse=True)
-    low, high = 0, len(short) - 1
-    while low <= high:  # the longest that is left, then as many of the shortest as fit
-        row, room = [(short[low], 0, len(documents[short[low]]) + 1, 0)], row_bytes - len(documents[short[low]]) - 1
-        low += 1
-        while low <= high and len(documents[short[high]]) + 1 <= room:
-            row.append((short[high], 0, len(documents[short[high]]) + 1, 0))
-            room -= len(documents[short[high]]) + 1
-            high -= 1
-        rows.append(row)
-    slots = None
+        n_inputs = len(document) + 1
+        if n_inputs <= row_bytes:
+            short.append(Piece(number, begin=0, end=n_inputs, scored_from=0))
+        else:
+            rows += [[window] for window in _windows(number, n_inputs, row_bytes)]
+    rows += _pack(short, row_bytes)
+
+    # The same number of patch slots for all batches, so that a compiled model sees one shape.
+    patch_slots = None
     if is_start is not None:
-        slots = max((sum(2 + int(is_start[n][b:e].sum()) for n, b, e, _ in row) + 1 for row in rows), default=0)
-    for begin in range(0, len(rows), batch_rows):
-        made = [
-            _evaluation_row(documents, is_start, row, vocabulary.boundary) for row in rows[begin : begin + batch_rows]
-        ]
-        batch = make_batch(made, row_bytes, slots, score_ends, vocabulary)
-        batch.pieces = rows[begin : begin + batch_rows]
+        patch_slots = max((_slots_needed(row, is_start) for row in rows), default=0)
+    for first_row in range(0, len(rows), batch_rows):
+        pieces = rows[first_row : first_row + batch_rows]
+        made = [_evaluation_row(documents, is_start, row, vocabulary.boundary) for row in pieces]
+        batch = make_batch(made, row_bytes, patch_slots, score_ends, vocabulary)
+        batch.pieces = pieces
         yield batch
 
 
+def _windows(document, n_inputs, row_bytes):
+    """Windows of a document longer than a row, as a list of `Piece`; see `evaluation_batches`."""
+    windows = []
+    stride = max(1, row_bytes // 2)
+    begin = 0
+    scored_to = 0
+    while scored_to < n_inputs:
+        end = min(n_inputs, begin + row_bytes)
+        windows.append(Piece(document, begin, end, scored_from=scored_to))
+        scored_to = end
+        begin += stride
+    return windows
+
+
+def _pack(pieces, row_bytes):
+    """Distribute whole documents over rows of row_bytes inputs: a list of lists of `Piece`.
+
+    Each row takes the longest document that is left, then the shortest ones as long as they fit.
+    Pieces of 5, 4, 2 and 1 inputs in rows of 8 give [5, 1, 2] and [4].
+    """
+    rows = []
+    by_length = sorted(pieces, key=lambda piece: piece.end, reverse=True)
+    longest = 0
+    shortest = len(by_length) - 1
+    while longest <= shortest:
+        row = [by_length[longest]]
+        room = row_bytes - by_length[longest].end
+        longest += 1
+        while longest <= shortest and by_length[shortest].end <= room:
+            row.append(by_length[shortest])
+            room -= by_length[shortest].end
+            shortest -= 1
+        rows.append(row)
+    return rows
+
+
+def _slots_needed(pieces, is_start):
+    """Patch slots that are enough for an evaluation row."""
+    # One for padding. Per piece, two for its first two ids and one for each patch start after the
+    # first; if the second id is such a start, it counts twice, which does no harm.
+    slots = 1
+    for piece in pieces:
+        slots += 2 + int(is_start[piece.document][piece.begin : piece.end].sum())
+    return slots
+
+
 def _evaluation_row(documents, is_start, pieces, boundary):
-    """Join pieces (document, first input, end of inputs, scored from); the end of one document opens the next."""
-    ids, starts, scored = [], [], []
-    for number, begin, end, scored_from in pieces:
-        first = begin if not ids else begin + 1  # place 0 of a document is its boundary, place t + 1 its byte t
-        piece = np.full(end + 1 - first, boundary, dtype=np.int64)
-        low, high = max(first, 1), min(end + 1, len(documents[number]) + 1)
-        piece[low - first : high - first] = documents[number][low - 1 : high - 1]
+    """Join the pieces of a row: (ids, is_start or None, is_scored), as `make_batch` takes them.
+
+    Neighbouring documents share a boundary: the end of one opens the next. So the documents b"ab" and
+    b"c" give 256 97 98 256 99 256.
+    """
+    ids = []
+    starts = []
+    scored = []
+    for number, piece in enumerate(pieces):
+        # The shared boundary is the last id of the piece before. (Only whole documents share a row.)
+        first = piece.begin if number == 0 else piece.begin + 1
+        # The ids are the inputs and one more, the last target.
+        stop = piece.end + 1
+        ids.append(_framed(documents[piece.document], first, stop, boundary, np.int64))
         if is_start is not None:
-            piece_starts = np.ones(len(piece), dtype=bool)
-            piece_starts[low - first :] = is_start[number][low - 1 : end]
-            if not ids:
-                piece_starts[:2] = True
-            starts.append(piece_starts)
-        ids.append(piece)
-        scored.append(np.arange(begin, end) >= scored_from)
-    return np.concatenate(ids), np.concatenate(starts) if starts else None, np.concatenate(scored)
+            # The entry for the document's end is the last one, so the frame sets only position 0.
+            starts.append(_framed(is_start[piece.document], first, stop, True, bool))
+        scored.append(np.arange(piece.begin, piece.end) >= piece.scored_from)
+
+    row_starts = None
+    if is_start is not None:
+        row_starts = np.concatenate(starts)
+        # The first id must be a patch of its own, and a window may begin inside a patch.
+        row_starts[:2] = True
+    return np.concatenate(ids), row_starts, np.concatenate(scored)
 
 
-def target_places(batch, vocabulary=BYTES):
-    """Where the targets of a batch of `evaluation_batches` stand: two int64 [B, T] arrays.
+def _framed(values, begin, end, frame, dtype):
+    """Items begin to end - 1 of [frame, *values, frame], without a copy of all values."""
+    out = np.full(end - begin, frame, dtype=dtype)
+    # Value t is at position t + 1.
+    low = max(begin, 1)
+    high = min(end, len(values) + 1)
+    out[low - begin : high - begin] = values[low - 1 : high - 1]
+    return out
 
-    The number of each target's document (-1: padding), and the raw bytes of that document which its row shows before it. Example: the
-    document b"abc" alone in a row has targets a, b, c and the end, with 0, 1, 2 and 3 bytes before them. A later window of a long
-    document begins inside it, so that the count begins anew there, at 1.
+
+def target_positions(batch, vocabulary=BYTES):
+    """Document and context of each target in an `evaluation_batches` batch: two int64 [B, T] arrays.
+
+    document_BT: index of the target's document; -1 for padding.
+    context_BT: raw bytes of that document that the row shows before the target.
+
+    Example: the document b"abc", alone in a row, has the targets a, b, c and its end, with 0, 1, 2
+    and 3 bytes before them. A later window of a long document counts only the bytes from its own
+    beginning, so its first target has 1 byte before it.
     """
     inputs = batch.ids[:, :-1].cpu().numpy()
-    document_BT, context_BT = np.full(inputs.shape, -1), np.zeros(inputs.shape, dtype=np.int64)
+    document_BT = np.full(inputs.shape, -1)
+    context_BT = np.zeros(inputs.shape, dtype=np.int64)
     for r, pieces in enumerate(batch.pieces):
         column = 0
-        for number, begin, end, _ in pieces:
-            place = slice(column, column + end - begin)
-            document_BT[r, place] = number
-            context_BT[r, place] = np.cumsum(vocabulary.bytes_of_id[inputs[r, place]])  # a boundary stands for none
-            column = place.stop
+        for piece in pieces:
+            columns = slice(column, column + piece.end - piece.begin)
+            document_BT[r, columns] = piece.document
+            # The boundary before a document adds 0 bytes.
+            context_BT[r, columns] = np.cumsum(vocabulary.bytes_of_id[inputs[r, columns]])
+            column = columns.stop
     return document_BT, context_BT

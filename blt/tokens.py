@@ -1,4 +1,8 @@
-"""Byte-level BPE: training a tokenizer, its tokens as ids, its boundaries as patches."""
+"""Byte-level BPE: train a tokenizer, use its tokens as ids, use its token boundaries as patches.
+
+Bytes are read as latin-1, one character a byte. So every byte string has tokens, and the tokens
+restore it exactly.
+"""
 
 from pathlib import Path
 
@@ -8,25 +12,33 @@ from tqdm import tqdm
 from blt.files import write_atomically
 from blt.ids import Vocabulary
 
+# What a token may span: letters (bytes from 0x80 count as letters: they are the parts of UTF-8
+# characters), up to three digits, or punctuation, each with one space before it; or a run of white
+# space. White space before a word leaves its last space to the word.
+TOKEN_PATTERN = r" ?[A-Za-z\x80-\xff]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"
+
+
+def _as_characters(document):
+    """A uint8 document as a string of one character a byte."""
+    return document.tobytes().decode("latin-1")
+
 
 def train_tokenizer(documents, vocab_size, path):
-    """Train a byte-level BPE on uint8 documents and write it as a tokenizer.json. Bytes are read as latin-1: any bytes will do."""
+    """Train a byte-level BPE on uint8 documents, write it as a tokenizer.json and return it."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex(r" ?[A-Za-z\x80-\xff]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"), "isolated"
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=[chr(b) for b in range(256)], show_progress=False
-    )
-    tokenizer.train_from_iterator((d.tobytes().decode("latin-1") for d in documents), trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN_PATTERN), "isolated")
+    # Every byte is a token, also one that the training text lacks, so any document can be encoded.
+    alphabet = [chr(byte) for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((_as_characters(document) for document in documents), trainer)
     write_atomically(path, lambda temporary: tokenizer.save(temporary))
     return tokenizer
 
 
 def load_tokenizer(path):
-    """A tokenizer that `train_tokenizer` wrote."""
+    """Read a tokenizer that `train_tokenizer` wrote. Raises FileNotFoundError if there is none."""
     if path is None or not Path(path).exists():
         raise FileNotFoundError(
             f"method 'bpe' needs a tokenizer, and {path} is none; run: python create_patches.py --method bpe"
@@ -37,23 +49,32 @@ def load_tokenizer(path):
 
 
 def bpe_starts(tokenizer, document):
-    """Starts of the document's BPE tokens, and of its end: bool [N + 1]."""
-    starts = np.zeros(len(document) + 1, dtype=bool)
-    starts[[begin for begin, _ in tokenizer.encode(document.tobytes().decode("latin-1")).offsets]] = True
-    starts[-1] = True
-    return starts
+    """Patch starts of a document whose patches are its BPE tokens: is_start, bool [N + 1].
+
+    Byte t starts a patch if it is the first of a token. So does index N, the document's end.
+    """
+    is_start = np.zeros(len(document) + 1, dtype=bool)
+    encoding = tokenizer.encode(_as_characters(document))
+    start_positions = [begin for begin, _ in encoding.offsets]
+    is_start[start_positions] = True
+    is_start[-1] = True
+    return is_start
 
 
 class BPEVocabulary(Vocabulary):
-    """The tokens of a byte-level BPE (`entropy_patcher.train_tokenizer`) as ids 0..V - 1; the id V is the document boundary.
+    """The tokens of a byte-level BPE as ids 0..V - 1; the id V is the document boundary.
 
-    Documents are read as latin-1, one character a byte, so every byte string has tokens and the tokens restore it.
-    bytes_per_token: mean over the training text; it makes rows of `row_bytes` bytes into rows of tokens (1: rows count tokens).
+    tokenizer: as `train_tokenizer` returns it.
+    bytes_per_token: mean over the training text. `row_ids` divides by it, so that a row of
+    `row_bytes` bytes becomes a row of tokens. With the default 1, rows count tokens.
     """
 
     def __init__(self, tokenizer, bytes_per_token=1.0):
         tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-        self.tokenizer, self.bytes_per_id, self.boundary = tokenizer, bytes_per_token, len(tokens)
+        self.tokenizer = tokenizer
+        self.bytes_per_id = bytes_per_token
+        self.boundary = len(tokens)
+        # A token's characters are its bytes; the boundary holds none.
         self.bytes_of_id = np.array([*map(len, tokens), 0], dtype=np.int64)
         self.dtype = np.uint16 if self.boundary < 1 << 16 else np.uint32
 
@@ -62,28 +83,45 @@ class BPEVocabulary(Vocabulary):
         return self.encode_all([document])[0]
 
     def encode_all(self, documents, block_bytes=4_000_000):
-        """Documents as token ids, on all cores, block by block. Raises ValueError if tokens do not stand for all bytes."""
-        documents, encoded, begin = list(documents), [], 0
-        with tqdm(
-            total=sum(map(len, documents)), unit="B", unit_scale=True, desc="tokens", disable=None, leave=False
-        ) as bar:
-            while begin < len(documents):
-                end, size = begin, 0
-                while end < len(documents) and size < block_bytes:
-                    size += len(documents[end])
-                    end += 1
-                block = [document.tobytes().decode("latin-1") for document in documents[begin:end]]
-                encoded += [
-                    np.array(made.ids, dtype=self.dtype)
-                    for made in self.tokenizer.encode_batch_fast(block, add_special_tokens=False)
-                ]
-                bar.update(size)
-                begin = end
+        """Encode documents on all cores, about block_bytes at a time.
+
+        Raises ValueError if the tokens do not hold all bytes (a tokenizer that `train_tokenizer`
+        did not write).
+        """
+        documents = list(documents)
+        total_bytes = sum(len(document) for document in documents)
+        encoded = []
+        bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokens", disable=None, leave=False)
+        with bar:
+            # In blocks, so that the strings and the tokenizer's results of the whole corpus are
+            # never in memory at once.
+            for block in _blocks(documents, block_bytes):
+                strings = [_as_characters(document) for document in block]
+                encodings = self.tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+                encoded += [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+                bar.update(sum(len(document) for document in block))
+        # A foreign tokenizer may drop or merge bytes, and its bits per byte would mean nothing.
         for document, ids in zip(documents, encoded):
             if self.bytes_of_id[ids].sum() != len(document):
-                raise ValueError("the tokenizer loses bytes; use one that entropy_patcher.train_tokenizer wrote")
+                raise ValueError("the tokenizer loses bytes; use one that create_patches.py wrote")
         return encoded
 
     def decode(self, ids):
-        """Token ids as bytes; boundaries as nothing."""
-        return "".join(self.tokenizer.id_to_token(int(i)) for i in ids if i != self.boundary).encode("latin-1")
+        """Token ids as bytes; a boundary gives no bytes."""
+        tokens = (self.tokenizer.id_to_token(int(i)) for i in ids if i != self.boundary)
+        return "".join(tokens).encode("latin-1")
+
+
+def _blocks(documents, block_bytes):
+    """Yield lists of neighbouring documents, each as short as block_bytes allows."""
+    block = []
+    size = 0
+    for document in documents:
+        block.append(document)
+        size += len(document)
+        if size >= block_bytes:
+            yield block
+            block = []
+            size = 0
+    if block:
+        yield block

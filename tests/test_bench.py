@@ -34,7 +34,7 @@ from blt.flops import (
     blt_flops,
     flat_shape_of_equal_flops,
     listed_peak,
-    mean_places,
+    mean_positions,
     measured_peak,
     transformer_flops,
 )
@@ -162,7 +162,7 @@ def test_flops_of_a_blt_are_those_that_torch_counts(difference):
     parts, found = blt_flops(c, T / P, T), counted(model, ids, lengths)
     n_encoder_cross = c.encoder_layers if c.cross_attn_all_layers_encoder else 1
     n_decoder_cross = c.decoder_layers if c.cross_attn_all_layers_decoder else 1
-    n = mean_places(T, c.window)
+    n = mean_positions(T, c.window)
     attention = {
         "encoder": c.encoder_layers * attention_flops(c.encoder_dim, n), "decoder": c.decoder_layers * attention_flops(c.decoder_dim, n),
         "latent": c.global_layers * attention_flops(c.global_dim, (P + 1) / 2) * P / T,
@@ -180,12 +180,12 @@ def test_flops_of_a_blt_are_those_that_torch_counts(difference):
 
 def test_attention_places_by_hand():
     assert (
-        mean_places(4, 2) == (1 + 2 + 2 + 2) / 4
-        and mean_places(4) == 2.5
-        and mean_places(3, 3) == mean_places(3, 99) == 2.0
+        mean_positions(4, 2) == (1 + 2 + 2 + 2) / 4
+        and mean_positions(4) == 2.5
+        and mean_positions(3, 3) == mean_positions(3, 99) == 2.0
     )
     for length, window in ((1, 1), (7, 3), (100, 64)):
-        assert mean_places(length, window) == pytest.approx(np.minimum(np.arange(length) + 1, window).mean())
+        assert mean_positions(length, window) == pytest.approx(np.minimum(np.arange(length) + 1, window).mean())
 
 
 def test_flops_of_the_entropy_model_are_those_that_torch_counts():

@@ -17,7 +17,7 @@ import evaluate
 from blt.files import model_hash, save_weights, write_json
 from blt.metric import bits_per_byte, compressors_bpb
 from blt.patch_rules import PatchConfig
-from blt.rows import evaluation_batches, target_places
+from blt.rows import evaluation_batches, target_positions
 from blt.tokens import BPEVocabulary, train_tokenizer
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
@@ -119,7 +119,7 @@ def test_the_number_is_bits_per_byte_and_parts_sum_to_it(contestants, kind):
 def test_context_of_each_target_by_hand():
     documents = [raw(b"abc"), raw(b"defghijk"), raw(b"lm")]
     (batch,) = evaluation_batches(documents, None, row_bytes=6, batch_rows=9)
-    document, context = target_places(batch)
+    document, context = target_positions(batch)
     at = {}
     for r, c in zip(*np.nonzero(batch.is_scored.numpy())):
         at.setdefault(int(document[r, c]), []).append((int(batch.ids[r, c + 1]), int(context[r, c])))
@@ -143,7 +143,7 @@ def test_context_of_tokens_counts_bytes(contestants):
     ids = vocabulary.encode(document)
     assert len(ids) < len(document)
     (batch,) = evaluation_batches([ids], None, 64, vocabulary=vocabulary)
-    _, context = target_places(batch, vocabulary)
+    _, context = target_positions(batch, vocabulary)
     assert context[0, : len(ids) + 1].tolist() == [0, *np.cumsum(vocabulary.bytes_of_id[ids]).tolist()]
 
 

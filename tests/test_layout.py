@@ -57,7 +57,9 @@ def test_package_imports_only_lower_levels(module):
     for name in all_imports(ROOT / "blt" / f"{module}.py"):
         package, _, imported = name.partition(".")
         assert package == "blt", f"blt/{module}.py imports {name}, which is not in the package"
-        assert LEVEL[imported] < LEVEL[module], f"blt/{module}.py imports blt/{imported}.py, which is not of a lower level"
+        assert LEVEL[imported] < LEVEL[module], (
+            f"blt/{module}.py imports blt/{imported}.py, which is not of a lower level"
+        )
 
 
 def test_scripts_import_in_no_circle():

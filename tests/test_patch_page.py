@@ -158,7 +158,7 @@ def test_whole_characters_by_hand():
     (dict(text_bytes=b""), "text_bytes is empty"),
     (dict(entropies_nats=np.zeros(5)), r"9 bytes but entropies_nats has shape \(5,\)"),
     (dict(entropies_nats=np.full(9, np.inf)), r"entropies_nats\[0\] is not a finite number"),
-    (dict(predictions={"BLT": numbers(8)[1]}), "9 bytes but ids_Nk of 'BLT' has 8 places"),
+    (dict(predictions={"BLT": numbers(8)[1]}), "9 bytes but ids_Nk of 'BLT' has 8 positions"),
     (dict(rule={**RULE, "method": "bpe"}), "'bpe' needs token_starts"),
     (dict(text_bytes=bytes(400_001), entropies_nats=np.zeros(400_001)), "400,001 bytes; a page shows at most 400,000"),
 ])  # fmt: skip

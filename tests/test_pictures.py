@@ -1,8 +1,10 @@
 """Tests of pictures.py: what is drawn, and what is left behind when writing fails. The page has tests/test_patch_page.py."""
 
+import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,10 +154,10 @@ def test_pictures_are_not_blank(tmp_path):
 
 def test_drawing_leaves_pyplot_and_so_the_backend_alone(tmp_path):
     code = (
-        "import sys, pictures; pictures.draw_patch_size_histogram(sys.argv[1], [1, 2, 2]); "
+        "import sys; from blt import pictures; pictures.draw_patch_size_histogram(sys.argv[1], [1, 2, 2]); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    root = pictures.Path(pictures.__file__).parent
+    root = Path(pictures.__file__).parent.parent
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True, cwd=root)
 
 
@@ -223,7 +225,7 @@ def test_failed_writing_leaves_nothing_and_the_old_file_whole(tmp_path, monkeypa
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(OSError):
         pictures.write_patch_page(tmp_path / "folder.html", TEXT, ENTROPIES, RULE)  # a folder is in the way
-    monkeypatch.setattr(pictures.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         pictures.write_patch_page(tmp_path / "page.html", TEXT, ENTROPIES, RULE)
     assert (tmp_path / "page.html").read_text() == "old"

@@ -186,7 +186,7 @@ def test_every_id_is_a_target_once_with_its_own_patches(row_bytes, slots):
     for number in range(len(rows)):
         batch = rows.batch([number])
         check_patch_lengths(batch.patch_lengths, row_bytes + 1)
-        begin, size = int(rows.begins[number]), int(rows.sizes[number])
+        begin, size = int(rows.row_positions[number]), int(rows.row_lengths[number])
         targets.extend(range(begin + 1, begin + size))
         assert batch.ids[0, :size].tolist() == whole[begin : begin + size].tolist()
         made = np.zeros(row_bytes + 2, dtype=bool)

@@ -1,4 +1,4 @@
-"""data.py: every source and format, the split, limits, the cache and its damage, and what a user is told."""
+"""corpus.py: every source and format, the split, limits, the cache and its damage, and what a user is told."""
 
 import gzip
 import hashlib
