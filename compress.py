@@ -152,7 +152,7 @@ def model_fingerprint(model, patcher):
     parts = [
         model_hash(model),
         json.dumps(asdict(model.config), sort_keys=True),
-        json.dumps(patcher.config.rule, sort_keys=True),
+        json.dumps(patcher.config.arguments(), sort_keys=True),
     ]
     if patcher.entropy_model is not None:
         parts.append(model_hash(patcher.entropy_model))
@@ -253,7 +253,7 @@ def main(config):
         )
         print(f"wrote {output}")
         return
-    context = config.context_bytes or record["settings"]["row_bytes"]
+    context = config.context_bytes or record.settings["row_bytes"]
     n_streams = min(config.streams or min(64, math.ceil(len(data) / 16384)), max(1, len(data)))
     tick = time.perf_counter()
     with bar(len(data), "compressing") as progress:

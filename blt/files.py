@@ -76,7 +76,7 @@ def save_weights(path, model):
 
 
 def load_weights(path, model, assign=False):
-    """Read a `save_weights` file into the model.
+    """Read a `save_weights` file into the model, and return its state dict.
 
     assign: let the model (on the meta device) take the file's own memory and dtype instead of a copy.
     Raises ValueError if the file does not hold this model's weights.
@@ -90,13 +90,19 @@ def load_weights(path, model, assign=False):
         raise ValueError(
             f"{path} does not hold the model that the JSON beside it describes ({reason}); train it again"
         ) from None
+    return state
 
 
 def model_hash(model):
     """sha256 (hex) over the names and values of a model's weights. It does not depend on the device."""
+    return state_hash(model.state_dict())
+
+
+def state_hash(state):
+    """`model_hash` of a state dict, {name: tensor}."""
     digest = hashlib.sha256()
     # Sorted, so that the order in which a model defines its layers does not matter.
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode())
         # NumPy has no bfloat16, so hash the memory and not the numbers.
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

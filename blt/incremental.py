@@ -17,7 +17,7 @@ from blt.attention import apply_rotary, rotary_cos_sin
 from blt.device import autocast
 from blt.entropies import entropy_of
 from blt.ids import BOUNDARY
-from blt.patch_rules import NEEDS_ENTROPIES, OnlineStarts
+from blt.patch_rules import OnlineStarts
 from blt.segments import Segments
 
 CHUNK = 128  # ids that a row reads in one step, at most
@@ -111,7 +111,7 @@ class IncrementalBLT:
     def __init__(self, model, patcher, n_rows=1, context_bytes=None, precision="fp32"):
         if context_bytes is not None and context_bytes < 2:
             raise ValueError(f"context_bytes is {context_bytes}; it must be 2 or more, or None")
-        c, e = model.config, patcher.entropy_model if patcher.config.method in NEEDS_ENTROPIES else None
+        c, e = model.config, patcher.entropy_model if patcher.config.needs_entropies else None
         self.model, self.entropy_model, self.context_bytes, self.precision = model.eval(), e, context_bytes, precision
         self.n_rows, self.device = n_rows, next(model.parameters()).device
         self.rule = OnlineStarts(patcher.config, n_rows)

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from blt.files import load_weights, model_hash, save_weights, write_json
+from blt.files import load_weights, model_hash, save_weights, state_hash, write_json
 
 SCRIPTS = {"blt": "llm.py", "flat": "template_llm.py --model flat", "bpe": "template_llm.py --model bpe"}
 NAMES = {"blt": "BLT", "flat": "flat byte transformer", "bpe": "BPE transformer", "entropy": "entropy model"}
@@ -96,7 +96,8 @@ def load_model(make_model, weights_path, record, retrain):
     if not Path(weights_path).exists():
         raise FileNotFoundError(f"{weights_path} not found; run: {retrain}")
     model = make_model()
-    load_weights(weights_path, model)
-    if record.weights_sha256 is not None and record.weights_sha256 != model_hash(model):
+    # The file's weights are hashed, not the model's: a bf16 file may be read into an fp32 model.
+    state = load_weights(weights_path, model)
+    if record.weights_sha256 is not None and record.weights_sha256 != state_hash(state):
         raise ValueError(f"{weights_path} and the JSON beside it belong to different models; run: {retrain}")
     return model
