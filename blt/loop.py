@@ -19,7 +19,7 @@ from blt.corpus import DataConfig
 from blt.device import autocast, choose_precision
 from blt.files import save_weights, write_atomically
 from blt.metric import evaluate, target_losses
-from blt.optimizers import add_gradients, apply_gradients, learning_rate_scale, make_optimizers
+from blt.optimizers import backward, clip_gradients, learning_rate_scale, make_optimizers, step_optimizers
 
 
 @dataclass
@@ -112,9 +112,10 @@ def fit(model, config, train_rows, validation_batches, out_dir):
                 if step == start and step_model is not model:
                     check_compiled(model, batch, nats)
                 loss = nats.sum() / targets
-            add_gradients(model, loss, scaler)
+            backward(model, loss, scaler)
             loss_nats += loss.detach()
-        gradient_norm = apply_gradients(model, optimizers, scaler, config.clip)
+        gradient_norm = clip_gradients(model, optimizers, scaler, config.clip)
+        step_optimizers(optimizers, scaler)
 
         done = step + 1
         is_last = done == config.steps
