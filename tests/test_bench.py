@@ -249,7 +249,7 @@ def job(folder, kind="ours", **changes):
     return replace(made, **changes)
 
 
-def test_contestants_compute_the_same_model(folder):
+def test_candidates_compute_the_same_model(folder):
     ours = Runner(job(folder, one_document=True))
     for kind in ("transformers", "loop"):
         other = Runner(job(folder, kind, one_document=True, precision="fp32"))
@@ -266,7 +266,7 @@ def test_contestants_compute_the_same_model(folder):
     assert np.abs(ours.logits() - stranger.logits()).max() > 0.1
 
 
-def test_flat_contestant(folder):
+def test_flat_candidate(folder):
     pytest.importorskip("template_llm")
     _, loss = Runner(job(folder, "flat")).step(0)
     assert 3 < loss < 9
