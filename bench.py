@@ -215,6 +215,9 @@ def find_model(name, config):
         settings = asdict(BLTConfig())
         settings |= {"row_bytes": RunConfig.row_bytes, "batch_rows": RunConfig.batch_rows}
     elif script in SCRIPTS:
+        if script == "llm_large" and not presets:
+            # Its size is measured on a CPU too, where the script itself would train a smaller one.
+            presets = ["large"]
         try:
             settings = asdict(SCRIPTS[script](preset=presets, device=config.device))
         except ValueError as error:

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import evaluate
-from blt.files import model_hash, save_weights, write_json
+from blt.files import model_hash
 from blt.metric import bits_per_byte, compressors_bpb
 from blt.patch_rules import PatchConfig
+from blt.records import RunRecord, save_model
 from blt.rows import evaluation_batches, target_positions
 from blt.tokens import BPEVocabulary, train_tokenizer
 from blt_model import BLTConfig, BLTModel
@@ -63,7 +64,7 @@ def tokenizer(tmp_path_factory):
 
 def entropy_model():
     torch.manual_seed(1)
-    return MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=1, max_seq_len=16, row_bytes=64)).eval()
+    return MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=1, max_seq_len=16)).eval()
 
 
 BLT = BLTConfig(
@@ -266,19 +267,23 @@ def folder(tmp_path_factory, tokenizer):
     """A folder as the training scripts leave it, with a tiny random BLT, BPE baseline and entropy model, and texts."""
     folder = tmp_path_factory.mktemp("evaluate")
     torch.manual_seed(2)
-    save_entropy_model(entropy_model(), folder / "entropy_model.pth")
-    blt = BLTModel(BLT)
-    save_weights(folder / "checkpoints" / "best.pt", blt)
-    write_json(folder / "checkpoints" / "model.json", {
-        "model_config": asdict(BLT), "patch_config": asdict(PatchConfig(entropy_threshold=5.2)), "precision": "fp32",
-        "entropy_model_path": str(folder / "entropy_model.pth"), "entropy_model_sha256": model_hash(entropy_model()), "settings": {"row_bytes": 64},
-    })  # fmt: skip
-    config = BPEConfig(dim=32, n_layers=1, n_heads=2)
-    save_weights(folder / "bpe" / "best.pt", BPETransformer(config, BPEVocabulary(tokenizer)))
-    write_json(
-        folder / "bpe" / "model.json",
-        {"model": "bpe", "model_config": asdict(config), "bytes_per_token": 3.5, "settings": {"row_bytes": 64}},
+    facts = {"settings": {"row_bytes": 64}, "corpus": {"dataset": "sample", "sha256": None}}
+    save_entropy_model(entropy_model(), folder / "entropy_model.pth", **facts)
+    record = RunRecord(
+        kind="blt",
+        model_config=asdict(BLT),
+        patch_config=asdict(PatchConfig(entropy_threshold=5.2)),
+        precision="fp32",
+        entropy_model_path=str(folder / "entropy_model.pth"),
+        entropy_model_sha256=model_hash(entropy_model()),
+        **facts,
     )
+    checkpoints = folder / "checkpoints"
+    save_model(BLTModel(BLT), checkpoints / "best.pt", record, checkpoints / "model.json")
+    config = BPEConfig(dim=32, n_layers=1, n_heads=2)
+    baseline = BPETransformer(config, BPEVocabulary(tokenizer))
+    record = RunRecord(kind="bpe", model_config=asdict(config), bytes_per_token=3.5, **facts)
+    save_model(baseline, folder / "bpe" / "best.pt", record, folder / "bpe" / "model.json")
     tokenizer.save(str(folder / "bpe" / "tokenizer.json"))
     for language in ("en", "fr"):
         (folder / "corpus" / language).mkdir(parents=True)
