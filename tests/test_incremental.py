@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blt.incremental import CHUNK, IncrementalBLT
+from blt.incremental import MAX_STEP, IncrementalBLT
 from blt.patch_rules import NEEDS_ENTROPIES, OnlineStarts, PatchConfig, patch_starts
 from blt.rows import make_batch
 from blt_model import BLTConfig, BLTModel
@@ -69,7 +69,7 @@ def step_logits(reader, document, steps):
     """Logits after each id of a boundary and a document, read in steps of these sizes (over and over)."""
     ids, at, out, number = np.concatenate(([256], np.frombuffer(document, np.uint8))).astype(np.int64), 0, [], 0
     while at < len(ids):
-        n = min(steps[number % len(steps)], len(ids) - at, int(reader.room()[0]))
+        n = min(steps[number % len(steps)], len(ids) - at, int(reader.step_limits()[0]))
         out.append(reader.extend(ids[None, at : at + n])[0])
         at, number = at + n, number + 1
     return torch.cat(out)
@@ -95,10 +95,10 @@ def test_steps_equal_the_full_pass_for_every_model(name):
     torch.testing.assert_close(got, full_logits(model, patcher, text), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("window", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("window", [1, 2, MAX_STEP - 1, MAX_STEP, MAX_STEP + 1])
 def test_window_edges(window):
     model, patcher = model_of(window=window), patcher_of("space")
-    got = step_logits(IncrementalBLT(model, patcher), TEXT[:400], [CHUNK, 1, CHUNK])
+    got = step_logits(IncrementalBLT(model, patcher), TEXT[:400], [MAX_STEP, 1, MAX_STEP])
     torch.testing.assert_close(got, full_logits(model, patcher, TEXT[:400]), atol=1e-4, rtol=0)
 
 
@@ -143,15 +143,13 @@ def test_ids_taken_back_leave_no_trace(data):
         n = data.draw(st.integers(1, 20))
         keep = min(data.draw(st.integers(1, n)), len(ids) - at)
         drafted = np.concatenate((ids[at : at + keep], np.full(n - keep, 120)))[None, :n]
-        states, document_length, closes = [], reader.document_length.copy(), []
+        closes = []
         for i in range(n):  # the entropy model reads one by one, as when it drafts
-            close, _ = reader.find_closes(drafted[:, i : i + 1], np.array([1]))
+            close, _ = reader.find_patch_ends(drafted[:, i : i + 1], np.array([1]))
             closes.append(close)
-            states.append(reader.rule.copy_state())
         counts = np.array([n])
         logits = reader.advance(drafted, np.concatenate(closes, axis=1), counts)
         reader.commit(np.array([keep]))
-        reader.roll_back(document_length + keep, states[keep - 1])
         got.append(logits[0, :keep])
         at += keep
     torch.testing.assert_close(torch.cat(got), full_logits(model, patcher, text), atol=1e-4, rtol=0)
@@ -193,6 +191,6 @@ def test_wrong_use_gets_an_error():
     with pytest.raises(ValueError, match="first id of its row"):
         reader.extend(np.array([[256, 97, 256]]))
     with pytest.raises(ValueError, match="do not fit"):
-        reader.extend(np.full((1, CHUNK + 1), 97))
+        reader.extend(np.full((1, MAX_STEP + 1), 97))
     with pytest.raises(ValueError, match="context_bytes"):
         IncrementalBLT(model, patcher, context_bytes=1)
