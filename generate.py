@@ -89,6 +89,7 @@ def generate(
     generator = Generator(
         model, patcher, prompts, max_new_bytes, config, precision, cached, draft_bytes, draft_confidence
     )
+    # With few rows one thread is as fast as several, and leaves the other cores free.
     with threads_for(len(prompts)):
         # The samplers collect the text.
         for _ in generator.steps():
@@ -133,6 +134,7 @@ class Generator:
             raise ValueError(f"patch method {patcher.config.method!r} looks ahead and cannot generate")
         reader_class = IncrementalBLT if cached else FullPass
         self.reader = reader_class(model, patcher, len(prompts), config.context_bytes, precision)
+        # A full pass cannot be drafted for, and static and space patches need no entropy model.
         if draft_bytes and (not cached or self.reader.entropy_model is None):
             raise ValueError(
                 "drafts come from the entropy model's cached steps; "
@@ -157,7 +159,7 @@ class Generator:
         for row, sampler in enumerate(self.samplers):
             next_ids_B[row] = sampler.choose(logits_BV[row])
         yield
-        # A row that is over stays in the batch and reads nothing: rows keep their places in the caches.
+        # A row that is over stays in the batch and reads nothing, so that every row keeps its number.
         while not all(sampler.is_over for sampler in self.samplers):
             is_open_B = np.array([not sampler.is_over for sampler in self.samplers])
             if self.draft_bytes:
@@ -312,6 +314,7 @@ def continue_and_print(model, patcher, prompts, config, context_bytes):
     )
     shown_prompts = [prompt.decode(errors="replace") for prompt in prompts]
     is_single = len(prompts) == 1
+    # Reading a long prompt takes time, so it is shown before.
     if is_single:
         sys.stdout.write(shown_prompts[0])
         sys.stdout.flush()

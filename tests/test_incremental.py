@@ -103,7 +103,7 @@ def test_window_edges(window):
 
 
 @pytest.mark.parametrize("context", [2, 7, 64, 300])
-def test_a_full_row_begins_anew_with_its_last_half(context):
+def test_a_full_row_restarts_with_its_last_half(context):
     model, patcher, text = model_of(), patcher_of("both"), TEXT[: min(40 * context, 700)]
     got = step_logits(IncrementalBLT(model, patcher, context_bytes=context), text, [1, 5, 50])
     scored, wanted = 0, []
@@ -113,6 +113,14 @@ def test_a_full_row_begins_anew_with_its_last_half(context):
             wanted.append(full_logits(model, patcher, text, begin, end)[scored - begin :])
             scored = end
     torch.testing.assert_close(got, torch.cat(wanted), atol=1e-4, rtol=0)
+
+
+def test_a_full_row_restarts_in_the_asked_precision():
+    """The ids that are read again go into the same caches, so they are computed in bf16 like all others."""
+    model, patcher = model_of(), patcher_of("static")
+    got = step_logits(IncrementalBLT(model, patcher, context_bytes=40, precision="bf16"), TEXT[:150], [7])
+    wanted = step_logits(IncrementalBLT(model, patcher, context_bytes=40), TEXT[:150], [7])
+    torch.testing.assert_close(got.float(), wanted, atol=0.1, rtol=0)
 
 
 def test_rows_do_not_meet():
@@ -133,7 +141,7 @@ def test_rows_do_not_meet():
 
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_ids_taken_back_leave_no_trace(data):
+def test_rolled_back_ids_leave_no_trace(data):
     rule, text = data.draw(st.sampled_from(sorted(RULES))), TEXT[1000:1120]
     model, patcher = model_of(window=data.draw(st.sampled_from([3, 12]))), patcher_of(rule)
     reader = IncrementalBLT(model, patcher)
@@ -190,6 +198,12 @@ def test_wrong_use_gets_an_error():
         reader.extend(np.array([[97]]))
     with pytest.raises(ValueError, match="first id of its row"):
         reader.extend(np.array([[256, 97, 256]]))
+    reader.find_patch_ends(np.array([[256]]), np.array([1]))
+    with pytest.raises(ValueError, match="first id of its row"):  # of the step, of which one id has been drafted
+        reader.find_patch_ends(np.array([[256]]), np.array([1]))
+    with pytest.raises(ValueError, match="do not fit"):  # the limit is that of the step as well
+        reader.find_patch_ends(np.full((1, MAX_STEP), 97), np.array([MAX_STEP]))
+    reader = IncrementalBLT(model, patcher)
     with pytest.raises(ValueError, match="do not fit"):
         reader.extend(np.full((1, MAX_STEP + 1), 97))
     with pytest.raises(ValueError, match="context_bytes"):
