@@ -1,4 +1,4 @@
-"""Lossless round trips; the size of a code is the bits that the model reports; no file grows; other files are refused."""
+"""Lossless round trips; a code has the bits that the model reports; no file grows; other files are refused."""
 
 import gzip
 import shutil
