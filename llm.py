@@ -6,13 +6,13 @@ Run     python llm.py [--preset [SIZE] [MACHINE]] [--field value ...]
 Next    python generate.py --model checkpoints
 Time    2 to 5 minutes on 2 CPU cores (size nano)
 
-SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200. What is
-not named is chosen by the machine that is found: nano on a CPU, medium on a GPU. Sizes, machines and
-settings follow below; --help lists all settings.
+SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200.
+What is not named is chosen by the machine that is found: nano on a CPU, medium on a GPU. Sizes,
+machines and settings follow below; --help lists all settings.
 
 Fine-tuning: --init_from FOLDER starts from the weights in an output folder of these scripts or of
-convert_hf.py. Its sizes replace the presets' and the file's, and a flag that names another size is an
-error. Its patch rule and entropy model are used unless --patch_method names others.
+convert_hf.py. Its sizes replace the presets' and the file's, and a flag that names another size
+is an error. Its patch rule and entropy model are used unless --patch_method names others.
 """
 
 import json
@@ -32,8 +32,9 @@ from entropy_patcher import EntropyPatcher
 from generate import generate
 from save_entropy_model import entropy_model_path, load_entropy_model
 
-# What the model is. Parameters of the latent transformer, local layers and head, beside those in hash tables:
-# nano 5.5M + 9.4M, tiny 4.6M + 12.6M, small 13.3M + 18.9M, medium 32.3M + 25.2M, large 285.5M + 25.2M.
+# What the model is. Parameters of the latent transformer, local layers and head, beside those in
+# hash tables: nano 5.5M + 9.4M, tiny 4.6M + 12.6M, small 13.3M + 18.9M, medium 32.3M + 25.2M,
+# large 285.5M + 25.2M.
 SIZES = {
     "nano": dict(
         global_dim=256, global_layers=4, encoder_dim=192, decoder_dim=192, decoder_layers=2, window=128, hash_rows=8192
@@ -53,8 +54,8 @@ SIZES = {
     ),
 }  # fmt: skip
 
-# How it is trained. What a machine leaves out has the default of RunConfig (blt/loop.py): lr 0.005, adam_lr
-# 0.003, ...
+# How it is trained. What a machine leaves out has the default of RunConfig (blt/loop.py): lr
+# 0.005, adam_lr 0.003, ...
 MACHINES = {
     "cpu": dict(
         row_bytes=2048, batch_rows=4, steps=270, lr=0.01, adam_lr=0.01, max_bytes=2_200_000, val_bytes=200_000,
@@ -66,7 +67,8 @@ MACHINES = {
     "h200": dict(batch_rows=32, steps=3000),
 }  # fmt: skip
 
-# The large model needs smaller batches than the others on the same machine, lower rates and more updates.
+# The large model needs smaller batches than the others on the same machine, lower rates and more
+# updates.
 LARGE = dict(row_bytes=8192, steps=10000, lr=0.003, adam_lr=0.001)
 PAIRS = {
     ("large", "colab_t4"): LARGE | dict(row_bytes=4096, batch_rows=1, accumulate=32),
@@ -180,8 +182,10 @@ def make_model(model_config, device, init_from=None):
 def open_patches(config, run, make=False, start=None):
     """The patcher and the cached entropies of a run: (EntropyPatcher, EntropyCache or None).
 
-    run: `runs.Run`. make: fill the cache where it is missing; otherwise a missing cache is an error that
-    says what to run. start: the `RunRecord` of the folder config.init_from, whose rule is used unless
+    run: `runs.Run`.
+    make: fill the cache where it is missing; otherwise a missing cache is an error that says what
+    to run.
+    start: the `RunRecord` of the folder config.init_from, whose rule is used unless
     config.patch_method names one.
     """
     patch_config = chosen_patches(config, make, start)
@@ -209,8 +213,8 @@ def open_patches(config, run, make=False, start=None):
 def chosen_patches(config, make=False, start=None):
     """The `PatchConfig` that a run asks for; its threshold may still have to be calibrated.
 
-    config.patch_method names one, else the folder that training starts from has one, else create_patches.py
-    has chosen one (with make: the global rule).
+    config.patch_method names one, else the folder that training starts from has one, else
+    create_patches.py has chosen one (with make: the global rule).
     """
     if config.patch_method is not None:
         return named_patches(config)
@@ -244,8 +248,8 @@ def named_patches(config):
 def take_over_start(config):
     """(config, RunRecord) of a run that starts from an output folder: the config then has its sizes and entropy model.
 
-    Raises ValueError if a flag names another size than the folder has. dropout is the folder's unless
-    given, and recompute is this run's.
+    Raises ValueError if a flag names another size than the folder has. dropout is the folder's
+    unless given, and recompute is this run's.
     """
     folder = config.init_from
     record = read_record(folder, "blt")

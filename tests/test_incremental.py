@@ -1,4 +1,4 @@
-"""A model read byte by byte gives what a full pass gives: every patching method, prompt length, window edge, document and batch."""
+"""A model read byte by byte gives what a full pass gives: for every method, prompt, window edge and batch."""
 
 import numpy as np
 import pytest
