@@ -194,14 +194,10 @@ class EntropyCache:
         end = int(self.ends[place])
         return self.entropies[end - int(self.lengths[place]) : end].astype(np.float32)
 
-    def of_training(self, count, block=BLOCK):
-        """Entropies of the first `count` training documents in blocks of whole documents.
-
-        Yields (first document, end, float32 array of about `block` positions).
-        """
-        for first, end in document_blocks(self.ends[:count], block):
-            begin = int(self.ends[first - 1]) if first else 0
-            yield first, end, self.entropies[begin : int(self.ends[end - 1])].astype(np.float32)
+    def of_documents(self, first, end):
+        """Entropies of the documents numbers[first:end], one after the other: float32."""
+        begin = int(self.ends[first - 1]) if first else 0
+        return self.entropies[begin : int(self.ends[end - 1])].astype(np.float32)
 
 
 def document_blocks(ends, block=BLOCK):
@@ -322,11 +318,15 @@ def training_starts(corpus, train, patch_config, cache=None):
     is_start = BitArray()
     # The boundary before the first document is a patch of its own.
     is_start.append(np.ones(1, dtype=bool))
-    for first, end, entropies, byte_values in _training_blocks(stream, lengths, patch_config, cache):
+    for first, end in document_blocks(np.cumsum(lengths)):
+        # Position 0 of the stream is the boundary before the first document. At a document's end is a
+        # boundary too, which becomes 0 as a uint8: the byte value there is arbitrary.
+        begin = 1 + (int(stream.ends[first - 1]) if first else 0)
+        positions = int(lengths[first:end].sum())
         starts = patch_starts(
-            entropies,
+            cache.of_documents(first, end) if patch_config.needs_entropies else None,
             **patch_config.arguments(),
-            byte_values=byte_values,
+            byte_values=stream.ids(begin, begin + positions).astype(np.uint8),
             document_starts=document_starts(lengths[first:end]),
         )
         is_start.append(starts)
@@ -334,27 +334,11 @@ def training_starts(corpus, train, patch_config, cache=None):
     return is_start
 
 
-def _training_blocks(stream, lengths, patch_config, cache):
-    """Blocks of whole training documents: yields (first, end, entropies or None, byte values or None)."""
-    if patch_config.needs_entropies:
-        for first, end, entropies in cache.of_training(len(lengths)):
-            yield first, end, entropies, None
-        return
-    for first, end in document_blocks(np.cumsum(lengths)):
-        # Position 0 of the stream is the boundary before the first document. At a document's end
-        # stands a boundary too, which becomes 0 as a uint8: the byte value there is arbitrary.
-        begin = 1 + (int(stream.ends[first - 1]) if first else 0)
-        positions = int(lengths[first:end].sum())
-        yield first, end, None, stream.ids(begin, begin + positions).astype(np.uint8)
-
-
 def training_sample(cache, positions=SAMPLE_POSITIONS):
     """(entropies, is_document_start) of the first training documents, about this many positions."""
     lengths = cache.lengths[: len(cache.train)]
-    count = int(np.searchsorted(np.cumsum(lengths), positions)) + 1
-    count = min(count, len(lengths))
-    _, end, entropies = next(cache.of_training(count, block=max(positions, int(lengths[0]))))
-    return entropies, document_starts(lengths[:end])
+    count = max(1, int(np.searchsorted(np.cumsum(lengths), positions, side="right")))
+    return cache.of_documents(0, count), document_starts(lengths[:count])
 
 
 def training_patch_sizes(is_start, corpus, train):
