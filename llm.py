@@ -133,12 +133,12 @@ def run(config, make_patches=False):
     start = None
     if config.init_from is not None:
         config, start = take_over_start(config)
-    run = start_run(config)
-    patcher, cache = open_patches(config, run, make_patches, start)
+    context = start_run(config)
+    patcher, cache = open_patches(config, context, make_patches, start)
     print("patches: " + patcher.config.describe())
-    data = PatchedDataset.from_corpus(run.corpus, patcher, config, cache)
+    data = PatchedDataset.from_corpus(context.corpus, patcher, config, cache)
     model_config = part_of(config, BLTConfig)
-    model = make_model(model_config, run.device, config.init_from)
+    model = make_model(model_config, context.device, config.init_from)
     print_model("BLT", model.parameters_by_part(), config, data.train_rows.stream.total_bytes)
 
     output = Path(config.output)
@@ -146,14 +146,14 @@ def run(config, make_patches=False):
         kind="blt",
         model_config=asdict(model_config),
         settings=asdict(config),
-        corpus={"dataset": config.dataset, "sha256": run.corpus.hash},
+        corpus={"dataset": config.dataset, "sha256": context.corpus.hash},
         patch_config=asdict(patcher.config),
         precision=patcher.precision,
         entropy_model_path=config.entropy_model_path,
         entropy_model_sha256=None if cache is None else cache.manifest["entropy_model_sha256"],
     )
     if start is not None:
-        record.init_from = origin_of(model, data, config, run, start)
+        record.init_from = origin_of(model, data, config, context, start)
     # Written before training, so that an interrupted run can be used too.
     record.save(output / "model.json")
     result = train_blt(model, data, config)
@@ -179,10 +179,10 @@ def make_model(model_config, device, init_from=None):
 # Patches
 
 
-def open_patches(config, run, make=False, start=None):
+def open_patches(config, context, make=False, start=None):
     """The patcher and the cached entropies of a run: (EntropyPatcher, EntropyCache or None).
 
-    run: `runs.Run`.
+    context: `runs.Run`.
     make: fill the cache where it is missing; otherwise a missing cache is an error that says what
     to run.
     start: the `RunRecord` of the folder config.init_from, whose rule is used unless
@@ -191,7 +191,7 @@ def open_patches(config, run, make=False, start=None):
     patch_config = chosen_patches(config, make, start)
     if not RULES[patch_config.method].needs_entropies:
         return EntropyPatcher(None, patch_config), None
-    model, record = load_entropy_model(config.entropy_model_path, run.device)
+    model, record = load_entropy_model(config.entropy_model_path, context.device)
     uses_start = start is not None and config.patch_method is None
     if uses_start and record.weights_sha256 != start.entropy_model_sha256:
         raise ValueError(
@@ -199,10 +199,12 @@ def open_patches(config, run, make=False, start=None):
             "--entropy_model_path out, or choose new patches by name: --patch_method global --target_patch_size 4.5"
         )
     if make:
-        validation = run.corpus.documents("validation", config.val_bytes)
-        cache = make_entropies(config.patch_cache, run.corpus, model, record, run.train, validation, run.precision)
+        validation = context.corpus.documents("validation", config.val_bytes)
+        cache = make_entropies(
+            config.patch_cache, context.corpus, model, record, context.train, validation, context.precision
+        )
     else:
-        cache = open_entropies(config.patch_cache, run.corpus, record, config.entropy_model_path)
+        cache = open_entropies(config.patch_cache, context.corpus, record, config.entropy_model_path)
     needs_threshold = not uses_start and config.entropy_threshold is None
     if needs_threshold and (config.patch_method is not None or make):
         target = config.target_patch_size or DEFAULT_PATCH_SIZE
@@ -271,7 +273,7 @@ def take_over_start(config):
     return replace(config, **changes), record
 
 
-def origin_of(model, data, config, run, start):
+def origin_of(model, data, config, context, start):
     """What the record says about the folder that training starts from, with its bits per byte before the first step.
 
     A resumed run takes what it wrote when it began.
@@ -279,7 +281,7 @@ def origin_of(model, data, config, run, start):
     record_path = Path(config.output) / "model.json"
     if config.resume and record_path.exists():
         return RunRecord.load(record_path).init_from
-    before = evaluate(model, data.validation_batches, run.device, run.precision)
+    before = evaluate(model, data.validation_batches, context.device, context.precision)
     print(
         f"start: {config.init_from}, val {before['val_bpb']:.4f} bpb over {before['val_bytes']:,} bytes "
         "before the first step"
