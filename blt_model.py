@@ -175,9 +175,10 @@ def embed_ngrams(hash_embedding, ids_BT, documents_BT):
 
 
 class CrossAttention(nn.Module):
-    """What both cross-attentions share (section 3.2.2): norms of queries and keys, four projections.
+    """What both cross-attentions share (section 3.2.2): two norms, then four projections.
 
-    No positions, no biases. Queries and keys have the same width.
+    One norm is of the states that attend, the other of the states that they attend to, from which keys
+    and values are made. There are no position embeddings and no biases, and both have the same width.
     """
 
     def __init__(self, dim, n_heads, norm_eps):

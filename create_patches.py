@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from blt.checks import check, check_positive
-from blt.config import BY_PRESET, SIZES, Presets, next_command, print_header, run_script
+from blt.config import BY_PRESET, SIZE_NAMES, Presets, next_command, print_header, run_script
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
 from blt.entropies import (
@@ -79,7 +79,7 @@ class CreatePatchesConfig(DataConfig):
     picture_text: str | None = None  # text to draw; None: the beginning of the first validation document
 
     # A size changes nothing here; it is accepted so that one --preset serves all three scripts.
-    PRESETS = Presets({size: {} for size in SIZES}, MACHINES)
+    PRESETS = Presets({size: {} for size in SIZE_NAMES}, MACHINES)
     CHOICES = {"method": lambda: list(RULES)}
 
     def __post_init__(self):

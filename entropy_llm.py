@@ -160,7 +160,7 @@ class MinimalLLM(nn.Module):
         return self.head(self.norm(x_BTD)), new_state
 
     def _empty_state(self, ids_BT):
-        """The state of `stream` before the first chunk: keys and values of no document, which nothing attends to."""
+        """The state of `stream` before the first chunk: keys and values in no document, so nothing attends to them."""
         B = ids_BT.shape[0]
         W = AttentionPlan.carry_length(self.config.max_seq_len)
         H = self.config.n_heads

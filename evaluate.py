@@ -67,7 +67,7 @@ import torch
 from tqdm import tqdm
 
 from blt.checks import check, check_positive
-from blt.config import BY_PRESET, SIZES, Presets, print_header, print_table, run_script
+from blt.config import BY_PRESET, SIZE_NAMES, Presets, print_header, print_table, run_script
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
 from blt.files import git_commit, hash_of_documents, model_hash, write_json
@@ -130,7 +130,7 @@ class EvaluateConfig(DataConfig):
     output: str = "evaluation"  # folder for card.json and evaluation.png
 
     # A size changes nothing here; it is accepted so that one --preset serves all scripts.
-    PRESETS = Presets({size: {} for size in SIZES}, MACHINES)
+    PRESETS = Presets({size: {} for size in SIZE_NAMES}, MACHINES)
 
     def __post_init__(self):
         super().__post_init__()
@@ -500,7 +500,7 @@ def robustness(under_test, documents, seed, batch_rows=8, precision="fp32"):
 
 
 def is_valid_utf8(text, may_be_cut=False):
-    """Whether bytes are UTF-8. may_be_cut: the end may cut a character off."""
+    """Whether bytes are UTF-8. may_be_cut: also if the text ends in the middle of a character."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(text, final=not may_be_cut)
     except UnicodeDecodeError:
@@ -548,12 +548,7 @@ def pass_leak_gate(under_test, documents):
     text = np.concatenate(documents[:8])[:512]
     if len(vocabulary_of(under_test.model).encode(text)) < 2:
         return None
-    patcher = under_test.patcher
-    if patcher is not None:
-        # The gate compares the patches of texts of different lengths. A patcher without a precision
-        # computes in fp32, so that rounding moves no patch start between them.
-        patcher = EntropyPatcher(patcher.entropy_model, patcher.config)
-    return leak_gate(under_test.model, patcher, text)
+    return leak_gate(under_test.model, under_test.patcher, text)
 
 
 def record_of_sources(costs, groups, is_start, config):

@@ -132,7 +132,10 @@ def blt_predictions(model, starts, document, k=5, context_bytes=2048, precision=
 
 
 def open_models(config, device):
-    """(BLT or None, EntropyPatcher or None, entropy model, precision): with --model the patcher is the BLT's."""
+    """Load what the page needs: (BLT, its EntropyPatcher, entropy model, precision of the entropy model).
+
+    Without --model the first two are None.
+    """
     blt, patcher, entropy_model = None, None, None
     precision = choose_precision(config.precision, device)
     if config.model is not None:

@@ -175,8 +175,8 @@ class PlainTransformer(nn.Module):
 class FlatByteTransformer(PlainTransformer):
     """A plain causal transformer over bytes with windowed attention: `forward(ids_BT)` gives logits [B, T, 257].
 
-    Ids 0..255 are bytes, 256 is the document boundary. Every byte costs the same: what patches
-    must beat at equal cost.
+    Ids 0..255 are bytes, 256 is the document boundary. Every byte goes through the whole model.
+    This is the baseline that a BLT has to beat at equal FLOPs.
     """
 
     def __init__(self, config):

@@ -74,9 +74,11 @@ class AttentionPlan:
     Three implementations compute the same attention. `attend` chooses the one that is fast where the
     model runs:
 
-        CPU                            `_by_bands`           a loop over bands of queries
-        recent GPU and torch.compile   `_by_flex_attention`  one kernel, made for the mask
-        all else, and with dropout     `_by_blocks`          one call of torch's attention
+        CPU, no dropout                  `_by_bands`           a loop over bands of queries
+        recent GPU compiled, no dropout  `_by_flex_attention`  one kernel, made for the mask
+        all else                         `_by_blocks`          one call of torch's attention
+
+    Generation attends to caches instead, under an `incremental.CachedAttentionPlan`.
 
     With a window, time and memory of all three are linear in the row: none makes T x T scores.
 
@@ -104,9 +106,9 @@ class AttentionPlan:
 
     @classmethod
     def carry_length(cls, window):
-        """W, the positions whose keys and values each chunk of a stream needs from before it.
+        """How many positions before a chunk its queries may attend to, when a stream is read in chunks.
 
-        At least window - 1, in whole blocks of `BlockAttention`.
+        This is W: window - 1, rounded up to whole blocks of `BlockAttention`.
         """
         block_length, n_before = BlockAttention.block_length_and_number_before(window)
         return block_length * n_before

@@ -4,9 +4,11 @@ A config is a dataclass with one field a line, and the comment at the end of the
 field's --help text. What decides a field's value, the strongest first:
 
     a flag                     --steps 500
-    the file                   steps: int = 500
+    the script's source        steps: int = 500
     the presets                steps: int = BY_PRESET, and the size's or the machine's dict has "steps"
     the library's default      the same field in a base class such as RunConfig
+
+`DataConfig` applies the presets when a config is made.
 
 So a number that a user writes in place of BY_PRESET takes effect with every preset.
 """
@@ -28,7 +30,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from blt.device import MACHINES, detect_machine
+from blt.device import MACHINE_NAMES, detect_machine
 from blt.files import git_commit
 
 
@@ -41,7 +43,7 @@ class ByPreset:
 
 BY_PRESET = ByPreset()
 # Names of model sizes; each script has its own numbers for them.
-SIZES = ("nano", "tiny", "small", "medium", "large")
+SIZE_NAMES = ("nano", "tiny", "small", "medium", "large")
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,12 @@ def apply_presets(config):
     names = ["quick_demo"] if getattr(config, "quick_demo", False) else []
     config.preset = presets.choose(list(dict.fromkeys([*names, *config.preset])), config.device)
     values = presets.values(config.preset)
+    # What a preset has and the source decides otherwise: `print_header` says so.
+    config.beaten_presets = {}
     for f in dataclasses.fields(config):
+        is_of_source = f.default is not BY_PRESET and getattr(config, f.name) == f.default
+        if f.name in values and is_of_source and values[f.name] != f.default:
+            config.beaten_presets[f.name] = values[f.name]
         if getattr(config, f.name) is BY_PRESET:
             value = values[f.name] if f.name in values else library_default(type(config), f.name)
             setattr(config, f.name, value)
@@ -318,9 +325,11 @@ def print_header(config, device, precision):
     print(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"commit {git_commit()} | torch {torch.__version__} | {device} ({name}) | {precision}")
-    machines = [preset for preset in getattr(config, "preset", []) if preset in MACHINES]
+    machines = [preset for preset in getattr(config, "preset", []) if preset in MACHINE_NAMES]
     if machines:
-        print(f"machine {machines[0]}: {MACHINES[machines[0]]} | presets {' '.join(config.preset)}")
+        print(f"machine {machines[0]}: {MACHINE_NAMES[machines[0]]} | presets {' '.join(config.preset)}")
+    for name, value in getattr(config, "beaten_presets", {}).items():
+        print(f"note: the file's {name}={getattr(config, name)} beats the preset's {value}")
     print("config " + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items()))
 
 

@@ -494,7 +494,7 @@ def read_parquet(stream, path, text_field):
 def record_document(record, text_field, place, default_source):
     """Yield the (source, bytes) of one record, or nothing if its text is null or empty.
 
-    Raises ValueError naming the place if the record has no such field or holds no text in it.
+    Raises ValueError, which names `place`, if the record lacks the field text_field or has no text in it.
     """
     if not isinstance(record, dict):
         kind = type(record).__name__

@@ -80,7 +80,7 @@ def threads_for(n_rows):
 
 
 # Machines that the presets are sized for, in the order of their memory.
-MACHINES = {
+MACHINE_NAMES = {
     "cpu": "no GPU",
     "colab_t4": "a Tesla T4 or another GPU below 20 GB",
     "rtx4090": "an RTX 4090 or another GPU of 20 to 47 GB",
@@ -90,7 +90,7 @@ MACHINES = {
 
 
 def detect_machine(device_name="auto"):
-    """The name in MACHINES of what this device is: the CPU, or the class of its GPU by memory."""
+    """The name in MACHINE_NAMES of what this device is: the CPU, or the class of its GPU by memory."""
     device = choose_device(device_name)
     if device.type != "cuda":
         return "cpu"

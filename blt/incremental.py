@@ -545,7 +545,10 @@ class IncrementalBLT:
         self.n_patches = self.n_patches + n_complete_B
 
     def _drop_complete_patches(self, is_end_BN, counts_B):
-        """Move the states of the bytes after each row's last patch end to the front: the new open patch."""
+        """Forget the encoder states of bytes whose patch is complete.
+
+        The states after a row's last patch end are the new open patch. They move to the front.
+        """
         last_end_B = last_true(is_end_BN)
         has_end_B = last_end_B >= 0
         begin_B = np.where(has_end_B, self.open_length + last_end_B + 1, 0)

@@ -217,8 +217,8 @@ def step_optimizers(optimizers, scaler):
 def learning_rate_scale(step, config):
     """The factor, 0 to 1, of the peak learning rates at an update.
 
-    It rises linearly over the first `warmup` share of the steps. Then it falls to zero: as half a
-    cosine ("cosine"), or linearly over the last `cooldown` share of the steps ("trapezoid").
+    It rises linearly over the first `warmup` share of the steps. A "cosine" then falls to zero as half a
+    cosine. A "trapezoid" stays at 1 and falls linearly to zero over the last `cooldown` share.
     """
     warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:

@@ -15,8 +15,10 @@ script. It needs
     wants_start           the vectorised form: all positions of a text at once, for training and evaluation
     wants_start_online    the same decision for one position of many texts, for generation and compression
 
-Command lines, messages, the table in docs/patching.md, tests and the interactive page take their
-lists from `RULES`. Everything here is NumPy.
+Command lines, messages and tests take their lists from `RULES`. The table in docs/patching.md and the
+JavaScript of the interactive page are written by hand; tests say what is missing there. A model that
+was trained with a method of your own script can be loaded only where that script has been imported.
+Everything here is NumPy.
 """
 
 import math
@@ -51,10 +53,10 @@ class NextPositions:
 
     entropies_B: np.ndarray | None  # float32 [B], nats, of this position
     previous_entropies_B: np.ndarray  # float32 [B], of the position before it
-    position_B: np.ndarray  # int64 [B], bytes of the document before it
-    patch_size_B: np.ndarray  # int64 [B], bytes of the open patch
+    position_B: np.ndarray  # int64 [B], how many bytes of this document come before the position
+    patch_size_B: np.ndarray  # int64 [B], bytes in the open patch so far
     entropy_sum_B: np.ndarray  # float64 [B], entropies of the open patch, added up
-    last_byte_B: np.ndarray  # int64 [B], the byte before this position; 256 before a document
+    last_byte_B: np.ndarray  # int64 [B], the byte before this position; 256 at a document's first position
     byte_before_last_B: np.ndarray  # int64 [B], the byte before that
 
 
@@ -108,7 +110,7 @@ def register(rule_class):
 
 
 def causal_methods():
-    """Names of the methods that can train and generate."""
+    """Names of the methods that training and generation accept: all that do not look ahead."""
     return [rule.name for rule in RULES.values() if rule.is_causal]
 
 
@@ -269,7 +271,7 @@ class PatchConfig:
     monotonic_threshold: float = 0.0  # nats; both: the rise of entropy that a start also needs
     min_patch_size: int = 1  # bytes; a start that comes earlier is suppressed
     max_patch_size: int | None = None  # bytes; a patch that reaches this size is closed; None: no limit
-    cache_patches: bool = True  # process_data keeps its result on disk under a cache_key
+    cache_patches: bool = True  # process_data keeps its entropies on disk under a cache_key
     cache_dir: str = "patch_cache"  # where
     tokenizer_path: str | None = None  # bpe: a tokenizer.json whose tokens are the patches
 
@@ -464,7 +466,10 @@ class OnlineStarts:
         }
 
     def reset(self, rows):
-        """Begin these texts again: rows is an index or a mask over the texts."""
+        """Forget these texts: the next position of each is the first of a new document.
+
+        rows: an index or a mask over the texts.
+        """
         for name, values in self.state.items():
             values[rows] = BOUNDARY if name == "last_byte" else 0
 

@@ -552,7 +552,10 @@ def write_patch_page(
 
 
 def page_methods(page):
-    """The registered patching methods that the page can apply: a list of [name, unit of the threshold]."""
+    """The registered patching methods that the page can apply: a list of [name, unit of the threshold].
+
+    page: the text of patch_page.html. It can apply a method if WANTS_START there has a line for it.
+    """
     in_javascript = re.findall(r"^  (\w+): \(t, x", page, re.MULTILINE)
     return [[rule.name, rule.unit] for rule in RULES.values() if rule.name in in_javascript]
 

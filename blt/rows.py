@@ -365,14 +365,14 @@ class TrainingRows:
     def padding(self):
         """Shares of inputs and of patch slots that are padding, over all rows: two floats in [0, 1].
 
-        The share of slots is an estimate, see the comment.
+        The share of slots is slightly too high: patches that exist only because a row begins there, and
+        the patch of padding, are not counted.
         """
         inputs = (self.row_lengths - 1).sum()
         byte_padding = 1 - inputs / (len(self) * self.row_bytes)
         if self.is_start is None:
             return float(byte_padding), 0.0
-        # Each row repeats the last id of the row before it, which is one more patch. Not counted: the
-        # second id of a row that is no patch start in the stream, and the patch of padding.
+        # A row begins with the last id of the row before it, as a patch of its own: one more a row.
         patches = len(self) + sum(len(positions) for _, positions in self._start_blocks())
         slots = len(self) * self.patch_slots
         return float(byte_padding), float(1 - min(1.0, patches / slots))

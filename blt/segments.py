@@ -58,7 +58,8 @@ class PatchMap(Segments):
 
     A document may end inside a patch: if its boundary always opened a patch, the patches would tell the
     model where the document ends. Such a patch belongs to the new document, and the old document's
-    bytes are left out of it. They do not read it either, since it is complete only after them.
+    bytes are left out of it. They do not read it either, since it is complete only after them. (The
+    first byte of a document always starts a patch, so the boundary is the last input of such a patch.)
 
     read: int64 [N], the patch that each byte reads; those of row b are numbered from b * P.
     documents_BP: the document that each patch belongs to.

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 import blt.config as config_module
-from blt.config import BY_PRESET, SIZES, Presets, given_fields, library_default, parse_config, part_of
+from blt.config import BY_PRESET, SIZE_NAMES, Presets, given_fields, library_default, parse_config, part_of
 from blt.corpus import DataConfig
 from blt.loop import RunConfig
 from blt_model import BLTConfig
@@ -126,7 +126,7 @@ def test_a_field_without_any_value_is_our_bug():
 @pytest.mark.parametrize("config_class", WITH_PRESETS)
 def test_every_size_fits_every_machine(config_class):
     presets = config_class.PRESETS
-    assert set(presets.sizes) == set(SIZES) and set(presets.machines) == set(MACHINES)
+    assert set(presets.sizes) == set(SIZE_NAMES) and set(presets.machines) == set(MACHINES)
     fields_of_sizes = {name for values in presets.sizes.values() for name in values}
     fields_of_machines = {name for values in presets.machines.values() for name in values}
     assert not fields_of_sizes & fields_of_machines  # so that they are independent
@@ -134,7 +134,7 @@ def test_every_size_fits_every_machine(config_class):
     of_pairs = {name for values in presets.pairs.values() for name in values}
     # A preset for a field that the file decides would never take effect.
     assert fields_of_sizes | fields_of_machines | of_pairs <= by_preset
-    for size in SIZES:
+    for size in SIZE_NAMES:
         for machine in MACHINES:
             config = config_class(preset=[size, machine])
             assert not any(getattr(config, f.name) is BY_PRESET for f in dataclasses.fields(config))
