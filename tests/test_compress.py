@@ -1,4 +1,4 @@
-"""Lossless round trips; a code has the bits that the model reports; no file grows; other files are refused."""
+"""Lossless round trips, code sizes as the model reports them, no file that grows, files refused."""
 
 import gzip
 import shutil
@@ -51,7 +51,7 @@ def train(model, patcher, data, steps):
 
 @pytest.fixture(scope="module")
 def trained():
-    """(model, patcher) that predict TEXT well, and nothing else."""
+    """(model, patcher) that predict TEXT well, and no other text."""
     patcher = patcher_of("global")
     return train(model_of(), patcher, TEXT[:500], 40), patcher
 
@@ -65,56 +65,71 @@ def test_what_is_compressed_is_restored(trained, name, streams):
     assert len(made) <= len(data) + HEADER.size
     content = made[HEADER.size :]
     if name == "text":
-        assert not read_header(made).is_stored and bits < 4 * len(data)
+        assert not read_header(made).is_stored
+        assert bits < 4 * len(data)
         assert bits / 8 * 0.995 <= len(content) <= bits / 8 * 1.005 + 12
     else:
-        assert read_header(made).is_stored and content == data
+        assert read_header(made).is_stored
+        assert content == data
         # The bits are still those of the model, which would have needed more than the file has.
-        assert bits == encode(*trained, data, max(1, min(streams, len(data))), 256)[1]
+        n_streams = max(1, min(streams, len(data)))
+        assert bits == encode(*trained, data, n_streams, 256)[1]
         assert bits + 32 >= 8 * len(data)
 
 
-@pytest.mark.parametrize("rule", ["global", "monotonic", "cumulative", "static", "space", "limits"])
-def test_the_size_is_the_bits_per_byte_that_are_reported(rule):
-    """Also for documents longer than a row of the model: by full passes, not by the same lines of code."""
-    model, patcher, data = model_of(), patcher_of(rule), TEXT[:1700]
+@pytest.mark.parametrize("patching", ["global", "monotonic", "cumulative", "static", "space", "limits"])
+def test_the_size_is_the_bits_per_byte_that_are_reported(patching):
+    """Also for documents longer than a row. bits_per_byte uses full passes, so it is other code."""
+    model = model_of()
+    patcher = patcher_of(patching)
+    data = TEXT[:1700]
     code, _ = encode(model, patcher, data, 1, context_bytes=512)
     reported = bits_per_byte(model, patcher, [data], row_bytes=512)
     assert abs(8 * len(code) / len(data) - reported) < 0.005 * reported
 
 
 def test_a_model_that_knows_the_text_makes_small_files():
-    """Not an identity: a model trained on the bytes codes them in far fewer bits than one that was not."""
-    model, patcher, data = model_of(window=12), EntropyPatcher(None, PatchConfig("static", 4.0)), b"abcdefgh" * 60
+    """A model trained on the bytes codes them in far fewer bits than an untrained one."""
+    model = model_of(window=12)
+    patcher = EntropyPatcher(None, PatchConfig("static", 4.0))
+    data = b"abcdefgh" * 60
     before, _ = encode(model, patcher, data, 1, 512)
     train(model, patcher, data, 60)
     after, _ = compress.compress(data, model, patcher, 1, 512)
-    assert len(after) < len(before) / 8 and decompress(after, model, patcher) == data
+    assert len(after) < len(before) / 8
+    assert decompress(after, model, patcher) == data
 
 
 @given(st.integers(0, 100), st.integers(1, 20))
 def test_stream_ranges_cover_the_bytes(n_bytes, n_streams):
     begins, lengths = stream_ranges(n_bytes, n_streams)
-    assert begins[0] == 0 and lengths.sum() == n_bytes and (begins[1:] == (begins + lengths)[:-1]).all()
-    assert lengths.max() - lengths.min() <= 1 and (np.diff(lengths) <= 0).all()
+    ends = begins + lengths
+    assert begins[0] == 0
+    assert lengths.sum() == n_bytes
+    assert (begins[1:] == ends[:-1]).all()
+    assert lengths.max() - lengths.min() <= 1
+    assert (np.diff(lengths) <= 0).all()
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.binary(max_size=60), st.integers(1, 5))
 def test_any_bytes(data, streams):
-    """The code of any bytes gives them back, and the file of any bytes is no larger than they and the header."""
-    model, patcher = model_of(), patcher_of("both")
+    """The code of any bytes restores them, and their file is at most a header larger."""
+    model = model_of()
+    patcher = patcher_of("both")
     made, _ = compress.compress(data, model, patcher, streams, 64)
-    assert decompress(made, model, patcher) == data and len(made) <= len(data) + HEADER.size
+    assert decompress(made, model, patcher) == data
+    assert len(made) <= len(data) + HEADER.size
     n_streams = max(1, min(streams, len(data)))
     code, _ = encode(model, patcher, data, n_streams, 64)
     assert decode(model, patcher, code, len(data), n_streams, 64) == data
 
 
 def flip_each_byte(made, end):
-    for place in range(end):
+    """Copies of a file, each with one other byte of the first `end` flipped."""
+    for position in range(end):
         flipped = bytearray(made)
-        flipped[place] ^= 0xFF
+        flipped[position] ^= 0xFF
         yield bytes(flipped)
 
 
@@ -122,18 +137,21 @@ def test_other_files_are_refused(trained):
     model, patcher = trained
     made, _ = compress.compress(TEXT[:60], model, patcher, 1, 64)
     assert not read_header(made).is_stored
-    other = model_of()
-    other.load_state_dict(model.state_dict())
+
+    other_model = model_of()
+    other_model.load_state_dict(model.state_dict())
     with torch.no_grad():
-        other.head.weight[0, 0] += 1e-3
-    threshold = EntropyPatcher(patcher.entropy_model, PatchConfig("global", patcher.config.entropy_threshold + 0.01))
-    for wrong in ((other, patcher), (model, threshold)):
+        other_model.head.weight[0, 0] += 1e-3
+    other_config = PatchConfig("global", patcher.config.entropy_threshold + 0.01)
+    other_patcher = EntropyPatcher(patcher.entropy_model, other_config)
+    for wrong in ((other_model, patcher), (model, other_patcher)):
         with pytest.raises(ValueError, match="another model, entropy model or patch rule"):
             decompress(made, *wrong)
+
     for damaged in (b"", made[:20], b"XXXX" + made[4:], made[:-1]):
         with pytest.raises(ValueError, match="no file that compress.py wrote"):
             decompress(damaged, model, patcher)
-    # Whichever byte is wrong, in the header or in the code. Its last word may hold bits that say nothing.
+    # Whichever byte is wrong, in the header or in the code. The last word may hold unused bits.
     for flipped in flip_each_byte(made, len(made) - 4):
         with pytest.raises(ValueError, match="damaged|does not fit"):
             decompress(flipped, model, patcher)
@@ -156,9 +174,10 @@ def test_the_format_before_gets_an_error_that_names_it():
         decompress(b"BLT1" + bytes(36), None, None)
 
 
-def test_a_header_says_what_it_was_given():
+def test_a_header_is_read_as_it_was_written():
     header = Header(False, 10**12, 2**32 - 1, 65535, 4096, 3, b"modelmod", b"mach")
-    assert read_header(header.pack()) == header and len(header.pack()) == HEADER.size
+    assert read_header(header.pack()) == header
+    assert len(header.pack()) == HEADER.size
 
 
 def test_another_machine_is_refused(trained, monkeypatch):
@@ -169,11 +188,14 @@ def test_another_machine_is_refused(trained, monkeypatch):
 
 
 def test_improbable_bytes_cost_at_most_20_bits():
-    model, patcher = model_of(), patcher_of("space")
+    model = model_of()
+    patcher = patcher_of("space")
+    # A model that is sure of every byte, and wrong.
     with torch.no_grad():
-        model.head.weight.mul_(1000)  # sure of everything, and wrong
+        model.head.weight.mul_(1000)
     code, bits = encode(model, patcher, b"hello there", 1, 64)
-    assert bits <= 12 * 20.01 and abs(8 * len(code) - bits) <= 64
+    assert bits <= 12 * 20.01
+    assert abs(8 * len(code) - bits) <= 64
 
 
 @pytest.fixture
@@ -191,7 +213,8 @@ def folder(tmp_path, trained, monkeypatch):
         entropy_model_path="entropy_model.pth",
         entropy_model_sha256=model_hash(patcher.entropy_model),
     )
-    save_model(model, tmp_path / "checkpoints" / "best.pt", record, tmp_path / "checkpoints" / "model.json")
+    checkpoints = tmp_path / "checkpoints"
+    save_model(model, checkpoints / "best.pt", record, checkpoints / "model.json")
     (tmp_path / "a.txt").write_bytes(TEXT[:400])
     (tmp_path / "noise").write_bytes(NOISE)
     monkeypatch.chdir(tmp_path)
@@ -201,12 +224,15 @@ def folder(tmp_path, trained, monkeypatch):
 def test_the_script_compresses_and_restores(folder, capsys):
     compress.main(CompressConfig(file="a.txt", streams=3))
     out = capsys.readouterr().out
-    assert "3 streams side by side cost" in out and "restored and compared" in out and "stored as it is" not in out
+    assert "3 streams side by side cost" in out
+    assert "restored and compared" in out
+    assert "stored as it is" not in out
     assert "next: python compress.py --decompress a.txt.blt --model checkpoints" in out
     with pytest.raises(ValueError, match="a.txt exists"):
         compress.main(CompressConfig(decompress="a.txt.blt"))
     compress.main(CompressConfig(decompress="a.txt.blt", output="b.txt"))
-    assert (folder / "b.txt").read_bytes() == TEXT[:400] and "checksum right" in capsys.readouterr().out
+    assert (folder / "b.txt").read_bytes() == TEXT[:400]
+    assert "checksum right" in capsys.readouterr().out
     with pytest.raises(ValueError, match="pass either"):
         CompressConfig()
     with pytest.raises(FileNotFoundError, match="none.txt not found"):
@@ -219,13 +245,19 @@ def test_the_script_stores_what_it_cannot_compress(folder, trained, capsys):
     assert size == len(NOISE) + HEADER.size
     out = capsys.readouterr().out
     on_disk = 8 * size / len(NOISE)
-    assert f"{on_disk:.4f} bits per byte on disk" in out and "stored as it is" in out and "restored and compared" in out
+    assert f"{on_disk:.4f} bits per byte on disk" in out
+    assert "stored as it is" in out
+    assert "restored and compared" in out
     by_the_model = encode(*trained, NOISE, 1, 128)[1] / len(NOISE)
-    assert f", {by_the_model:.4f} by the model's probabilities" in out and by_the_model > 8
+    assert f", {by_the_model:.4f} by the model's probabilities" in out
+    assert by_the_model > 8
+
+    # A stored file is restored without a model; a compressed one is not.
     compress.main(CompressConfig(file="a.txt"))
     shutil.rmtree(folder / "checkpoints")
     compress.main(CompressConfig(decompress="noise.blt", output="same"))
-    assert (folder / "same").read_bytes() == NOISE and "no model used" in capsys.readouterr().out
+    assert (folder / "same").read_bytes() == NOISE
+    assert "no model used" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="python llm.py"):
         compress.main(CompressConfig(decompress="a.txt.blt", output="other"))
 
@@ -235,4 +267,6 @@ def test_a_mistake_is_one_line(folder):
     script = Path(__file__).parent.parent / "compress.py"
     command = [sys.executable, script, "--decompress", "broken.blt", "--output", "x"]
     made = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert made.returncode == 1 and "it is damaged" in made.stderr and made.stderr.count("\n") == 1
+    assert made.returncode == 1
+    assert "it is damaged" in made.stderr
+    assert made.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""corpus.py: every source and format, the split, limits, the cache and its damage, and what a user is told."""
+"""corpus.py: sources and formats, the split, limits, the cache and its damage, error messages."""
 
 import gzip
 import hashlib
@@ -20,10 +20,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from blt import corpus as data
+import blt.corpus
 from blt.corpus import Corpus, cut_text, open_corpus, split_off
 
-ROOT = Path(data.__file__).resolve().parent.parent
+ROOT = Path(blt.corpus.__file__).resolve().parent.parent
 COMPRESSIONS = ["", ".gz", ".xz", ".zst"]
 
 
@@ -51,7 +51,10 @@ def parquet_bytes(**columns):
 
 
 def contents(corpus, numbers=None):
-    return [corpus.document(i).tobytes() for i in (range(len(corpus)) if numbers is None else numbers)]
+    """The documents of a corpus as bytes: all of them, or those of these numbers."""
+    if numbers is None:
+        numbers = range(len(corpus))
+    return [corpus.document(i).tobytes() for i in numbers]
 
 
 def numbered(count, size=20):
@@ -64,7 +67,8 @@ def opened(tmp_path):
     """open_corpus with a cache of its own."""
 
     def open_it(dataset, **settings):
-        return open_corpus(dataset, **({"cache_dir": tmp_path / "cache"} | settings))
+        settings = {"cache_dir": tmp_path / "cache"} | settings
+        return open_corpus(dataset, **settings)
 
     return open_it
 
@@ -78,24 +82,29 @@ TEXTS = ["one", "deux é", "three\nlines\n", "emoji 🙂", "five"]
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("kind", ["jsonl", "json array", "json lines", "json pretty", "parquet"])
 def test_records_of_every_format_and_compression(tmp_path, opened, kind, compression):
+    records = [{"text": text} for text in TEXTS]
     content = {
-        "jsonl": json_lines(TEXTS, other=[1, 2]).replace(b"\n", b"\n\n  \n", 1),  # blank lines are passed over
-        "json array": json.dumps([{"text": text} for text in TEXTS]).encode(),
+        # Blank lines are passed over.
+        "jsonl": json_lines(TEXTS, other=[1, 2]).replace(b"\n", b"\n\n  \n", 1),
+        "json array": json.dumps(records).encode(),
         "json lines": b"\n" + json_lines(TEXTS),
-        "json pretty": json.dumps([{"text": text} for text in TEXTS], indent=2).encode(),
+        "json pretty": json.dumps(records, indent=2).encode(),
         "parquet": parquet_bytes(other=list(range(5)), text=TEXTS),
     }[kind]
-    path = write(tmp_path / f"file.{kind.split()[0]}{compression}", content)
+    extension = kind.split()[0]
+    path = write(tmp_path / f"file.{extension}{compression}", content)
     corpus = opened(path)
     assert contents(corpus) == [text.encode() for text in TEXTS]
-    assert corpus.sources == [path.name] and corpus.source_ids.tolist() == [0] * 5
+    assert corpus.sources == [path.name]
+    assert corpus.source_ids.tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("kind", [".txt", ".md", ".TXT"])
 def test_text_keeps_invalid_utf8(tmp_path, opened, kind, compression):
     content = bytes(range(256)) + b"\xff\xfe\x00\n\n" + b"\xc3 truncated"
-    corpus = opened(write(tmp_path / f"file{kind}{compression}", content), max_document_bytes=100)
+    path = write(tmp_path / f"file{kind}{compression}", content)
+    corpus = opened(path, max_document_bytes=100)
     assert corpus.bytes.tobytes() == content
     assert len(corpus) > 2
 
@@ -113,8 +122,8 @@ def test_byte_order_mark_is_no_part_of_json(tmp_path, opened):
 
 
 def test_lone_surrogates_are_kept_as_bytes(tmp_path, opened):
-    corpus = opened(write(tmp_path / "a.jsonl", b'{"text": "x\\ud83dy"}\n{"text": "plain"}\n'))
-    assert contents(corpus) == ["x\ud83dy".encode("utf-8", "surrogatepass"), b"plain"]
+    path = write(tmp_path / "a.jsonl", b'{"text": "x\\ud83dy"}\n{"text": "plain"}\n')
+    assert contents(opened(path)) == ["x\ud83dy".encode("utf-8", "surrogatepass"), b"plain"]
 
 
 def test_null_and_empty_texts_are_skipped(tmp_path, opened):
@@ -127,15 +136,19 @@ def test_null_and_empty_texts_are_skipped(tmp_path, opened):
 def test_parquet_may_hold_binary_and_invalid_text(tmp_path, opened):
     binary = pyarrow.array([b"\xff\x00", b"b"], pyarrow.binary())
     invalid = pyarrow.StringArray.from_buffers(2, *binary.buffers()[1:])
-    for name, column in {"binary": binary, "invalid": invalid, "large": binary.cast(pyarrow.large_binary())}.items():
-        assert contents(opened(write(tmp_path / f"{name}.parquet", parquet_bytes(text=column)))) == [b"\xff\x00", b"b"]
+    large = binary.cast(pyarrow.large_binary())
+    for name, column in {"binary": binary, "invalid": invalid, "large": large}.items():
+        path = write(tmp_path / f"{name}.parquet", parquet_bytes(text=column))
+        assert contents(opened(path)) == [b"\xff\x00", b"b"]
 
 
 def test_parquet_longer_than_a_batch(tmp_path, opened):
     texts = numbered(2500)
-    corpus = opened(write(tmp_path / "a.parquet", parquet_bytes(text=texts, source=["s", "t"] * 1250)))
+    content = parquet_bytes(text=texts, source=["s", "t"] * 1250)
+    corpus = opened(write(tmp_path / "a.parquet", content))
     assert contents(corpus) == [text.encode() for text in texts]
-    assert corpus.sources == ["s", "t"] and corpus.source_ids.tolist() == [0, 1] * 1250
+    assert corpus.sources == ["s", "t"]
+    assert corpus.source_ids.tolist() == [0, 1] * 1250
 
 
 def test_text_field_is_selectable(tmp_path, opened):
@@ -146,18 +159,25 @@ def test_text_field_is_selectable(tmp_path, opened):
 
 
 def test_sources(tmp_path, opened):
+    lines = [
+        b'{"text": "1", "source": "s"}',
+        b'{"text": "2"}',
+        b'{"text": "3", "source": 4}',
+    ]
     write(tmp_path / "in" / "b.txt", b"text")
-    write(tmp_path / "in" / "a" / "x.jsonl", b'{"text": "1", "source": "s"}\n{"text": "2"}\n{"text": "3", "source": 4}')
+    write(tmp_path / "in" / "a" / "x.jsonl", b"\n".join(lines))
     corpus = opened(tmp_path / "in")
-    assert [corpus.sources[i] for i in corpus.source_ids] == ["s", "a/x.jsonl", "a/x.jsonl", "b.txt"]
+    sources = [corpus.sources[i] for i in corpus.source_ids]
+    assert sources == ["s", "a/x.jsonl", "a/x.jsonl", "b.txt"]
     assert corpus.source_ids.dtype == np.uint16
 
 
 def test_more_sources_than_ids(tmp_path, opened, monkeypatch):
-    monkeypatch.setattr(data, "SOURCE_LIMIT", 3)
+    monkeypatch.setattr(blt.corpus, "SOURCE_LIMIT", 3)
     lines = [json.dumps({"text": f"text {i}", "source": f"s{i % 5}"}) for i in range(10)]
     corpus = opened(write(tmp_path / "a.jsonl", "\n".join(lines).encode()))
-    assert [corpus.sources[i] for i in corpus.source_ids] == ["s0", "s1", "(other)", "(other)", "(other)"] * 2
+    sources = [corpus.sources[i] for i in corpus.source_ids]
+    assert sources == ["s0", "s1", "(other)", "(other)", "(other)"] * 2
 
 
 def test_folder_is_walked_in_sorted_order(tmp_path, opened, capsys):
@@ -169,13 +189,14 @@ def test_folder_is_walked_in_sorted_order(tmp_path, opened, capsys):
 
 def test_store_inside_its_input_is_not_input(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "a.txt", b"a"), write(tmp_path / "b.txt", b"b")
+    write(tmp_path / "a.txt", b"a")
+    write(tmp_path / "b.txt", b"b")
     first = open_corpus(".", cache_dir="cache")
     assert contents(open_corpus(".", cache_dir="cache")) == contents(first) == [b"a", b"b"]
     assert capsys.readouterr().out.count("building") == 1
 
 
-# ---- Cutting text
+# ---- Splitting long text
 
 
 @given(st.binary(max_size=300) | st.text("ab\r\n", max_size=300).map(str.encode), st.integers(1, 50))
@@ -185,8 +206,8 @@ def test_pieces_concatenate_to_the_text(text, limit):
     pieces = list(cut_text(io.BytesIO(text), limit))
     assert b"".join(pieces) == text
     assert all(1 <= len(piece) <= limit for piece in pieces)
-    for piece, following in zip(pieces, pieces[1:]):
-        # A cut in mid-line only where the limit leaves no newline; it never comes early without reason.
+    for piece in pieces[:-1]:
+        # A piece ends in mid-line only where it is full and has no newline.
         assert piece.endswith(b"\n") or (len(piece) == limit and b"\n" not in piece)
 
 
@@ -203,16 +224,21 @@ def test_pieces_concatenate_to_the_text(text, limit):
         (b"", 5, []),
     ],
 )
-def test_cuts_by_hand(text, limit, pieces):
+def test_pieces_by_hand(text, limit, pieces):
     assert list(cut_text(io.BytesIO(text), limit)) == pieces
 
 
 def test_pieces_of_a_text_longer_than_the_read_buffer():
     rng = random.Random(0)
-    text = b"".join(bytes(rng.choices(b"abc \n", k=rng.randrange(1, 9))) + b"\n" * (i % 7 == 0) for i in range(400_000))
+    lines = []
+    for i in range(400_000):
+        words = bytes(rng.choices(b"abc \n", k=rng.randrange(1, 9)))
+        lines.append(words + b"\n" if i % 7 == 0 else words)
+    text = b"".join(lines)
     pieces = list(cut_text(io.BytesIO(text), 1000))
     assert len(text) > 1.5 * 2**20
-    assert b"".join(pieces) == text and max(map(len, pieces)) <= 1000
+    assert b"".join(pieces) == text
+    assert max(map(len, pieces)) <= 1000
     assert sum(piece.endswith(b"\n\n") for piece in pieces) >= len(pieces) - 1
 
 
@@ -254,20 +280,25 @@ def test_bad_input(tmp_path, opened, name, content, message):
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])
 def test_damaged_compression_names_the_file(tmp_path, opened, compression, damage):
     path = write(tmp_path / f"a.txt{compression}", random.Random(0).randbytes(5000))
-    path.write_bytes(path.read_bytes()[:2000] if damage == "truncated" else b"this was never compressed")
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    else:
+        path.write_bytes(b"this was never compressed")
     with pytest.raises(ValueError, match=rf"cannot read .*a.txt\{compression}.*damaged"):
         opened(path, max_document_bytes=100)
 
 
 def test_large_json_array_is_refused(tmp_path, opened, monkeypatch):
-    pretty = json.dumps([{"text": text} for text in numbered(100)], indent=1).encode()
-    single = json.dumps([{"text": text} for text in numbered(100)]).encode()
-    lines = json_lines(numbered(100))
-    monkeypatch.setattr(data, "WHOLE_JSON_BYTES", 1000)
+    records = [{"text": text} for text in numbered(100)]
+    pretty = json.dumps(records, indent=1).encode()
+    single = json.dumps(records).encode()
+    monkeypatch.setattr(blt.corpus, "WHOLE_JSON_BYTES", 1000)
     for content in (pretty, single):
         with pytest.raises(ValueError, match="over 1,000 bytes.*convert it to JSON lines"):
             opened(write(tmp_path / "a.json", content))
-    assert len(opened(write(tmp_path / "a.json", lines))) == 100  # JSON lines stream, whatever the size
+    # JSON lines are read as a stream, whatever their size.
+    lines = json_lines(numbered(100))
+    assert len(opened(write(tmp_path / "a.json", lines))) == 100
 
 
 @pytest.mark.parametrize("name", ["no.txt", "in/no.jsonl.gz", "./no", "/no/x", "~/no-x", "a/b/c"])
@@ -277,8 +308,9 @@ def test_missing_file(opened, name):
 
 
 def test_missing_sample(opened, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "SAMPLE_PATH", tmp_path / "sample.jsonl.xz")
-    with pytest.raises(FileNotFoundError, match="bundled sample .* is missing; restore it with: git checkout"):
+    monkeypatch.setattr(blt.corpus, "SAMPLE_PATH", tmp_path / "sample.jsonl.xz")
+    message = "bundled sample .* is missing; restore it with: git checkout"
+    with pytest.raises(FileNotFoundError, match=message):
         opened("sample")
 
 
@@ -333,7 +365,7 @@ def hub(monkeypatch):
             return iter(records)
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        monkeypatch.setattr(data, "check_hub_answers", lambda: None)
+        monkeypatch.setattr(blt.corpus, "check_hub_answers", lambda: None)
         return calls
 
     return use
@@ -341,16 +373,29 @@ def hub(monkeypatch):
 
 def test_hub_dataset(opened, hub):
     sent = []
-    records = map(lambda text: sent.append(text) or {"text": text}, numbered(100))
-    calls = hub(records)
+
+    def send(text):
+        sent.append(text)
+        return {"text": text}
+
+    # One stream for both calls of open_corpus: the second goes on where the first has stopped.
+    calls = hub(map(send, numbered(100)))
     corpus = opened("owner/name:part", max_documents=10)
     assert contents(corpus) == [text.encode() for text in numbered(10)]
-    assert calls == [("owner/name", "part", "train", True)] and len(sent) == 10  # none was fetched in vain
-    opened("owner/name:other", max_bytes=200)  # the next ten, of 20 bytes each
-    assert calls.pop() == ("owner/name", "other", "train", True) and len(sent) == 20
+    assert calls == [("owner/name", "part", "train", True)]
+    # No more records were fetched than are used.
+    assert len(sent) == 10
+
+    # The next ten, of 20 bytes each.
+    opened("owner/name:other", max_bytes=200)
+    assert calls.pop() == ("owner/name", "other", "train", True)
+    assert len(sent) == 20
+
+    # The same dataset under another spelling: its store is there.
     assert corpus.sources == ["owner/name:part"]
-    assert contents(opened("owner/name", subset="part", max_documents=10)) == contents(corpus)
-    assert len(calls) == 1  # it is the same dataset, and its store is there
+    same = opened("owner/name", subset="part", max_documents=10)
+    assert contents(same) == contents(corpus)
+    assert len(calls) == 1
     with pytest.raises(ValueError, match="give only one of them"):
         opened("owner/name:part", subset="other", max_documents=10)
 
@@ -373,24 +418,27 @@ def test_hub_dataset_needs_a_limit(opened, hub):
 )
 def test_hub_failure_is_one_clear_error(opened, hub, raised, expected):
     hub(raised)
-    with pytest.raises(expected, match="cannot read dataset owner/name .*no route.*check the name.*--dataset sample"):
+    message = "cannot read dataset owner/name .*no route.*check the name.*--dataset sample"
+    with pytest.raises(expected, match=message):
         opened("owner/name", max_bytes=1000)
 
 
 def test_hub_failure_in_mid_stream_leaves_no_store(tmp_path, opened, hub):
     def records():
-        yield from ({"text": text} for text in numbered(5))
-        raise ConnectionError("cable cut")
+        for text in numbered(5):
+            yield {"text": text}
+        raise ConnectionError("cable unplugged")
 
     hub(records())
-    with pytest.raises(ConnectionError, match="cable cut"):
+    with pytest.raises(ConnectionError, match="cable unplugged"):
         opened("owner/name", max_bytes=1000)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_hub_record_without_the_field(opened, hub):
     hub([{"text": "a"}, {"body": "b"}])
-    with pytest.raises(ValueError, match="^text field 'text' not found in owner/name record 2; its fields are: body"):
+    message = "^text field 'text' not found in owner/name record 2; its fields are: body"
+    with pytest.raises(ValueError, match=message):
         opened("owner/name", max_bytes=1000)
 
 
@@ -401,21 +449,38 @@ def test_no_network_is_noticed_before_the_library_retries(opened, monkeypatch):
     class NoNetwork:
         def head(self, url, timeout):
             assert timeout <= 10
-            raise RuntimeError("name not known")  # not a ConnectionError: neither is httpx's
+            # Not a ConnectionError: httpx's errors are none either.
+            raise RuntimeError("name not known")
+
+    def load_dataset(*_, **__):
+        pytest.fail("load_dataset was called")
 
     monkeypatch.setattr(huggingface_hub.utils, "get_session", NoNetwork)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("load_dataset was called"))
-    with pytest.raises(ConnectionError, match="owner/name.*no answer from http.*name not known.*--dataset sample"):
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = "owner/name.*no answer from http.*name not known.*--dataset sample"
+    with pytest.raises(ConnectionError, match=message):
         opened("owner/name", max_bytes=1000)
 
 
 # ---- Limits
 
 
-@pytest.mark.parametrize("max_bytes, count", [(40, 2), (59, 2), (60, 3), (61, 3), (199, 9), (200, 10), (10**9, 10)])
+@pytest.mark.parametrize(
+    "max_bytes, count",
+    [
+        (40, 2),
+        (59, 2),
+        (60, 3),
+        (61, 3),
+        (199, 9),
+        (200, 10),
+        (10**9, 10),
+    ],
+)
 def test_max_bytes_keeps_whole_documents(tmp_path, opened, max_bytes, count):
     path = write(tmp_path / "a.jsonl", json_lines(numbered(10)))
-    assert contents(opened(path, max_bytes=max_bytes)) == [text.encode() for text in numbered(count)]
+    corpus = opened(path, max_bytes=max_bytes)
+    assert contents(corpus) == [text.encode() for text in numbered(count)]
 
 
 def test_max_bytes_stops_at_the_first_that_does_not_fit(tmp_path, opened):
@@ -427,27 +492,43 @@ def test_max_bytes_stops_at_the_first_that_does_not_fit(tmp_path, opened):
 
 def test_max_documents(tmp_path, opened):
     path = write(tmp_path / "a.jsonl", json_lines(numbered(10)))
-    assert contents(opened(path, max_documents=4)) == [text.encode() for text in numbered(4)]
-    assert contents(opened(path, max_documents=4, max_bytes=60)) == [text.encode() for text in numbered(3)]
+    texts = [text.encode() for text in numbered(4)]
+    assert contents(opened(path, max_documents=4)) == texts
+    assert contents(opened(path, max_documents=4, max_bytes=60)) == texts[:3]
+
+
+def numbers_within(sizes, members, max_bytes):
+    """The first members with at most max_bytes together, but at least one: one document at a time."""
+    numbers = []
+    total = 0
+    for i in members:
+        total += sizes[i]
+        if numbers and total > max_bytes:
+            break
+        numbers.append(i)
+    return numbers
 
 
 def test_documents_of_a_split(tmp_path, opened):
     sizes = [random.Random(i).randrange(5, 200) for i in range(300)]
-    path = write(tmp_path / "a.jsonl", json_lines([f"{i} ".ljust(n) for i, n in enumerate(sizes)]))
-    corpus = opened(path, val_fraction=0.3)
-    for split in ("train", "validation", "all"):
-        members = [i for i in range(300) if split == "all" or corpus.is_validation[i] == (split == "validation")]
-        assert corpus.documents(split).tolist() == members and corpus.documents(split).dtype == np.int64
-        two, all_of_them = sum(sizes[i] for i in members[:2]), sum(sizes[i] for i in members)
-        for max_bytes in (1, two - 1, two, 500, all_of_them - 1, all_of_them, 10**9):
-            expected, total = [], 0  # the oracle: one document after the other
-            for i in members:
-                total += sizes[i]
-                if expected and total > max_bytes:
-                    break
-                expected.append(i)
-            assert corpus.documents(split, max_bytes=max_bytes).tolist() == expected
-            assert corpus.documents(split, max_bytes=max_bytes, max_documents=3).tolist() == expected[:3]
+    texts = [f"{i} ".ljust(n) for i, n in enumerate(sizes)]
+    corpus = opened(write(tmp_path / "a.jsonl", json_lines(texts)), val_fraction=0.3)
+    members_of = {
+        "train": np.flatnonzero(~corpus.is_validation).tolist(),
+        "validation": np.flatnonzero(corpus.is_validation).tolist(),
+        "all": list(range(300)),
+    }
+    for split, members in members_of.items():
+        assert corpus.documents(split).tolist() == members
+        assert corpus.documents(split).dtype == np.int64
+        two = sum(sizes[i] for i in members[:2])
+        every = sum(sizes[i] for i in members)
+        for max_bytes in (1, two - 1, two, 500, every - 1, every, 10**9):
+            expected = numbers_within(sizes, members, max_bytes)
+            got = corpus.documents(split, max_bytes=max_bytes)
+            assert got.tolist() == expected
+            first_three = corpus.documents(split, max_bytes=max_bytes, max_documents=3)
+            assert first_three.tolist() == expected[:3]
     assert 60 <= len(corpus.documents("validation")) <= 120
     with pytest.raises(ValueError, match="split is 'test'; it must be"):
         corpus.documents("test")
@@ -461,20 +542,23 @@ def test_documents_of_a_split(tmp_path, opened):
 
 
 def sides(corpus):
-    return {document: bool(side) for document, side in zip(contents(corpus), corpus.is_validation)}
+    """{document: whether it is on the validation side}."""
+    return dict(zip(contents(corpus), corpus.is_validation.tolist()))
 
 
 def test_split_does_not_depend_on_order_or_limits(tmp_path, opened):
     texts = numbered(400)
+    other_order = random.Random(1).sample(texts, 400)
     whole = opened(write(tmp_path / "a.jsonl", json_lines(texts)), val_fraction=0.2)
-    shuffled = opened(write(tmp_path / "b.jsonl", json_lines(random.Random(1).sample(texts, 400))), val_fraction=0.2)
+    shuffled = opened(write(tmp_path / "b.jsonl", json_lines(other_order)), val_fraction=0.2)
     part = opened(tmp_path / "a.jsonl", val_fraction=0.2, max_documents=100)
     larger = opened(tmp_path / "a.jsonl", val_fraction=0.4)
     assert contents(whole) != contents(shuffled)
     assert sides(whole) == sides(shuffled)
     assert sides(part).items() <= sides(whole).items()
     assert sum(sides(whole).values()) < sum(sides(larger).values())
-    assert all(sides(larger)[document] for document, side in sides(whole).items() if side)
+    in_larger = sides(larger)
+    assert all(in_larger[document] for document, side in sides(whole).items() if side)
     assert whole.hash != shuffled.hash
 
 
@@ -510,14 +594,23 @@ def test_store_and_manifest(tmp_path, opened):
     corpus = opened(write(tmp_path / "a.jsonl", json_lines(numbered(50))))
     manifest = corpus.manifest
     assert len(corpus) == manifest["documents"] == 50
-    assert corpus.bytes.tobytes() == b"".join(texts) and manifest["bytes"] == 1000
-    assert isinstance(corpus.bytes, np.memmap) and corpus.bytes.dtype == np.uint8
-    assert corpus.offsets.tolist() == list(range(0, 1001, 20)) and corpus.offsets.dtype == np.int64
+    assert corpus.bytes.tobytes() == b"".join(texts)
+    assert manifest["bytes"] == 1000
+    assert isinstance(corpus.bytes, np.memmap)
+    assert corpus.bytes.dtype == np.uint8
+    assert corpus.offsets.tolist() == list(range(0, 1001, 20))
+    assert corpus.offsets.dtype == np.int64
     assert corpus.is_validation.dtype == bool
-    assert manifest["validation_documents"] == corpus.is_validation.sum() == manifest["validation_bytes"] / 20
-    assert manifest["train_documents"] == 50 - corpus.is_validation.sum() == manifest["train_bytes"] / 20
-    assert corpus.hash == hashlib.sha256(b"".join(len(x).to_bytes(8, "little") + x for x in texts)).hexdigest()
-    assert manifest["text_field"] == "text" and manifest["val_fraction"] == 0.03
+
+    n_validation = corpus.is_validation.sum()
+    assert manifest["validation_documents"] == n_validation == manifest["validation_bytes"] / 20
+    assert manifest["train_documents"] == 50 - n_validation == manifest["train_bytes"] / 20
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(len(text).to_bytes(8, "little") + text)
+    assert corpus.hash == digest.hexdigest()
+    assert manifest["text_field"] == "text"
+    assert manifest["val_fraction"] == 0.03
     assert np.shares_memory(corpus.document(3), corpus.bytes)
     with pytest.raises(ValueError, match="read-only"):
         corpus.document(0)[0] = 0
@@ -527,34 +620,46 @@ def test_store_and_manifest(tmp_path, opened):
 def test_hash_sees_where_documents_end(tmp_path, opened):
     one = opened(write(tmp_path / "a.jsonl", json_lines(["ab", "c"])))
     other = opened(write(tmp_path / "b.jsonl", json_lines(["a", "bc"])))
-    assert one.bytes.tobytes() == other.bytes.tobytes() and one.hash != other.hash
+    assert one.bytes.tobytes() == other.bytes.tobytes()
+    assert one.hash != other.hash
 
 
 def test_store_is_reused_and_rebuilt_after_a_change(tmp_path, opened, capsys):
     path = write(tmp_path / "a.jsonl", json_lines(["a", "b"]))
     first = opened(path)
     out, err = capsys.readouterr()
-    assert err == ""  # no progress bar where stderr is not a terminal
-    out = out.splitlines()
-    assert len(out) == 2 and out[0].startswith("building ")
-    assert re.search(r"built .*: 2 documents, 2 bytes \(train 1, validation 1\) in [\d.]+ s, [\d.]+ MB/s", out[1])
+    # No progress bar where stderr is not a terminal.
+    assert err == ""
+    first_line, second_line = out.splitlines()
+    assert first_line.startswith("building ")
+    documents = r"built .*: 2 documents, 2 bytes \(train 1, validation 1\)"
+    assert re.search(documents + r" in [\d.]+ s, [\d.]+ MB/s", second_line)
     assert opened(path).folder == first.folder
     assert capsys.readouterr().out == ""
 
-    path.write_bytes(json_lines(["a", "c"]))  # as long as before; only the time tells
+    # As long as before; only the time tells.
+    path.write_bytes(json_lines(["a", "c"]))
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     assert contents(opened(path)) == [b"a", b"c"]
-    assert contents(Corpus(first.folder)) == [b"a", b"b"]  # the older store is left alone
+    # The older store is left alone.
+    assert contents(Corpus(first.folder)) == [b"a", b"b"]
 
+    # As old as before; only the size tells.
     time_ns = path.stat().st_mtime_ns
-    path.write_bytes(json_lines(["a", "longer"]))  # as old as before; only the size tells
+    path.write_bytes(json_lines(["a", "longer"]))
     os.utime(path, ns=(0, time_ns))
     assert contents(opened(path)) == [b"a", b"longer"]
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_bytes": 60}, {"max_documents": 5}, {"val_fraction": 0.2}, {"max_document_bytes": 7}, {"text_field": "b"}],
+    [
+        {"max_bytes": 60},
+        {"max_documents": 5},
+        {"val_fraction": 0.2},
+        {"max_document_bytes": 7},
+        {"text_field": "b"},
+    ],
 )
 def test_every_setting_has_its_own_store(tmp_path, opened, change):
     path = write(tmp_path / "a.jsonl", json_lines(numbered(10), b="x").replace(b'"x"', b'"y"', 1))
@@ -562,26 +667,27 @@ def test_every_setting_has_its_own_store(tmp_path, opened, change):
 
 
 def test_interrupted_build_leaves_nothing(tmp_path, opened, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     path = write(tmp_path / "a.jsonl", json_lines(numbered(10)))
-    with monkeypatch.context() as patch:
-
-        def interrupt(*_):
-            raise KeyboardInterrupt
-
-        patch.setattr(data, "split_off", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            opened(path)
+    monkeypatch.setattr(blt.corpus, "split_off", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        opened(path)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_killed_build_does_not_break_the_next(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines(numbered(10)))
-    killed = (
-        "import os, sys; from blt import corpus as data; data.split_off = lambda *_: os._exit(9);"
-        "data.open_corpus(sys.argv[1], cache_dir=sys.argv[2])"
-    )
     cache = tmp_path / "cache"
-    assert subprocess.run([sys.executable, "-c", killed, path, cache], cwd=ROOT, capture_output=True).returncode == 9
+    code = [
+        "import os, sys",
+        "from blt import corpus",
+        "corpus.split_off = lambda *_: os._exit(9)",
+        "corpus.open_corpus(sys.argv[1], cache_dir=sys.argv[2])",
+    ]
+    command = [sys.executable, "-c", "\n".join(code), path, cache]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 9
     (stale,) = cache.iterdir()
     assert ".partial-" in stale.name
     assert len(open_corpus(path, cache_dir=cache)) == 10
@@ -589,25 +695,26 @@ def test_killed_build_does_not_break_the_next(tmp_path):
 
 def test_two_builds_at_once(tmp_path, opened, monkeypatch):
     path = write(tmp_path / "a.jsonl", json_lines(numbered(10)))
-    really_split = data.split_off
+    really_split = blt.corpus.split_off
 
     def build_the_same_store_first(*arguments):
-        monkeypatch.setattr(data, "split_off", really_split)
+        monkeypatch.setattr(blt.corpus, "split_off", really_split)
         opened(path)
         return really_split(*arguments)
 
-    monkeypatch.setattr(data, "split_off", build_the_same_store_first)
+    monkeypatch.setattr(blt.corpus, "split_off", build_the_same_store_first)
     assert len(opened(path)) == 10
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-@pytest.mark.parametrize("file", data.STORE_FILES)
+@pytest.mark.parametrize("file", blt.corpus.STORE_FILES)
 def test_truncated_store_is_refused(tmp_path, opened, file):
     path = write(tmp_path / "a.jsonl", json_lines(numbered(10)))
     folder = opened(path).folder
     size = (folder / file).stat().st_size
     os.truncate(folder / file, size - 1)
-    with pytest.raises(ValueError, match=rf"{folder} is damaged \({file} has {size - 1} bytes, not {size}\); delete"):
+    message = rf"{folder} is damaged \({file} has {size - 1} bytes, not {size}\); delete"
+    with pytest.raises(ValueError, match=message):
         opened(path)
     (folder / file).unlink()
     with pytest.raises(ValueError, match=f"is damaged .*{file}.*delete that folder"):
@@ -618,7 +725,10 @@ def test_truncated_store_is_refused(tmp_path, opened, file):
 def test_broken_manifest_is_refused(tmp_path, opened, manifest):
     path = write(tmp_path / "a.jsonl", json_lines(numbered(10)))
     file = opened(path).folder / "manifest.json"
-    file.unlink() if manifest is None else file.write_text(manifest)
+    if manifest is None:
+        file.unlink()
+    else:
+        file.write_text(manifest)
     with pytest.raises(ValueError, match="is damaged .*delete that folder"):
         opened(path)
 
@@ -641,30 +751,49 @@ def test_full_disk(tmp_path, opened, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a.parquet"])
-def test_memory_does_not_grow_with_the_corpus(tmp_path, opened, name):
-    path, size = tmp_path / name, 40_000_000
-    if name == "a.parquet":
-        random_text = random.Random(0).randbytes(size // 2).hex()  # hardly compresses, so reading it ahead would show
+def write_large_corpus(path, size):
+    """Write documents of 4000 bytes, `size` bytes in all, in the format of the path's extension."""
+    if path.suffix == ".parquet":
+        # Random text hardly compresses, so reading it ahead would show.
+        random_text = random.Random(0).randbytes(size // 2).hex()
         texts = [random_text[start : start + 4000] for start in range(0, size, 4000)]
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=2000)
-    else:
-        with (gzip.open if name.endswith(".gz") else open)(path, "wb") as file:
-            for text in numbered(size // 4000, size=4000):
-                file.write(text[:-1].encode() + b"\n" if name == "a.txt" else json_lines([text]))
-    # Not the process's peak RSS: a child inherits its parent's, which would hide any growth below that.
+        return
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "wb") as file:
+        for text in numbered(size // 4000, size=4000):
+            if path.suffix == ".txt":
+                file.write(text[:-1].encode() + b"\n")
+            else:
+                file.write(json_lines([text]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a.parquet"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, opened, name):
+    path = tmp_path / name
+    size = 40_000_000
+    write_large_corpus(path, size)
+    # Not the process's peak RSS: a child inherits its parent's, which would hide a smaller growth.
     tracemalloc.start()
     corpus = opened(path, max_document_bytes=4096)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(corpus.bytes) == size and len(corpus) == size // 4000
+    assert len(corpus.bytes) == size
+    assert len(corpus) == size // 4000
     assert peak < 8e6
 
 
 def test_import_is_light():
-    code = "import sys, data; print({'pyarrow', 'datasets', 'torch', 'huggingface_hub'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout == "set()\n" and run.stderr == ""
+    """--help must stay fast, so slow packages are imported where they are needed."""
+    code = [
+        "import sys",
+        "import blt.corpus",
+        "print({'pyarrow', 'datasets', 'huggingface_hub'} & set(sys.modules))",
+    ]
+    command = [sys.executable, "-c", "\n".join(code)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
+    assert run.stderr == ""
 
 
 # ---- The bundled sample
@@ -672,13 +801,17 @@ def test_import_is_light():
 
 def test_sample(opened):
     corpus = opened("sample")
-    assert len(corpus) == 13_770 and len(corpus.bytes) == 23_519_366
+    assert len(corpus) == 13_770
+    assert len(corpus.bytes) == 23_519_366
     assert 0.02 < corpus.manifest["validation_bytes"] / len(corpus.bytes) < 0.04
     assert corpus.hash.startswith("edabf000362529a8")
-    assert sorted(corpus.sources) == ["austen", "moby-dick", "state-of-the-union", "wikibooks-recipes", "wikipedia-en"]
-    validation = contents(corpus, corpus.documents("validation"))
-    assert not set(validation) & set(contents(corpus, corpus.documents("train")))
+    names = ["austen", "moby-dick", "state-of-the-union", "wikibooks-recipes", "wikipedia-en"]
+    assert sorted(corpus.sources) == names
+    train = set(contents(corpus, corpus.documents("train")))
+    validation = set(contents(corpus, corpus.documents("validation")))
+    assert not validation & train
     licences = (ROOT / "data" / "LICENSES.md").read_text()
+    counts = np.bincount(corpus.source_ids)
     sizes = np.bincount(corpus.source_ids, np.diff(corpus.offsets))
-    for source, documents, size in zip(corpus.sources, np.bincount(corpus.source_ids), sizes):
+    for source, documents, size in zip(corpus.sources, counts, sizes):
         assert f"| `{source}` | {documents:,} | {size:,.0f} |" in licences

@@ -16,80 +16,109 @@ from compress import decode, encode
 from entropy_patcher import EntropyPatcher
 from generate import generate
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-CONFIG = dict(encoder_dim=64, global_dim=64, decoder_dim=64, global_layers=2, decoder_layers=2, hash_rows=64, window=16)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CONFIG = dict(
+    encoder_dim=64,
+    global_dim=64,
+    decoder_dim=64,
+    global_layers=2,
+    decoder_layers=2,
+    hash_rows=64,
+    window=16,
+)
 
 
 def documents(n):
+    """n random documents of 300 letters."""
     return [np.random.default_rng(i).integers(97, 110, 300, dtype=np.uint8) for i in range(n)]
+
+
+def static_patcher():
+    return EntropyPatcher(None, threshold=4, method="static")
+
+
+def training_data():
+    """20 documents to train on and one to validate, in batches of 4 rows of 256 bytes."""
+    return PatchedDataset.from_documents(documents(20), documents(1), static_patcher(), 256, 4)
 
 
 def test_gpu_equals_cpu():
     torch.manual_seed(0)
-    model, patcher = BLTModel(BLTConfig(**CONFIG)).eval(), EntropyPatcher(None, threshold=4, method="static")
-    (batch,) = evaluation_batches(documents(2), [patcher.starts(d) for d in documents(2)], 1024)
+    model = BLTModel(BLTConfig(**CONFIG)).eval()
+    patcher = static_patcher()
+    texts = documents(2)
+    (batch,) = evaluation_batches(texts, [patcher.starts(text) for text in texts], 1024)
     with torch.no_grad():
         cpu = model(batch.ids[:, :-1], batch.patch_lengths)
         batch = batch.to("cuda")
         gpu = model.cuda()(batch.ids[:, :-1], batch.patch_lengths)
     torch.testing.assert_close(gpu.cpu(), cpu, atol=1e-4, rtol=0)
-    assert leak_gate(model, patcher, documents(1)[0]) < 1e-3
+    assert leak_gate(model, patcher, texts[0]) < 1e-3
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("compile", ["yes", "no"])
 def test_training_on_the_gpu(tmp_path, precision, compile):
-    data = PatchedDataset.from_documents(
-        documents(20), documents(1), EntropyPatcher(None, threshold=4, method="static"), 256, 4
-    )
     config = TrainingConfig(
-        row_bytes=256, batch_rows=4, steps=20, eval_every=10, precision=precision, compile=compile, output=str(tmp_path)
+        row_bytes=256,
+        batch_rows=4,
+        steps=20,
+        eval_every=10,
+        precision=precision,
+        compile=compile,
+        output=str(tmp_path),
     )
+    data = training_data()
     torch.manual_seed(0)
-    assert train_blt(BLTModel(BLTConfig(**CONFIG)).cuda(), data, config)["val_bpb"] < 6
+    model = BLTModel(BLTConfig(**CONFIG)).cuda()
+    assert train_blt(model, data, config)["val_bpb"] < 6
 
 
-def test_compiled_steps_wait_for_nothing():
-    """After the first steps no step of the compiled model compiles, or makes the CPU wait for the GPU."""
-    data = PatchedDataset.from_documents(
-        documents(20), documents(1), EntropyPatcher(None, threshold=4, method="static"), 256, 4
-    )
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_steps_do_not_wait(precision):
+    """After three steps the compiled model neither compiles nor makes the CPU wait for the GPU."""
+    data = training_data()
     config = TrainingConfig(row_bytes=256, batch_rows=4)
-    for precision in ("fp32", "bf16"):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        torch.manual_seed(0)
-        model = BLTModel(BLTConfig(**CONFIG)).cuda()
-        compiled, optimizers, scaler = (
-            torch.compile(model, fullgraph=True),
-            make_optimizers(model, config),
-            torch.amp.GradScaler("cuda", enabled=False),
-        )
-        batches = [data.train_rows.shuffled_batch(step, config.batch_rows, config.seed).pin() for step in range(6)]
-        try:
-            for step, batch in enumerate(batches):
-                if step == 3:
-                    torch.cuda.synchronize()
-                    torch.cuda.set_sync_debug_mode("error")
-                with torch.compiler.set_stance("default" if step < 3 else "fail_on_recompile"):
-                    with autocast(torch.device("cuda"), precision):
-                        nats, _ = target_losses(compiled, batch.to("cuda"))
-                        loss = nats.sum() / batch.targets
-                    loss.backward()
-                    clip_gradients(model, optimizers, scaler, config.clip)
-                    step_optimizers(optimizers, scaler)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = BLTModel(BLTConfig(**CONFIG)).cuda()
+    compiled = torch.compile(model, fullgraph=True)
+    optimizers = make_optimizers(model, config)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    batches = []
+    for step in range(6):
+        batches.append(data.train_rows.shuffled_batch(step, config.batch_rows, config.seed).pin())
+    try:
+        for step, batch in enumerate(batches):
+            if step == 3:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            with torch.compiler.set_stance("default" if step < 3 else "fail_on_recompile"):
+                with autocast(torch.device("cuda"), precision):
+                    nats, _ = target_losses(compiled, batch.to("cuda"))
+                    loss = nats.sum() / batch.targets
+                loss.backward()
+                clip_gradients(model, optimizers, scaler, config.clip)
+                step_optimizers(optimizers, scaler)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_writing_and_compressing_on_the_gpu():
-    """Cached, uncached and drafted text on the GPU is the CPU's; what is coded there is decoded there."""
-    model, patcher, prompts = model_of(), patcher_of("global"), [TEXT[:200], b"two books", b""]
+    """Text written on the GPU is the CPU's, cached or not; what the GPU codes the GPU decodes."""
+    model = model_of()
+    patcher = patcher_of("global")
+    prompts = [TEXT[:200], b"two books", b""]
     on_cpu = generate(model, patcher, prompts, 20)
     model.cuda()
     patcher.entropy_model.cuda()
-    assert generate(model, patcher, prompts, 20) == on_cpu == generate(model, patcher, prompts, 20, cached=False)
+    assert generate(model, patcher, prompts, 20) == on_cpu
+    assert generate(model, patcher, prompts, 20, cached=False) == on_cpu
     assert generate(model, patcher, prompts, 20, draft_bytes=4, draft_confidence=0.0) == on_cpu
     for streams in (1, 5):
         # compress() would store this text, because an untrained model cannot predict it.

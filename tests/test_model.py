@@ -1,10 +1,11 @@
-"""The BLT's invariants (docs/design.md), and its parts against plain loops. Leaks built on purpose must be seen."""
+"""The BLT's invariants (docs/design.md), and its parts against plain loops."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import blt_model
 from blt.attention import AttentionPlan, BlockAttention, apply_rotary
@@ -14,11 +15,20 @@ from blt.metric import bits_per_byte, leak_gate, target_losses
 from blt.patch_rules import PatchConfig
 from blt.rows import evaluation_batches, make_batch
 from blt.segments import PatchMap, check_patch_lengths
+from blt.tokens import train_tokenizer
 from blt_model import BLTConfig, BLTModel, hash_ngrams
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
 
-TINY = dict(encoder_dim=32, global_dim=48, decoder_dim=32, global_layers=2, decoder_layers=2, hash_rows=64, window=8)
+TINY = dict(
+    encoder_dim=32,
+    global_dim=48,
+    decoder_dim=32,
+    global_layers=2,
+    decoder_layers=2,
+    hash_rows=64,
+    window=8,
+)
 VARIANTS = {
     "plain": {},
     "two encoder layers, mean pooling": dict(encoder_layers=2, pooling="mean"),
@@ -27,6 +37,7 @@ VARIANTS = {
     "other widths, no n-grams": dict(decoder_dim=48, ngram_sizes=[], encoder_heads=2),
     "qk norm, window beyond the row": dict(qk_norm=True, window=512),
 }
+# The threshold that each method is tested with.
 METHODS = {"global": 5.05, "monotonic": 0.0, "static": 4, "space": 1.0, "cumulative": 20.0}
 
 
@@ -47,49 +58,53 @@ def make(variant="plain", seed=1):
 
 @torch.no_grad()
 def document_logits(model, patcher, document):
-    (batch,) = evaluation_batches([document], [patcher.starts(document)], row_bytes=len(document) + 1, batch_rows=1)
+    """Logits [n + 1, 257] after the boundary and after each byte of one document."""
+    starts = [patcher.starts(document)]
+    (batch,) = evaluation_batches([document], starts, row_bytes=len(document) + 1, batch_rows=1)
     return model(batch.ids[:, :-1], batch.patch_lengths)[0]
 
 
-# ------------------------------------------------------------------------------------------------- invariants 1 and 2
+# ---- Invariants 1 and 2 of docs/design.md: no future, prefix equals whole
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_future_and_prefix_equals_whole(entropy_model, variant, method):
     patcher = EntropyPatcher(entropy_model, threshold=METHODS[method], method=method)
-    model, document = make(variant), random_bytes(70)
+    model = make(variant)
+    document = random_bytes(70)
     whole = document_logits(model, patcher, document)
     assert whole.shape == (71, 257)
     for t in (1, 13, 40, 69):
         changed = document.copy()
         changed[t:] = random_bytes(70 - t, seed=t)
-        torch.testing.assert_close(document_logits(model, patcher, changed)[: t + 1], whole[: t + 1], atol=1e-4, rtol=0)
-        torch.testing.assert_close(document_logits(model, patcher, document[:t])[-1], whole[t], atol=1e-4, rtol=0)
+        other_future = document_logits(model, patcher, changed)
+        torch.testing.assert_close(other_future[: t + 1], whole[: t + 1], atol=1e-4, rtol=0)
+        prefix = document_logits(model, patcher, document[:t])
+        torch.testing.assert_close(prefix[-1], whole[t], atol=1e-4, rtol=0)
     assert leak_gate(model, patcher, document) < 1e-4
-
-
-def own_patch(self, patch_lengths_BP, documents_BT):
-    """The own-patch mistake: a byte reads the patch that it lies in."""
-    original_map(self, patch_lengths_BP, documents_BT)
-    T = documents_BT.shape[1]
-    row = torch.arange(len(documents_BT))[:, None] * self.P
-    patch = torch.searchsorted(
-        patch_lengths_BP.cumsum(1), torch.arange(T).expand(len(documents_BT), T).contiguous(), right=True
-    )
-    self.read = (patch + row).flatten()
 
 
 original_map = PatchMap.__init__
 
 
-def next_patch_early(self, patch_lengths_BP, documents_BT):
-    """Off by one: a byte reads the patch that its target opens."""
+def read_the_containing_patch(self, patch_lengths_BP, documents_BT):
+    """A leak: a byte reads the patch that contains it, although later bytes are in that patch too."""
+    original_map(self, patch_lengths_BP, documents_BT)
+    B, T = documents_BT.shape
+    first_of_row = torch.arange(B)[:, None] * self.P
+    positions_BT = torch.arange(T).expand(B, T).contiguous()
+    patch_BT = torch.searchsorted(patch_lengths_BP.cumsum(1), positions_BT, right=True)
+    self.read = (patch_BT + first_of_row).flatten()
+
+
+def read_the_next_patch(self, patch_lengths_BP, documents_BT):
+    """A leak, off by one: a byte reads the patch that its target opens."""
     original_map(self, patch_lengths_BP, documents_BT)
     self.read = (self.read + 1).clamp(max=len(documents_BT) * self.P - 1)
 
 
-@pytest.mark.parametrize("mistake", [own_patch, next_patch_early])
+@pytest.mark.parametrize("mistake", [read_the_containing_patch, read_the_next_patch])
 def test_leak_gate_sees_a_patch_that_is_read_too_early(entropy_model, monkeypatch, mistake):
     monkeypatch.setattr(PatchMap, "__init__", mistake)
     with pytest.raises(ValueError, match="leak"):
@@ -99,9 +114,10 @@ def test_leak_gate_sees_a_patch_that_is_read_too_early(entropy_model, monkeypatc
 def test_leak_gate_sees_patches_that_look_ahead(entropy_model):
     class Ahead(EntropyPatcher):
         def starts(self, document, entropies=None):
-            starts = np.ones(len(document) + 1, dtype=bool)
-            starts[1:-1] = document[1:] > 80  # the byte itself decides
-            return starts
+            is_start = np.ones(len(document) + 1, dtype=bool)
+            # Whether a patch starts at a byte depends on that byte itself.
+            is_start[1:-1] = document[1:] > 80
+            return is_start
 
     with pytest.raises(ValueError, match="leak"):
         leak_gate(make(), Ahead(entropy_model, threshold=5.05), random_bytes(70))
@@ -120,72 +136,74 @@ def test_leak_gate_sees_attention_to_the_future(entropy_model, monkeypatch):
 
 
 def test_leak_gate_refuses_bpe(entropy_model, tmp_path):
-    from blt.tokens import train_tokenizer
-
-    train_tokenizer([random_bytes(500)], 260, tmp_path / "t.json")
+    tokenizer_path = tmp_path / "t.json"
+    train_tokenizer([random_bytes(500)], 260, tokenizer_path)
+    patcher = EntropyPatcher(None, PatchConfig(method="bpe", tokenizer_path=str(tokenizer_path)))
     with pytest.raises(ValueError, match="looks ahead"):
-        leak_gate(
-            make(),
-            EntropyPatcher(None, PatchConfig(method="bpe", tokenizer_path=str(tmp_path / "t.json"))),
-            random_bytes(70),
-        )
+        leak_gate(make(), patcher, random_bytes(70))
 
 
-# ------------------------------------------------------------------------------------------------------- invariant 3
+# ---- Invariant 3: other rows and other documents change nothing
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_row_alone_equals_row_in_a_batch(entropy_model, variant):
     patcher = EntropyPatcher(entropy_model, threshold=5.05)
-    model, rows = make(variant), []
+    model = make(variant)
+    rows = []
     for n in (60, 9, 33):
         document = random_bytes(n, seed=n)
         ids = np.concatenate(([256], document, [256])).astype(np.int64)
-        rows.append((ids, np.concatenate(([True], patcher.starts(document))), np.ones(n + 1, dtype=bool)))
+        is_start = np.concatenate(([True], patcher.starts(document)))
+        rows.append((ids, is_start, np.ones(n + 1, dtype=bool)))
     together = make_batch(rows, row_bytes=64)
     with torch.no_grad():
         batched = model(together.ids[:, :-1], together.patch_lengths)
         for r, row in enumerate(rows):
             n = len(row[0]) - 1
             alone = make_batch([row], row_bytes=n)
-            torch.testing.assert_close(
-                model(alone.ids[:, :-1], alone.patch_lengths)[0], batched[r, :n], atol=1e-4, rtol=0
-            )
+            logits = model(alone.ids[:, :-1], alone.patch_lengths)[0]
+            torch.testing.assert_close(logits, batched[r, :n], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("variant", ["plain", "two encoder layers, mean pooling"])
 def test_document_alone_equals_document_among_others(entropy_model, variant, method):
-    """Nats of documents packed into rows are the sum of each alone, ends included: whatever the packing, nothing leaks."""
+    """Documents packed into rows cost the sum of what each costs alone, document ends included."""
     patcher = EntropyPatcher(entropy_model, threshold=METHODS[method], method=method)
-    model, documents = make(variant), [random_bytes(n, seed=n) for n in (50, 20, 31, 5, 1, 44)]
-    total = sum(len(d) for d in documents)
-    alone = sum(bits_per_byte(model, patcher, [d], row_bytes=128) * len(d) for d in documents)
+    model = make(variant)
+    documents = [random_bytes(n, seed=n) for n in (50, 20, 31, 5, 1, 44)]
+    n_bytes = sum(len(document) for document in documents)
+    alone_bits = 0
+    for document in documents:
+        alone_bits += bits_per_byte(model, patcher, [document], row_bytes=128) * len(document)
     for row_bytes, batch_rows in ((128, 8), (128, 1), (52, 2), (1000, 1)):
-        assert bits_per_byte(model, patcher, documents, row_bytes, batch_rows) * total == pytest.approx(alone, abs=1e-3)
+        packed_bpb = bits_per_byte(model, patcher, documents, row_bytes, batch_rows)
+        assert packed_bpb * n_bytes == pytest.approx(alone_bits, abs=1e-3)
 
 
 def test_document_end_is_not_told_by_the_patches(entropy_model):
-    """The last byte's logits do not change when the document goes on: a boundary opens no patch of its own."""
+    """The last byte's logits are the same if the document goes on: no patch starts at a boundary."""
     patcher = EntropyPatcher(entropy_model, threshold=5.05)
-    model, document = make(), random_bytes(90)
-    starts = patcher.starts(document)
-    for n in range(20, 80):  # ends inside patches and at their ends
-        short = document[:n]
-        ids = np.concatenate(([256], short, [256], random_bytes(9), [256]))
-        is_start = np.concatenate(([True], starts[: n + 1], patcher.starts(random_bytes(9))))
-        batch = make_batch([(ids, is_start, np.ones(len(ids) - 1, bool))], len(ids) - 1)
+    model = make()
+    document = random_bytes(90)
+    is_start = patcher.starts(document)
+    next_document = random_bytes(9)
+    # Documents that end inside patches and at their ends.
+    for n in range(20, 80):
+        ids = np.concatenate(([256], document[:n], [256], next_document, [256]))
+        row_starts = np.concatenate(([True], is_start[: n + 1], patcher.starts(next_document)))
+        batch = make_batch([(ids, row_starts, np.ones(len(ids) - 1, bool))], len(ids) - 1)
         with torch.no_grad():
             packed = model(batch.ids[:, :-1], batch.patch_lengths)[0]
         whole = document_logits(model, patcher, document)
         torch.testing.assert_close(packed[: n + 1], whole[: n + 1], atol=1e-4, rtol=0)
         if n == 20:
-            torch.testing.assert_close(
-                packed[n + 1 : n + 11], document_logits(model, patcher, random_bytes(9)), atol=1e-4, rtol=0
-            )
+            following = document_logits(model, patcher, next_document)
+            torch.testing.assert_close(packed[n + 1 : n + 11], following, atol=1e-4, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------- parts
+# ---- Parts
 
 
 def test_patch_map_example():
@@ -197,61 +215,89 @@ def test_patch_map_example():
 
 def test_boundary_in_a_patch_leaves_the_old_document_out():
     ids = torch.tensor([[256, 5, 6, 7, 256, 8]])
-    patch_map = PatchMap(torch.tensor([[1, 2, 2, 2]]), documents_of(ids, 256))  # patches: 256 | 5 6 | 7 256 | 8 target
-    assert patch_map.pool.tolist() == [0, 1, 1, 4, 2, 3]  # slot 4 is dropped
+    # The patches are 256 | 5 6 | 7 256 | 8 target.
+    patch_map = PatchMap(torch.tensor([[1, 2, 2, 2]]), documents_of(ids, 256))
+    # The model drops slot 4: byte 7 belongs to the document before.
+    assert patch_map.pool.tolist() == [0, 1, 1, 4, 2, 3]
     assert patch_map.documents_BP.tolist() == [[1, 1, 2, 2]]
 
 
 def test_cross_attention_equals_a_loop_over_patches():
     torch.manual_seed(0)
-    D, k, heads, lengths = 8, 2, 2, [1, 3, 4, 2]
+    D = 8
+    k = 2
+    heads = 2
+    lengths = [1, 3, 4, 2]
     cross = blt_model.EncoderCrossAttention(D, heads, 1e-5)
-    patches, states = torch.randn(1, 4, k, D), torch.randn(1, 9, D)
+    patches = torch.randn(1, 4, k, D)
+    states = torch.randn(1, 9, D)
     patch_map = PatchMap(torch.tensor([lengths]), torch.ones(1, 9, dtype=torch.int64))
     got = cross(patches, states, patch_map)
     q, key, value = cross.project(patches, states)
     begin = 0
     for p, length in enumerate(lengths):
+        # The last patch holds the last target, which is no input.
         mine = slice(begin, min(begin + length, 9))
         for j in range(k):
             heads_out = []
             for h in range(heads):
                 weights = (key[0, mine, h] @ q[0, p, j, h] / math.sqrt(D // heads)).softmax(0)
                 heads_out.append(weights @ value[0, mine, h])
-            torch.testing.assert_close(
-                got[0, p, j], 2 * patches[0, p, j] + cross.wo(torch.cat(heads_out)), atol=1e-5, rtol=1e-5
-            )
+            want = 2 * patches[0, p, j] + cross.wo(torch.cat(heads_out))
+            torch.testing.assert_close(got[0, p, j], want, atol=1e-5, rtol=1e-5)
         begin += length
 
 
+# (row length T, window)
+SHAPES = [
+    (5, 8),
+    (8, 8),
+    (9, 8),
+    (40, 8),
+    (41, 7),
+    (30, 1),
+    (23, 2),
+    (300, 70),
+    (150, 400),
+    (300, None),
+]
+
+
 @pytest.mark.parametrize("way", ["bands", "blocks", "flex"])
-@pytest.mark.parametrize(
-    "T, window", [(5, 8), (8, 8), (9, 8), (40, 8), (41, 7), (30, 1), (23, 2), (300, 70), (150, 400), (300, None)]
-)
+@pytest.mark.parametrize("T, window", SHAPES)
 def test_every_way_of_attention_equals_a_dense_mask(way, T, window):
     torch.manual_seed(0)
-    B, H, K = 2, 2, 16
+    B = 2
+    H = 2
+    K = 16
     q, k, v = (torch.randn(B, T, H, K, requires_grad=True) for _ in range(3))
     documents = torch.cat((torch.zeros(B, T // 3), torch.ones(B, T - T // 3)), 1).long()
     plan = AttentionPlan(documents, K, 100.0, window)
-    q_rotated, k_rotated = (apply_rotary(x, plan.cos_sin) for x in (q, k))
+    q_rotated = apply_rotary(q, plan.cos_sin)
+    k_rotated = apply_rotary(k, plan.cos_sin)
     if way == "bands":
         got = plan.attend(q, k, v)
         assert T < 300 or len(plan.bands) > 1
     elif way == "blocks":
         got = BlockAttention(documents, window).attend(q_rotated, k_rotated, v, dropout=0.0)
     else:
-        with torch.no_grad():  # FlexAttention has no backward pass on a CPU
+        # FlexAttention has no backward pass on a CPU.
+        with torch.no_grad():
             got = plan._by_flex_attention(q_rotated.detach(), k_rotated.detach(), v.detach())
-    place = torch.arange(T)
-    distance = place[:, None] - place[None, :]
-    mask = (distance >= 0) & (distance < (window or T)) & (documents[:, :, None] == documents[:, None, :])[:, None]
+
+    positions = torch.arange(T)
+    distance = positions[:, None] - positions[None, :]
+    in_window = (distance >= 0) & (distance < (window or T))
+    same_document = documents[:, :, None] == documents[:, None, :]
+    mask = in_window & same_document[:, None]
     scores = torch.einsum("bihk,bjhk->bhij", q_rotated, k_rotated) / K**0.5
-    want = torch.einsum("bhij,bjhk->bihk", scores.masked_fill(~mask, -math.inf).softmax(-1), v)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    want = torch.einsum("bhij,bjhk->bihk", weights, v)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     if way != "flex":
         weight = torch.randn_like(v)
-        gradients, wanted = (torch.autograd.grad((x * weight).sum(), (q, k, v), retain_graph=True) for x in (got, want))
+        gradients = torch.autograd.grad((got * weight).sum(), (q, k, v), retain_graph=True)
+        wanted = torch.autograd.grad((want * weight).sum(), (q, k, v), retain_graph=True)
         torch.testing.assert_close(gradients, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -261,25 +307,35 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
     q, k, v = (torch.randn(1, 60, 2, 8) for _ in range(3))
     documents = (torch.arange(60) > 25).long()[None]
     whole = AttentionPlan(documents, 8, 100.0, window).attend(q, k, v)
+
     carry = AttentionPlan.carry_length(window)
-    past, past_documents, got = (
-        (torch.zeros(1, carry, 2, 8),) * 2,
-        torch.full((1, carry), -1),
-        {"bands": [], "blocks": []},
-    )
+    past_k = torch.zeros(1, carry, 2, 8)
+    past_v = torch.zeros(1, carry, 2, 8)
+    past_documents = torch.full((1, carry), -1)
+    by_bands = []
+    by_blocks = []
     for first, last in ((0, 20), (20, 29), (29, 30), (30, 60)):
-        for way, out in got.items():
-            plan = AttentionPlan(documents[:, first:last], 8, 100.0, window, past_documents)
-            if way == "bands":
-                out.append(plan.attend(*(x[:, first:last] for x in (q, k, v)), past))
-            else:
-                keys, values = (torch.cat((old, x[:, first:last]), 1) for old, x in zip(past, (k, v)))
-                rotated = apply_rotary(q[:, first:last], plan.cos_sin[carry:]), apply_rotary(keys, plan.cos_sin)
-                out.append(BlockAttention(plan.documents, window, past_documents).attend(*rotated, values, 0.0))
-        past = tuple(torch.cat((old, x[:, first:last]), 1)[:, last - first :] for old, x in zip(past, (k, v)))
-        past_documents = torch.cat((past_documents, documents[:, first:last]), 1)[:, last - first :]
-    for out in got.values():
-        torch.testing.assert_close(torch.cat(out, 1), whole, atol=1e-5, rtol=1e-5)
+        chunk_q = q[:, first:last]
+        chunk_k = k[:, first:last]
+        chunk_v = v[:, first:last]
+        chunk_documents = documents[:, first:last]
+        all_k = torch.cat((past_k, chunk_k), 1)
+        all_v = torch.cat((past_v, chunk_v), 1)
+
+        plan = AttentionPlan(chunk_documents, 8, 100.0, window, past_documents)
+        by_bands.append(plan.attend(chunk_q, chunk_k, chunk_v, (past_k, past_v)))
+
+        plan = AttentionPlan(chunk_documents, 8, 100.0, window, past_documents)
+        q_rotated = apply_rotary(chunk_q, plan.cos_sin[carry:])
+        k_rotated = apply_rotary(all_k, plan.cos_sin)
+        blocks = BlockAttention(plan.documents, window, past_documents)
+        by_blocks.append(blocks.attend(q_rotated, k_rotated, all_v, 0.0))
+
+        past_k = all_k[:, last - first :]
+        past_v = all_v[:, last - first :]
+        past_documents = torch.cat((past_documents, chunk_documents), 1)[:, last - first :]
+    torch.testing.assert_close(torch.cat(by_bands, 1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(by_blocks, 1), whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -294,7 +350,8 @@ def test_norm_equals_its_definition(dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got, want.to(dtype), atol=tolerance, rtol=tolerance)
     weight = torch.randn(5, 7, 24)
-    gradients, wanted = (torch.autograd.grad((y.float() * weight).sum(), (x, norm.weight)) for y in (got, want))
+    gradients = torch.autograd.grad((got.float() * weight).sum(), (x, norm.weight))
+    wanted = torch.autograd.grad((want.float() * weight).sum(), (x, norm.weight))
     torch.testing.assert_close(gradients, wanted, atol=10 * tolerance, rtol=tolerance)
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x.float()).dtype == torch.bfloat16
@@ -306,29 +363,34 @@ def test_hash_does_not_look_across_a_boundary():
     assert torch.equal(hashes[0, :4], hashes[0, 4:])
 
 
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that an operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        outputs = out if isinstance(out, (tuple, list)) else (out,)
+        for x in outputs:
+            if isinstance(x, torch.Tensor):
+                self.size = max(self.size, x.numel())
+        return out
+
+
 def test_memory_is_linear_in_the_row():
-    """No tensor of a forward pass has more than a constant number of elements per byte: nothing is byte by byte or by patch.
+    """No tensor of a forward pass has more than a constant number of elements per byte.
 
-    Patch by patch attention is left out by making patches long (the latent transformer is dense over patches).
+    So no tensor has a size of bytes times bytes, or of bytes times patches. The test makes patches
+    long to leave out the latent transformer, whose attention is dense over patches.
     """
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(x, torch.Tensor):
-                    self.size = max(self.size, x.numel())
-            return out
-
-    model, sizes = make(), []
+    model = make()
+    sizes = []
     for T in (512, 2048):
-        starts = np.zeros(T + 1, dtype=bool)
-        starts[:: T // 16] = starts[1] = True
-        batch = make_batch([(np.append(256, random_bytes(T)), starts, np.ones(T, bool))], T)
-        with Largest() as largest, torch.no_grad():
+        is_start = np.zeros(T + 1, dtype=bool)
+        is_start[:: T // 16] = True
+        is_start[1] = True
+        batch = make_batch([(np.append(256, random_bytes(T)), is_start, np.ones(T, bool))], T)
+        with LargestTensor() as largest, torch.no_grad():
             model(batch.ids[:, :-1], batch.patch_lengths)
         sizes.append(largest.size)
     assert sizes[1] <= 4.1 * sizes[0]
@@ -337,8 +399,12 @@ def test_memory_is_linear_in_the_row():
 def test_check_patch_lengths():
     check_patch_lengths(torch.tensor([[1, 2, 2, 0], [1, 1, 1, 2]]), 5)
     for bad, words in (
-        ([[2, 3]], "first patch"), ([[1, 0, 4]], "zero"), ([[1, 2]], "sum to 5"), ([[1, -1, 5]], "negative"), ([1, 4], "integers"),
-    ):  # fmt: skip
+        ([[2, 3]], "first patch"),
+        ([[1, 0, 4]], "zero"),
+        ([[1, 2]], "sum to 5"),
+        ([[1, -1, 5]], "negative"),
+        ([1, 4], "integers"),
+    ):
         with pytest.raises(ValueError, match=words):
             check_patch_lengths(torch.tensor(bad), 5)
     with pytest.raises(ValueError, match="integers"):
@@ -364,18 +430,20 @@ def test_config_errors():
 
 def test_parts_add_up():
     model = make()
-    assert sum(model.parameters_by_part().values()) == sum(p.numel() for p in model.parameters())
+    n_parameters = sum(p.numel() for p in model.parameters())
+    assert sum(model.parameters_by_part().values()) == n_parameters
 
 
 def test_uniform_model_scores_log2_257():
-    """Padding counts nowhere: a model that knows nothing has log2(257) bits a target, bytes and ends."""
+    """Padding costs nothing: a uniform model needs log2(257) bits for each byte and document end."""
     model = make()
     torch.nn.init.zeros_(model.head.weight)
     documents = [random_bytes(30), random_bytes(7)]
     patcher = EntropyPatcher(None, threshold=3, method="static")
     want = math.log2(257) * (30 + 7 + 2) / 37
     for row_bytes in (31, 64, 500):
-        assert bits_per_byte(model, patcher, documents, row_bytes=row_bytes) == pytest.approx(want, rel=1e-6)
+        bpb = bits_per_byte(model, patcher, documents, row_bytes=row_bytes)
+        assert bpb == pytest.approx(want, rel=1e-6)
 
 
 def test_long_documents_are_scored_once_each():
@@ -384,40 +452,48 @@ def test_long_documents_are_scored_once_each():
     document = random_bytes(1000)
     for row_bytes in (64, 100, 999, 1000, 1001):
         batches = list(evaluation_batches([document], None, row_bytes))
-        assert sum(batch.bytes for batch in batches) == 1000 and sum(batch.targets for batch in batches) == 1001
-        scored = torch.cat(
-            [batch.ids[:, 1:][batch.is_scored] for batch in batches]
-        )  # row by row, in the document's order
+        assert sum(batch.bytes for batch in batches) == 1000
+        assert sum(batch.targets for batch in batches) == 1001
+        # Row by row, in the document's order.
+        scored = torch.cat([batch.ids[:, 1:][batch.is_scored] for batch in batches])
         assert scored.tolist() == [*document.tolist(), 256]
+
         is_start = np.random.default_rng(1).random(1001) < 0.2
         is_start[0] = True
         patched = list(evaluation_batches([document], [is_start], row_bytes))
         for batch, with_patches in zip(batches, patched):
             assert torch.equal(batch.ids, with_patches.ids)
-        row, half = patched[-1], row_bytes // 2
-        begin = half * -(
-            -max(0, 1001 - row_bytes) // half
-        )  # the last window: its patches are the document's from its third id on
+
+        # From its third id on, the last window has the document's patch starts.
+        half = row_bytes // 2
+        windows_before = math.ceil(max(0, 1001 - row_bytes) / half)
+        begin = half * windows_before
+        lengths = patched[-1].patch_lengths[-1]
         made = np.zeros(row_bytes + 2, dtype=bool)
-        made[np.concatenate(([0], row.patch_lengths[-1].cumsum(0).numpy()))] = True
+        made[np.concatenate(([0], lengths.cumsum(0).numpy()))] = True
         assert made[2 : 1002 - begin].tolist() == is_start[begin + 1 :].tolist()
 
 
 def test_gradients_reach_every_parameter(entropy_model):
     patcher = EntropyPatcher(entropy_model, threshold=5.05)
     for variant in VARIANTS:
-        model, document = make(variant).train(), random_bytes(200)
+        model = make(variant).train()
+        document = random_bytes(200)
         (batch,) = evaluation_batches([document], [patcher.starts(document)], 256)
         target_losses(model, batch)[0].sum().backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), variant
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, (variant, name)
+            assert parameter.grad.abs().sum() > 0, (variant, name)
 
 
 def test_recomputing_layers_changes_nothing():
-    results = []
+    kept_elements = []
+    gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
         model = BLTModel(BLTConfig(**TINY, recompute=recompute))
-        ids, lengths = torch.randint(0, 256, (2, 20)), torch.tensor([[1] + [4] * 5] * 2)
+        ids = torch.randint(0, 256, (2, 20))
+        lengths = torch.tensor([[1] + [4] * 5] * 2)
         kept = 0
 
         def keep(x):
@@ -428,6 +504,7 @@ def test_recomputing_layers_changes_nothing():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = model(ids, lengths).logsumexp(-1).square().mean()
         loss.backward()
-        results.append((kept, [p.grad for p in model.parameters()]))
-    assert results[1][0] < 0.7 * results[0][0]
-    torch.testing.assert_close(results[1][1], results[0][1])
+        kept_elements.append(kept)
+        gradients.append([p.grad for p in model.parameters()])
+    assert kept_elements[1] < 0.7 * kept_elements[0]
+    torch.testing.assert_close(gradients[1], gradients[0])
