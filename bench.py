@@ -49,7 +49,7 @@ from blt.ids import BOUNDARY
 from blt.incremental import IncrementalBLT
 from blt.loop import RunConfig
 from blt.metric import target_losses
-from blt.optimizers import add_gradients, apply_gradients, make_optimizers
+from blt.optimizers import backward, clip_gradients, make_optimizers, step_optimizers
 from blt.patch_rules import METHODS, PatchConfig, patch_starts, threshold_for_patch_size
 from blt.rows import BitArray, DocumentStream, TrainingRows
 from blt_model import BLTConfig, BLTModel
@@ -406,10 +406,11 @@ class Runner:
         for batch in batches:
             loss = self._loss(batch, targets)
             lap(0)
-            add_gradients(self.model, loss, self.scaler)
+            backward(self.model, loss, self.scaler)
             total = total + loss.detach()
             lap(1)
-        apply_gradients(self.model, self.optimizers, self.scaler, self.run_config.clip)
+        clip_gradients(self.model, self.optimizers, self.scaler, self.run_config.clip)
+        step_optimizers(self.optimizers, self.scaler)
         lap(2)
         return seconds, total.item()
 

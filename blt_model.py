@@ -1,17 +1,22 @@
-"""The Byte Latent Transformer (arXiv 2412.09871, section 3): bytes in, patches through the large transformer, bytes out.
+"""The Byte Latent Transformer (arXiv 2412.09871, section 3).
 
-    ids -> local encoder  (byte + n-gram hash embeddings, windowed layers)                        one state a byte
-        -> patch vectors  (pooled, then cross-attention to the patch's own bytes)                 k vectors a patch
-        -> latent transformer                                                                     one state a patch
-        -> local decoder  (cross-attention to the newest complete patch, windowed layers)         one state a byte
-        -> logits of the next byte, or of the document's end
+Bytes go in, patches go through the large transformer, bytes come out:
 
-A byte belongs to one patch, so both cross-attentions are sums over segments and gathers: linear in bytes, no masks of bytes
-by patches. All sizes in a row are static, nothing is read back from the device.
+    ids -> local encoder       byte and n-gram hash embeddings, windowed layers     a state per byte
+        -> patch vectors       pooled, then cross-attention to the patch's bytes    k vectors per patch
+        -> latent transformer                                                       a state per patch
+        -> local decoder       cross-attention to the newest complete patch,
+                               windowed layers                                      a state per byte
+        -> logits              of the next byte, or of the document's end
 
-What this model computes is what the released weights compute (`convert_hf.py` holds it to that), at two places other than
-the paper's text: n-gram embeddings are summed without dividing by their number plus one (section 3.2.1), and each
-cross-attention's residual counts twice (2 x + attention, section 3.2.2).
+A byte belongs to one patch. So the encoder's cross-attention is a softmax over segments, and the
+decoder's a gather: their cost is linear in bytes, and there is no mask of bytes by patches. The sizes
+of all tensors follow from the arguments' shapes, and no value is read back from a GPU.
+
+The model computes what the released weights compute (`convert_hf.py` holds it to that). It differs
+from the paper's text in two points: n-gram embeddings are summed without dividing by their number
+plus one (section 3.2.1), and the residual of each cross-attention counts twice, 2 x + attention
+(section 3.2.2).
 """
 
 from dataclasses import dataclass, field
@@ -25,18 +30,25 @@ from blt.checks import check, check_positive
 from blt.ids import BOUNDARY, documents_of
 from blt.kernels import GatherAttention, SegmentAttention, apply_function
 from blt.layers import Block, RMSNorm, default_heads, init_weights, run_block
-from blt.segments import (
-    PatchMap,
-    check_patch_lengths,  # noqa: F401, the contract of this model's second argument
-)
 
-HASH_PRIME = 1_000_000_007  # base of the rolling polynomial hash
-DENSE_HASH_ROWS = 65536  # tables of more rows get sparse gradients and `optimizers.RowWiseAdam`
-HASH_BYTE_OFFSET, HASH_BOUNDARY, HASH_NOTHING = 4, 1, 0  # ids as the released hash numbers them
+# check_patch_lengths is here for others to import: it checks this model's second argument.
+from blt.segments import PatchMap, check_patch_lengths  # noqa: F401
+
+# The n-gram hash is that of the released code, so that its tables can be used here. That code numbers
+# ids in another way: byte b has id b + 4, the boundary that opens a document has id 1, and positions
+# before the document count as id 0.
+HASH_PRIME = 1_000_000_007
+HASH_BYTE_OFFSET = 4
+HASH_BOUNDARY = 1
+HASH_NOTHING = 0
+# Hash tables with more rows than this get sparse gradients: a batch reads few of their rows.
+DENSE_HASH_ROWS = 65536
 
 
 @dataclass
 class BLTConfig:
+    """The sizes of a `BLTModel`. Local layers work on bytes, latent ("global") layers on patches."""
+
     # local encoder
     encoder_layers: int = 1  # windowed transformer layers before the pooling
     encoder_dim: int = 256  # width of the byte states
@@ -64,224 +76,300 @@ class BLTConfig:
     norm_eps: float = 1e-5  # RMSNorm's epsilon
     qk_norm: bool = False  # RMSNorm of queries and keys in self-attention
     dropout: float = 0.0  # dropout rate
-    recompute: bool = (
-        False  # keep only each layer's input for the backward pass: about half the memory, a third more compute
-    )
+    recompute: bool = False  # keep only layer inputs for the backward pass: about half the memory, a third more compute
 
     def __post_init__(self):
-        check_positive(
-            self, "encoder_layers", "encoder_dim", "global_layers", "global_dim", "decoder_layers", "decoder_dim"
-        )
-        check_positive(self, "encoder_ffn_dim", "global_ffn_dim", "decoder_ffn_dim")
+        check_positive(self, "encoder_layers", "encoder_dim", "encoder_ffn_dim")
+        check_positive(self, "global_layers", "global_dim", "global_ffn_dim")
+        check_positive(self, "decoder_layers", "decoder_dim", "decoder_ffn_dim")
         check_positive(self, "hash_rows", "cross_attn_k", "window", "rope_theta", "norm_eps")
         check(self, "pooling", self.pooling in ("max", "mean"), "max or mean")
         check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
-        good_sizes = all(isinstance(n, int) and n >= 2 for n in self.ngram_sizes) and len(set(self.ngram_sizes)) == len(
-            self.ngram_sizes
-        )
-        check(self, "ngram_sizes", good_sizes, "different whole numbers, 2 or more each (or empty)")
+        are_sizes = all(isinstance(n, int) and n >= 2 for n in self.ngram_sizes)
+        are_different = len(set(self.ngram_sizes)) == len(self.ngram_sizes)
+        allowed = "different whole numbers, 2 or more each (or empty)"
+        check(self, "ngram_sizes", are_sizes and are_different, allowed)
         for part in ("encoder", "global", "decoder"):
-            heads, dim = self.heads(part), getattr(self, f"{part}_dim")
-            check(
-                self,
-                f"{part}_dim",
-                heads > 0 and dim % (2 * heads) == 0,
-                f"a multiple of 2 * {part}_heads = {2 * heads}",
-            )
+            n_heads = self.heads(part)
+            # An even number of channels a head, because the rotary embedding rotates pairs of them.
+            is_good = n_heads > 0 and self.dim(part) % (2 * n_heads) == 0
+            check(self, f"{part}_dim", is_good, f"a multiple of 2 * {part}_heads = {2 * n_heads}")
+
+    def dim(self, part):
+        """The width of 'encoder', 'global' or 'decoder'."""
+        return getattr(self, f"{part}_dim")
 
     def heads(self, part):
-        """Attention heads of 'encoder', 'global' or 'decoder'."""
-        return getattr(self, f"{part}_heads") or default_heads(getattr(self, f"{part}_dim"))
+        """The number of attention heads of 'encoder', 'global' or 'decoder'."""
+        return getattr(self, f"{part}_heads") or default_heads(self.dim(part))
+
+    def head_dim(self, part):
+        """The channels of a head of 'encoder', 'global' or 'decoder'."""
+        return self.dim(part) // self.heads(part)
 
 
-def hash_ngrams(ids_BT, documents_BT, sizes, rows):
-    """Row of each n-gram size's table for the n-gram that ends at each id: int64 [B, T, number of sizes] (section 3.2.1).
+def hash_ngrams(ids_BT, documents_BT, sizes, n_rows):
+    """Hash the n-gram that ends at each id: its row 0..n_rows-1 in each size's table (section 3.2.1).
 
-    hash = (sum over i of id[t-n+1+i] * prime ** i, in wrapping 64-bit arithmetic) mod rows: the oldest byte has prime ** 0. Ids are
-    numbered as in the released code (byte b as b + 4, the boundary as 1) and are 0 before the document's boundary.
+        hash(t) = (sum over i = 0..n-1 of id[t - n + 1 + i] * HASH_PRIME ** i) mod n_rows
+
+    in wrapping 64-bit integers, so the oldest id has the factor 1. Ids are the released code's (see
+    HASH_BYTE_OFFSET): with p the prime, "abc" gives (101 + 102 p + 103 p ** 2) mod n_rows. Positions
+    before the document of id t count as HASH_NOTHING, so no n-gram crosses a document boundary.
+    sizes: the values of n. Returns int64 [B, T, number of sizes].
     """
-    numbered = torch.where(ids_BT == BOUNDARY, HASH_BOUNDARY, ids_BT + HASH_BYTE_OFFSET)
-    total, hash_of_size = torch.zeros_like(ids_BT), {}
-    for back in range(max(sizes)):  # Horner's rule: an older id more, all others times the prime
-        ids = F.pad(numbered, (back, 0), value=HASH_NOTHING)[:, : ids_BT.shape[1]]
-        documents = F.pad(documents_BT, (back, 0), value=-1)[:, : ids_BT.shape[1]]
-        total = total * HASH_PRIME + ids.masked_fill(documents != documents_BT, HASH_NOTHING)
-        if back + 1 in sizes:
-            hash_of_size[back + 1] = total.remainder(rows)
+    T = ids_BT.shape[1]
+    released_ids_BT = torch.where(ids_BT == BOUNDARY, HASH_BOUNDARY, ids_BT + HASH_BYTE_OFFSET)
+    sum_BT = torch.zeros_like(ids_BT)
+    hash_of_size = {}
+    # Horner's rule: multiply by the prime and add the next older id. The sum for n - 1 is a step on the
+    # way to the sum for n, so one pass over the largest n gives all sizes.
+    for back in range(max(sizes)):
+        older_ids_BT = F.pad(released_ids_BT, (back, 0), value=HASH_NOTHING)[:, :T]
+        older_documents_BT = F.pad(documents_BT, (back, 0), value=-1)[:, :T]
+        is_outside_BT = older_documents_BT != documents_BT
+        sum_BT = sum_BT * HASH_PRIME + older_ids_BT.masked_fill(is_outside_BT, HASH_NOTHING)
+        n = back + 1
+        if n in sizes:
+            # remainder, not fmod: the wrapped sum may be negative, a row may not.
+            hash_of_size[n] = sum_BT.remainder(n_rows)
     return torch.stack([hash_of_size[n] for n in sizes], dim=-1)
 
 
 class HashEmbedding(nn.Module):
-    """Sum of an embedding per n-gram size, all sizes' tables in one weight [sizes * rows, D], read in one fused lookup.
+    """The sum of each id's n-gram embeddings, one for each n-gram size (section 3.2.1).
 
-    Large tables have sparse gradients: a step then costs what the bytes of the batch cost, not what the tables do.
+    The tables of all sizes are one weight [sizes * n_rows, D], read in one fused lookup. Tables of more
+    than DENSE_HASH_ROWS rows get sparse gradients and are updated by `optimizers.RowWiseAdam`: a step
+    then costs what the batch's bytes cost, however large the tables are.
     """
 
-    def __init__(self, sizes, rows, dim):
+    def __init__(self, sizes, n_rows, dim):
         super().__init__()
-        self.sizes, self.rows = tuple(sizes), rows
-        self.tables = nn.EmbeddingBag(len(self.sizes) * rows, dim, mode="sum", sparse=rows > DENSE_HASH_ROWS)
+        self.sizes = tuple(sizes)
+        self.n_rows = n_rows
+        is_sparse = n_rows > DENSE_HASH_ROWS
+        self.tables = nn.EmbeddingBag(len(self.sizes) * n_rows, dim, mode="sum", sparse=is_sparse)
+        # torch.compile does not know sparse gradients. It splits the graph in two at this call, and the
+        # graph of each caller up the stack as well: only `BLTModel.forward` calls it.
+        self.embed = torch.compiler.disable(embed_ngrams) if is_sparse else embed_ngrams
+        # Not in the state dict, because it follows from the sizes.
         self.register_buffer("first_row", None, persistent=False)
         self.number_rows()
 
     def number_rows(self):
-        """Set the place of each size's first row in the common weight; on the weight's device."""
-        self.first_row = torch.arange(len(self.sizes), device=self.tables.weight.device) * self.rows
+        """Set the first row of each size's table in the common weight, on the weight's device."""
+        self.first_row = torch.arange(len(self.sizes), device=self.tables.weight.device) * self.n_rows
 
     def forward(self, ids_BT, documents_BT):
-        indices = hash_ngrams(ids_BT, documents_BT, self.sizes, self.rows) + self.first_row
-        return self.tables(indices.flatten(0, 1)).unflatten(0, ids_BT.shape)
+        """Returns the sums [B, T, D]."""
+        hashes_BTS = hash_ngrams(ids_BT, documents_BT, self.sizes, self.n_rows)
+        rows_NS = (hashes_BTS + self.first_row).flatten(0, 1)
+        # An EmbeddingBag adds up the S rows of each id without keeping them apart in memory.
+        return self.tables(rows_NS).unflatten(0, ids_BT.shape)
 
 
-def embed_ngrams(embedding, ids_BT, documents_BT):
-    return embedding(ids_BT, documents_BT)
-
-
-# torch.compile does not know sparse gradients. BLTModel.forward calls this itself: each caller between would be cut in two as well.
-embed_ngrams_uncompiled = torch.compiler.disable(embed_ngrams)
+def embed_ngrams(hash_embedding, ids_BT, documents_BT):
+    """hash_embedding(ids_BT, documents_BT), as a function that can be left out of a compiled graph."""
+    return hash_embedding(ids_BT, documents_BT)
 
 
 class CrossAttention(nn.Module):
-    """Projections and norms of both cross-attentions (section 3.2.2): no positions, no biases, norms before both sides."""
+    """What both cross-attentions share (section 3.2.2): norms of queries and keys, four projections.
+
+    No positions, no biases. Queries and keys have the same width.
+    """
 
     def __init__(self, dim, n_heads, norm_eps):
         super().__init__()
         self.n_heads = n_heads
-        self.query_norm, self.key_norm = RMSNorm(dim, norm_eps), RMSNorm(dim, norm_eps)
-        self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.query_norm = RMSNorm(dim, norm_eps)
+        self.key_norm = RMSNorm(dim, norm_eps)
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.wk = nn.Linear(dim, dim, bias=False)
+        self.wv = nn.Linear(dim, dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
 
     def project(self, queries, keys):
-        """Normalised projections, heads split off: [..., D] -> [..., H, K] for q, k and v."""
+        """q of the queries, k and v of the keys, each split into heads: [..., D] -> [..., H, K]."""
         keys = self.key_norm(keys)
-        q, k, v = self.wq(self.query_norm(queries)), self.wk(keys), self.wv(keys)
+        q = self.wq(self.query_norm(queries))
+        k = self.wk(keys)
+        v = self.wv(keys)
         return [x.unflatten(-1, (self.n_heads, -1)) for x in (q, k, v)]
 
 
 class EncoderCrossAttention(CrossAttention):
-    """Each patch's k vectors attend to the patch's own bytes: a softmax over segments."""
+    """Each patch's k vectors attend to the patch's own bytes (section 3.2.2)."""
 
     def forward(self, patches_BPkD, bytes_BTD, segments):
-        q, key, value = self.project(patches_BPkD, bytes_BTD)
-        # Every byte meets the k queries of its own patch; a left-out byte those of a row of zeros.
-        q_MkHK = F.pad(q, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
-        attended_MkHK = apply_function(SegmentAttention, q_MkHK, key.flatten(0, 1), value.flatten(0, 1), segments)
-        return 2 * patches_BPkD + self.wo(segments.drop_left_out(attended_MkHK).flatten(3))
+        """Returns the patches' new vectors [B, P, k, D]. segments: the bytes of each patch."""
+        q_BPkHK, key_BTHK, value_BTHK = self.project(patches_BPkD, bytes_BTD)
+        # Segments have one slot more a row, that of left-out bytes. Its queries are zeros.
+        q_MkHK = F.pad(q_BPkHK, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
+        key_NHK = key_BTHK.flatten(0, 1)
+        value_NHK = value_BTHK.flatten(0, 1)
+        attended_MkHK = apply_function(SegmentAttention, q_MkHK, key_NHK, value_NHK, segments)
+        attended_BPkD = segments.drop_left_out(attended_MkHK).flatten(3)
+        # The residual counts twice, as in the released weights.
+        return 2 * patches_BPkD + self.wo(attended_BPkD)
 
 
 class DecoderCrossAttention(CrossAttention):
-    """Each byte attends to the k vectors of the newest complete patch: a gather and a softmax over k."""
+    """Each byte attends to the k vectors of the newest complete patch (section 3.3)."""
 
     def forward(self, bytes_BTD, patches_BPkD, read_N):
-        q, key, value = (x.flatten(0, 1) for x in self.project(bytes_BTD, patches_BPkD))
-        attended_NHK = apply_function(GatherAttention, q, key, value, read_N)
-        return 2 * bytes_BTD + self.wo(attended_NHK.flatten(1).unflatten(0, bytes_BTD.shape[:2]))
+        """Returns the new byte states [B, T, D]. read_N: the patch of each byte, `PatchMap.read`."""
+        q_BTHK, key_BPkHK, value_BPkHK = self.project(bytes_BTD, patches_BPkD)
+        q_NHK = q_BTHK.flatten(0, 1)
+        key_MkHK = key_BPkHK.flatten(0, 1)
+        value_MkHK = value_BPkHK.flatten(0, 1)
+        attended_NHK = apply_function(GatherAttention, q_NHK, key_MkHK, value_MkHK, read_N)
+        attended_BTD = attended_NHK.flatten(1).unflatten(0, bytes_BTD.shape[:2])
+        return 2 * bytes_BTD + self.wo(attended_BTD)
 
 
 class LocalEncoder(nn.Module):
-    """Bytes to byte states and patch vectors (section 3.2)."""
+    """From bytes to byte states and patch vectors (section 3.2)."""
 
     def __init__(self, config):
         super().__init__()
-        D, k, heads = config.encoder_dim, config.cross_attn_k, config.heads("encoder")
+        D = config.encoder_dim
+        n_heads = config.heads("encoder")
         self.config = config
         self.byte_embedding = nn.Embedding(BOUNDARY + 1, D)
-        self.hash_embedding = HashEmbedding(config.ngram_sizes, config.hash_rows, D) if config.ngram_sizes else None
+        self.hash_embedding = None
+        if config.ngram_sizes:
+            self.hash_embedding = HashEmbedding(config.ngram_sizes, config.hash_rows, D)
         self.blocks = nn.ModuleList(
-            Block(D, heads, config.norm_eps, config.qk_norm, config.dropout, config.encoder_ffn_dim)
+            Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.encoder_ffn_dim)
             for _ in range(config.encoder_layers)
         )
-        self.patch_query = nn.Linear(D, k * D, bias=False)
+        self.patch_query = nn.Linear(D, config.cross_attn_k * D, bias=False)
+        # Cross-attention follows every layer, or the last one only.
         n_cross = config.encoder_layers if config.cross_attn_all_layers_encoder else 1
-        self.cross_attentions = nn.ModuleList(EncoderCrossAttention(D, heads, config.norm_eps) for _ in range(n_cross))
+        self.cross_attentions = nn.ModuleList(
+            EncoderCrossAttention(D, n_heads, config.norm_eps) for _ in range(n_cross)
+        )
 
     def forward(self, ids_BT, ngrams_BTD, plan, segments):
-        """ngrams_BTD: the ids' n-gram hash embeddings, or None. Returns byte states [B, T, D] and patch vectors [B, P, k, D]."""
+        """Returns byte states [B, T, D] and patch vectors [B, P, k, D].
+
+        ngrams_BTD: the `HashEmbedding` of the ids, or None.
+        """
         states = self.byte_states(ids_BT, ngrams_BTD, plan)
         return states[-1], self.patch_vectors(states, segments)
 
     def byte_states(self, ids_BT, ngrams_BTD, plan, pasts=None):
-        """Byte states [B, T, D] after each layer that a cross-attention reads; the last is the encoder's output."""
+        """Byte states [B, T, D] after each layer that a cross-attention reads, the last layer last.
+
+        pasts: for each layer, what `plan.attend` takes as its past.
+        """
         x_BTD = self.byte_embedding(ids_BT)
         if ngrams_BTD is not None:
             x_BTD = x_BTD + ngrams_BTD
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         states = []
         for layer, block in enumerate(self.blocks):
-            x_BTD = run_block(block, x_BTD, plan, self.config.recompute, pasts and pasts[layer])
+            past = None if pasts is None else pasts[layer]
+            x_BTD = run_block(block, x_BTD, plan, self.config.recompute, past)
             states.append(x_BTD)
-        return states[len(self.blocks) - len(self.cross_attentions) :]
+        return states[-len(self.cross_attentions) :]
 
     def patch_vectors(self, states, segments):
-        """The k vectors of each patch [B, P, k, D] from the `byte_states` of its bytes."""
-        patches_BPkD = self.patch_query(self._pool(states[0], segments)).unflatten(-1, (self.config.cross_attn_k, -1))
+        """The k vectors [B, P, k, D] of each patch, from the `byte_states` of its bytes.
+
+        The bytes are pooled into k queries, and each cross-attention refines these.
+        """
+        queries_BPD = self.patch_query(self._pool(states[0], segments))
+        patches_BPkD = queries_BPD.unflatten(-1, (self.config.cross_attn_k, -1))
         for cross_attention, x_BTD in zip(self.cross_attentions, states):
             patches_BPkD = cross_attention(patches_BPkD, x_BTD, segments)
         return patches_BPkD
 
     def _pool(self, x_BTD, segments):
+        """The maximum or mean [B, P, D] of each patch's byte states; zeros if it has no bytes."""
         x_ND = x_BTD.flatten(0, 1)
         if self.config.pooling == "max":
             return segments.drop_left_out(segments.max(x_ND))
-        count = segments.sum(x_ND.new_ones(x_ND.shape[0], 1)).clamp(min=1)
-        return segments.drop_left_out(segments.sum(x_ND) / count)
+        n_bytes = segments.sum(x_ND.new_ones(x_ND.shape[0], 1)).clamp(min=1)
+        return segments.drop_left_out(segments.sum(x_ND) / n_bytes)
 
 
 class LatentTransformer(nn.Module):
-    """Causal transformer over patches (section 3.1)."""
+    """The large causal transformer over patches (section 3.1): most of the compute, once a patch."""
 
     def __init__(self, config):
         super().__init__()
-        G, patch_dim = config.global_dim, config.cross_attn_k * config.encoder_dim
+        G = config.global_dim
+        n_heads = config.heads("global")
+        patch_dim = config.cross_attn_k * config.encoder_dim
         self.recompute = config.recompute
         self.widen = nn.Linear(patch_dim, G, bias=False) if patch_dim != G else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(G, config.heads("global"), config.norm_eps, config.qk_norm, config.dropout, config.global_ffn_dim)
+            Block(G, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.global_ffn_dim)
             for _ in range(config.global_layers)
         )
 
     def forward(self, patches_BPkD, plan, pasts=None):
         """Returns latent states [B, P, G]."""
+        # A patch's k vectors, side by side, are its input. As in the released code there is no norm
+        # after the last layer.
         x_BPG = self.dropout(self.widen(patches_BPkD.flatten(2)))
         for layer, block in enumerate(self.blocks):
-            x_BPG = run_block(block, x_BPG, plan, self.recompute, pasts and pasts[layer])
+            past = None if pasts is None else pasts[layer]
+            x_BPG = run_block(block, x_BPG, plan, self.recompute, past)
         return x_BPG
 
 
 class LocalDecoder(nn.Module):
-    """Byte states and latent states to the states that predict the next byte (section 3.3)."""
+    """From byte states and latent states to the states that predict the next byte (section 3.3)."""
 
     def __init__(self, config):
         super().__init__()
-        D, k, heads = config.decoder_dim, config.cross_attn_k, config.heads("decoder")
-        self.k, self.dropout, self.recompute = k, nn.Dropout(config.dropout), config.recompute
-        self.from_encoder = nn.Linear(config.encoder_dim, D, bias=False) if config.encoder_dim != D else nn.Identity()
-        self.patch_vectors = nn.Linear(config.global_dim, k * D, bias=False)
+        D = config.decoder_dim
+        n_heads = config.heads("decoder")
+        self.k = config.cross_attn_k
+        self.dropout = nn.Dropout(config.dropout)
+        self.recompute = config.recompute
+        self.from_encoder = nn.Identity()
+        if config.encoder_dim != D:
+            self.from_encoder = nn.Linear(config.encoder_dim, D, bias=False)
+        self.patch_vectors = nn.Linear(config.global_dim, self.k * D, bias=False)
+        # Cross-attention comes before every layer, or before the first one only.
         n_cross = config.decoder_layers if config.cross_attn_all_layers_decoder else 1
-        self.cross_attentions = nn.ModuleList(DecoderCrossAttention(D, heads, config.norm_eps) for _ in range(n_cross))
+        self.cross_attentions = nn.ModuleList(
+            DecoderCrossAttention(D, n_heads, config.norm_eps) for _ in range(n_cross)
+        )
         self.blocks = nn.ModuleList(
-            Block(D, heads, config.norm_eps, config.qk_norm, config.dropout, config.decoder_ffn_dim)
+            Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.decoder_ffn_dim)
             for _ in range(config.decoder_layers)
         )
         self.norm = RMSNorm(D, config.norm_eps)
 
     def forward(self, bytes_BTD, latents_BPG, plan, read_N, pasts=None):
-        """read_N: the patch that each byte reads, `PatchMap.read`. Returns states [B, T, D], normalised for the head."""
+        """Returns states [B, T, D], normalised for the head.
+
+        bytes_BTD: the encoder's byte states. read_N: the patch that each byte reads, `PatchMap.read`.
+        """
         patches_BPkD = self.patch_vectors(latents_BPG).unflatten(-1, (self.k, -1))
         x_BTD = self.dropout(self.from_encoder(bytes_BTD))
         for layer, block in enumerate(self.blocks):
             if layer < len(self.cross_attentions):
                 x_BTD = self.cross_attentions[layer](x_BTD, patches_BPkD, read_N)
-            x_BTD = run_block(block, x_BTD, plan, self.recompute, pasts and pasts[layer])
+            past = None if pasts is None else pasts[layer]
+            x_BTD = run_block(block, x_BTD, plan, self.recompute, past)
         return self.norm(x_BTD)
 
 
 class BLTModel(nn.Module):
     """The Byte Latent Transformer.
 
-    A row of T + 1 ids s has inputs s[:T] and targets s[1:]; patch_lengths cover all T + 1 ids, zeros on the right, the first
-    patch being the boundary or a single byte. The logits at t are for id t + 1 and use the newest patch that was complete
-    at t. Classes 0..255 are bytes, 256 is the document's end.
+    A row of T + 1 ids gives T inputs, ids 0..T-1, and T targets, ids 1..T. Patch lengths cover all
+    T + 1 ids, with zeros on the right; the first patch is one id long. The logits at t are for id
+    t + 1, and use the newest patch that is complete before it (`PatchMap`). Classes 0..255 are bytes,
+    256 is the document's end.
     """
 
     n_classes = BOUNDARY + 1
@@ -296,53 +384,68 @@ class BLTModel(nn.Module):
         init_weights(self)
 
     def forward(self, ids_BT, patch_lengths_BP):
-        """ids_BT: int64 in 0..256; patch_lengths_BP: int64, each row's sum T + 1. Returns logits [B, T, 257].
+        """Logits [B, T, 257].
 
-        Checks shapes only; `check_patch_lengths` checks values (it would stall a GPU here).
+        ids_BT: int64, the inputs, in 0..256. patch_lengths_BP: int64, each row's sum T + 1.
+        Raises ValueError for other shapes. It does not look at values, which would make the CPU wait for
+        a GPU: `check_patch_lengths` does, where rows are made.
         """
         if ids_BT.dim() != 2 or patch_lengths_BP.dim() != 2 or ids_BT.shape[0] != patch_lengths_BP.shape[0]:
-            raise ValueError(
-                f"ids must be [B, T] and patch lengths [B, P], not {list(ids_BT.shape)} and {list(patch_lengths_BP.shape)}"
-            )
-        config, hash_embedding = self.config, self.encoder.hash_embedding
+            found = f"{list(ids_BT.shape)} and {list(patch_lengths_BP.shape)}"
+            raise ValueError(f"ids must be [B, T] and patch lengths [B, P], not {found}")
+        config = self.config
         documents_BT = documents_of(ids_BT, BOUNDARY)
         ngrams_BTD = None
+        hash_embedding = self.encoder.hash_embedding
         if hash_embedding is not None:
-            embed = embed_ngrams_uncompiled if hash_embedding.tables.sparse else embed_ngrams
-            ngrams_BTD = embed(hash_embedding, ids_BT, documents_BT)
+            ngrams_BTD = hash_embedding.embed(hash_embedding, ids_BT, documents_BT)
         patch_map = PatchMap(patch_lengths_BP, documents_BT)
-        head_dims = {
-            part: getattr(config, f"{part}_dim") // config.heads(part) for part in ("encoder", "global", "decoder")
-        }
-        plan = AttentionPlan(documents_BT, head_dims["encoder"], config.rope_theta, config.window)
-        bytes_BTD, patches_BPkD = self.encoder(ids_BT, ngrams_BTD, plan, patch_map)
-        latents_BPG = self.latent(
-            patches_BPkD, AttentionPlan(patch_map.documents_BP, head_dims["global"], config.rope_theta)
-        )
-        if head_dims["decoder"] != head_dims["encoder"]:
-            plan = AttentionPlan(documents_BT, head_dims["decoder"], config.rope_theta, config.window)
-        return self.head(self.decoder(bytes_BTD, latents_BPG, plan, patch_map.read))
+
+        # Bytes attend to bytes of their document within the window, patches to all patches of their
+        # document before them.
+        byte_plan = AttentionPlan(documents_BT, config.head_dim("encoder"), config.rope_theta, config.window)
+        bytes_BTD, patches_BPkD = self.encoder(ids_BT, ngrams_BTD, byte_plan, patch_map)
+        patch_plan = AttentionPlan(patch_map.documents_BP, config.head_dim("global"), config.rope_theta)
+        latents_BPG = self.latent(patches_BPkD, patch_plan)
+        # The decoder attends as the encoder does. It shares the plan if its heads are as wide, and so
+        # its rotary angles are the same.
+        if config.head_dim("decoder") != config.head_dim("encoder"):
+            byte_plan = AttentionPlan(documents_BT, config.head_dim("decoder"), config.rope_theta, config.window)
+        states_BTD = self.decoder(bytes_BTD, latents_BPG, byte_plan, patch_map.read)
+        return self.head(states_BTD)
 
     def parameters_by_part(self):
-        """{"hash embedding", "encoder", "latent", "decoder": number of parameters}; the parts sum to the whole."""
-        count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-        hashes = count(self.encoder.hash_embedding) if self.encoder.hash_embedding is not None else 0
+        """{"hash embedding", "encoder", "latent", "decoder": number of parameters}, the whole in all.
+
+        The encoder is counted without its hash embedding, the decoder with the head.
+        """
+        n_hash = 0
+        if self.encoder.hash_embedding is not None:
+            n_hash = _number_of_parameters(self.encoder.hash_embedding)
         return {
-            "hash embedding": hashes,
-            "encoder": count(self.encoder) - hashes,
-            "latent": count(self.latent),
-            "decoder": count(self.decoder) + count(self.head),
+            "hash embedding": n_hash,
+            "encoder": _number_of_parameters(self.encoder) - n_hash,
+            "latent": _number_of_parameters(self.latent),
+            "decoder": _number_of_parameters(self.decoder) + _number_of_parameters(self.head),
         }
+
+
+def _number_of_parameters(module):
+    """How many numbers the module's parameters hold."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def uninitialized(config, device="cpu", dtype=torch.float32):
-    """A `BLTModel` whose weights are about to be read: nothing is drawn at random (a minute for 4.6 billion parameters, twice their memory in bf16).
+    """A `BLTModel` without initial weights, for weights that are about to be loaded.
 
-    Load all weights before use; until then they are whatever was in memory.
+    Load all of them: until then they are whatever was in memory. To draw weights at random first would
+    take a minute for 4.6 billion parameters, and with bf16 twice their memory.
     """
+    # On the meta device tensors have shapes and no memory.
     with torch.device("meta"):
         model = BLTModel(config)
     model = model.to(dtype).to_empty(device=device)
+    # Buffers are not loaded, since state dicts do not have them: they must be made here.
     for name, _ in model.named_buffers():
         assert name == "encoder.hash_embedding.first_row", f"{name} would stay unset"
     if model.encoder.hash_embedding is not None:

@@ -270,9 +270,7 @@ def main(config):
 
     device = choose_device(config.device)
     model, patcher, record = load_blt(config.model, device)
-    context_bytes = (
-        config.context_bytes or record.settings["row_bytes"]
-    )  # no longer rows than those it was trained on
+    context_bytes = config.context_bytes or record.settings["row_bytes"]  # no longer rows than those it was trained on
     if config.interactive:
         print("a line is a prompt; an empty one ends", file=sys.stderr)
         for line in sys.stdin:

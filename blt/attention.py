@@ -1,183 +1,288 @@
-"""Causal attention within a window and within a document, with rotary positions."""
+"""Causal self-attention within a window and within a document, with rotary position embeddings.
+
+`AttentionPlan` says which positions of a batch of rows attend to which. A model makes one per
+forward pass and shares it among all layers of a stack.
+"""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from blt.kernels import BandAttention, apply_function
 
-NO_DOCUMENT = -1  # document number of the empty places before a row: equals no real one, so nobody attends to them
-AFTER_ROW = -2  # document number of the places that fill up a row's last block: they attend to each other only
+# Documents of a row are numbered from 0 up. These two numbers are for positions that are in no
+# document, so that no real position attends to them.
+# Before the row:
+NO_DOCUMENT = -1
+# After the row, where the last block is filled up. These positions attend to each other, because a
+# softmax over no key at all would be NaN, and NaN would spread through the gradients.
+AFTER_ROW = -2
+
+# A band on a CPU has at most about this many attention scores, so that they stay in a core's cache.
+BAND_SCORES = 1 << 19
 
 
 def rotary_cos_sin(positions_T, head_dim, theta):
-    """Cosines and sines of the rotary embedding's angles (RoPE, BLT section 4.8).
+    """Cosines and sines of the rotary embedding (RoPE, BLT section 4.8).
 
-    positions_T: any numbers, negative ones too: only differences matter. Returns float32 [T, 1, head_dim / 2, 2].
+    The angle of channel pair i at a position is position * theta ** (-2 i / head_dim).
+    positions_T may be negative: attention depends on differences of positions only.
+    Returns float32 [T, 1, head_dim / 2, 2]: one head for all, and (cos, sin) on the last axis.
     """
-    # 1 / theta ** x, not theta ** -x: rounded as in the published code, which matters in rows of thousands of bytes.
-    frequencies = 1.0 / theta ** (
-        torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
-    )
-    angles_TK = positions_T.float()[:, None] * frequencies
+    channels_K = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
+    # 1 / theta ** x and not theta ** -x, to round as the published code does. In rows of thousands
+    # of bytes the difference shows.
+    frequencies_K = 1.0 / theta ** (channels_K / head_dim)
+    angles_TK = positions_T.float()[:, None] * frequencies_K
     return torch.stack((angles_TK.cos(), angles_TK.sin()), dim=-1)[:, None]
 
 
 def apply_rotary(x_BTHK, cos_sin):
-    """Turn each pair (x0, x1), (x2, x3), ... of a head by its position's `rotary_cos_sin`: the released BLT's interleaved layout."""
+    """Rotate the channel pairs (x0, x1), (x2, x3), ... of each head by the angles of its position.
+
+    These interleaved pairs are the released BLT's layout; Llama's code pairs channel i with
+    i + K / 2. cos_sin: `rotary_cos_sin` of the T positions. Computed in fp32, returned in x's dtype.
+    """
     pairs = x_BTHK.float().unflatten(-1, (-1, 2))
-    if x_BTHK.device.type == "cpu":  # complex numbers: several times faster there, but torch.compile cannot fuse them
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
+    if x_BTHK.device.type == "cpu":
+        # Complex products are several times faster on a CPU, but torch.compile cannot fuse them.
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
     else:
-        (even, odd), (cos, sin) = pairs.unbind(-1), cos_sin.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x_BTHK.dtype)
+        even, odd = pairs.unbind(-1)
+        cos, sin = cos_sin.unbind(-1)
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x_BTHK.dtype)
+
+
+def may_attend(distance, is_same_document, window):
+    """The attention mask: True where a query attends to a key that is `distance` positions before it.
+
+    The key must be in the query's document, must not come after the query, and must be less than a
+    window away: window 512 is the query's own position and the 511 before it. None: no limit.
+    """
+    is_in_reach = distance >= 0
+    if window is not None:
+        is_in_reach = is_in_reach & (distance < window)
+    return is_same_document & is_in_reach
 
 
 class AttentionPlan:
-    """Who attends to whom in one row batch, and the rotary angles: made once, shared by all layers of a stack.
+    """Which positions attend to which in a batch of rows (`may_attend`), and their rotary angles.
 
-    Position i attends to j iff j is in i's document and i - window < j <= i (window None: any j <= i).
+    Three implementations compute the same attention. `attend` chooses the one that is fast where the
+    model runs:
 
-    The same attention is computed by whichever of three ways is fast where it runs; time and memory are linear in the row
-    when there is a window, and no mask has row by row entries:
-        on a CPU      `BandAttention`: one block of queries after another, each with the keys it can see
-        CUDA graphs   FlexAttention, under torch.compile on cards from compute capability 8.0 on
-        elsewhere     scaled_dot_product_attention over blocks of half a window, each with the two before it
+        CPU                            `_by_bands`           a loop over bands of queries
+        recent GPU and torch.compile   `_by_flex_attention`  one kernel, made for the mask
+        all else, and with dropout     `_by_blocks`          one call of torch's attention
 
-    documents_BT: int, the document number of each position, rising along the row.
-    past_documents_BW: document numbers of the `carry` positions before the row, when their keys and values are passed
-        to `attend` (a long stream read in chunks); NO_DOCUMENT where there is nothing.
+    With a window, time and memory of all three are linear in the row: none makes T x T scores.
+
+    documents_BT: int, the document number of each position, non-decreasing along the row.
+    window: positions that a query attends to, its own included; None: all before it.
+    past_documents_BW: the document numbers of the W positions before the row, when a long stream is
+        read in chunks; NO_DOCUMENT before the start of the stream. `attend` then needs the keys and
+        values of these positions as its `past`.
     """
 
     def __init__(self, documents_BT, head_dim, theta, window=None, past_documents_BW=None):
-        T, device = documents_BT.shape[1], documents_BT.device
-        self.documents, self.past_documents = documents_BT, past_documents_BW
-        self.length, self.window = T, window
-        self.past = 0 if past_documents_BW is None else past_documents_BW.shape[1]
-        self.bands = self.blocks = self.flex_mask = None
-        self.cos_sin = rotary_cos_sin(torch.arange(-self.past, T, device=device), head_dim, theta)
+        self.documents = documents_BT
+        self.past_documents = past_documents_BW
+        self.window = window
+        self.length = documents_BT.shape[1]
+        self.past_length = 0 if past_documents_BW is None else past_documents_BW.shape[1]
+        # The row's positions count from 0, those of the past are negative.
+        positions = torch.arange(-self.past_length, self.length, device=documents_BT.device)
+        self.cos_sin = rotary_cos_sin(positions, head_dim, theta)
+        # The masks of the three implementations. The first layer makes the one it needs, and the
+        # other layers of the stack use it again.
+        self.bands = None
+        self.flex_mask = None
+        self.blocks = None
 
     @classmethod
     def carry_length(cls, window):
-        """How many positions' keys and values a stream read in chunks hands from chunk to chunk."""
-        block, before = Blocks.size_and_number_before(window)
-        return block * before
+        """W, the positions whose keys and values each chunk of a stream needs from before it.
+
+        At least window - 1, in whole blocks of `BlockAttention`.
+        """
+        block_length, n_before = BlockAttention.block_length_and_number_before(window)
+        return block_length * n_before
 
     def attend(self, q_BTHK, k_BTHK, v_BTHK, past=None, dropout=0.0):
-        """Softmax attention under this plan. past: keys and values [B, carry, H, K] before the row, keys not rotated."""
+        """Softmax attention of the row's positions under this plan: [B, T, H, K].
+
+        q, k: not rotated yet. past: keys (not rotated either) and values [B, W, H, K] of the
+        positions before the row. dropout: share of attention weights to drop.
+        """
         if past is not None:
-            k_BTHK, v_BTHK = (torch.cat((old.to(new.dtype), new), dim=1) for old, new in zip(past, (k_BTHK, v_BTHK)))
-        q, k = apply_rotary(q_BTHK, self.cos_sin[self.past :]), apply_rotary(k_BTHK, self.cos_sin)
+            past_k, past_v = past
+            k_BTHK = torch.cat((past_k.to(k_BTHK.dtype), k_BTHK), dim=1)
+            v_BTHK = torch.cat((past_v.to(v_BTHK.dtype), v_BTHK), dim=1)
+        q = apply_rotary(q_BTHK, self.cos_sin[self.past_length :])
+        k = apply_rotary(k_BTHK, self.cos_sin)
+        # The only place that chooses an implementation. Bands and FlexAttention have no dropout, and
+        # the mask for FlexAttention has no past: streams are read without torch.compile.
         if q.device.type == "cpu" and not dropout:
             return self._by_bands(q, k, v_BTHK)
         if not dropout and past is None and runs_flex_attention(q.device):
             return self._by_flex_attention(q, k, v_BTHK)
-        if self.blocks is None:
-            self.blocks = Blocks(self.documents, self.window, self.past_documents)
-        return self.blocks.attend(q, k, v_BTHK, dropout)
+        return self._by_blocks(q, k, v_BTHK, dropout)
 
-    def _by_bands(self, q, k, v):
-        if self.bands is None or self.bands[0][-1].dtype != q.dtype:
-            self.bands = self._make_bands(q.shape[2], q.dtype)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if (
-            not torch.is_grad_enabled()
-        ):  # neighbouring keys side by side: faster products with queries, slower ones backward
+    def _by_bands(self, q_BTHK, k_BSHK, v_BSHK):
+        """For CPUs: one band of queries after another, each with the keys that it can see."""
+        # A band's bias is added to the scores in place, so both need one dtype.
+        if self.bands is None or self.bands[0][-1].dtype != q_BTHK.dtype:
+            self.bands = self._make_bands(q_BTHK.shape[2], q_BTHK.dtype)
+        q = q_BTHK.transpose(1, 2)
+        k = k_BSHK.transpose(1, 2)
+        v = v_BSHK.transpose(1, 2)
+        if not torch.is_grad_enabled():
+            # Queries times keys is faster with the keys transposed in memory. With gradients it does
+            # not pay, because the products of the backward pass are slower then.
             k = k.transpose(-1, -2).contiguous().transpose(-1, -2)
         return apply_function(BandAttention, q, k, v, self.bands).transpose(1, 2)
 
-    def _make_bands(self, heads, dtype):
-        """[(first query, last + 1, first key, last + 1, bias [B, 1, queries, keys]), ...] covering the row."""
-        B, T, past = self.documents.shape[0], self.length, self.past
-        keys_BS = self.documents if not past else torch.cat((self.past_documents, self.documents), dim=1)
-        seen = T // 2 if self.window is None else self.window  # keys of a query, about
-        # Blocks for which the scores stay in a core's cache, and large enough for fast products.
-        block = 64 if self.window else 128
-        while block < T and B * heads * 2 * block * (seen + 2 * block) <= BAND_SCORES:
-            block *= 2
+    def _make_bands(self, n_heads, dtype):
+        """The `Band`s that cover the row, in order."""
+        documents_BS = self.documents
+        if self.past_length:
+            documents_BS = torch.cat((self.past_documents, self.documents), dim=1)
+        n_queries = self._queries_per_band(n_heads)
         bands = []
-        for first in range(0, T, block):
-            last = min(T, first + block)
-            first_key = (
-                0 if self.window is None else max(0, past + first - self.window + 1) // 64 * 64
-            )  # aligned for the products
-            distance = torch.arange(past + first, past + last)[:, None] - torch.arange(first_key, past + last)
-            visible = (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
-            visible = visible & (
-                keys_BS[:, past + first : past + last, None] == keys_BS[:, None, first_key : past + last]
-            )
-            bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
-            bands.append((first, last, first_key, past + last, bias))
+        for first_query in range(0, self.length, n_queries):
+            end_query = min(self.length, first_query + n_queries)
+            # Keys are numbered from the start of the past, so query i is at key past_length + i.
+            key_of_first = self.past_length + first_query
+            end_key = self.past_length + end_query
+            first_key = 0
+            if self.window is not None:
+                # Rounded down to 64, because products are faster on aligned memory.
+                first_key = max(0, key_of_first - self.window + 1) // 64 * 64
+            distance = torch.arange(key_of_first, end_key)[:, None] - torch.arange(first_key, end_key)
+            query_documents = documents_BS[:, key_of_first:end_key, None]
+            key_documents = documents_BS[:, None, first_key:end_key]
+            is_visible = may_attend(distance, query_documents == key_documents, self.window)
+            bias = torch.zeros(is_visible.shape, dtype=dtype).masked_fill_(~is_visible, -torch.inf)
+            bands.append(Band(first_query, end_query, first_key, end_key, bias[:, None]))
         return bands
 
-    def _by_flex_attention(self, q, k, v):
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    def _queries_per_band(self, n_heads):
+        """A power of two: large for fast matrix products, but a band keeps to BAND_SCORES scores."""
+        n_rows = self.documents.shape[0]
+        keys_per_query = self.length // 2 if self.window is None else self.window
+        n_queries = 64 if self.window else 128
+        while n_queries < self.length:
+            scores_if_doubled = n_rows * n_heads * 2 * n_queries * (keys_per_query + 2 * n_queries)
+            if scores_if_doubled > BAND_SCORES:
+                break
+            n_queries *= 2
+        return n_queries
 
+    def _by_flex_attention(self, q_BTHK, k_BTHK, v_BTHK):
+        """For compiled code on recent GPUs: a kernel made from the mask, which skips empty tiles."""
         if self.flex_mask is None:
-            documents, window, T = self.documents, self.window, self.length
+            # Plain names, because torch.compile has to see through this function's closure.
+            documents_BT = self.documents
+            window = self.window
+            B, T = documents_BT.shape
 
-            def visible(row, head, query, key):
-                same = documents[row, query] == documents[row, key]
-                return same & (query >= key) & (query - key < (T if window is None else window))
+            def is_visible(row, head, query, key):
+                is_same_document = documents_BT[row, query] == documents_BT[row, key]
+                return may_attend(query - key, is_same_document, window)
 
-            self.flex_mask = create_block_mask(visible, documents.shape[0], None, T, T, device=q.device)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            self.flex_mask = create_block_mask(is_visible, B, None, T, T, device=q_BTHK.device)
+        q = q_BTHK.transpose(1, 2)
+        k = k_BTHK.transpose(1, 2)
+        v = v_BTHK.transpose(1, 2)
         return flex_attention(q, k, v, block_mask=self.flex_mask).transpose(1, 2)
 
+    def _by_blocks(self, q_BTHK, k_BSHK, v_BSHK, dropout):
+        """For all else (older GPUs, code that is not compiled, dropout): torch's attention on blocks."""
+        if self.blocks is None:
+            self.blocks = BlockAttention(self.documents, self.window, self.past_documents)
+        return self.blocks.attend(q_BTHK, k_BSHK, v_BSHK, dropout)
 
-BAND_SCORES = 1 << 19  # attention scores computed at once on a CPU
+
+class Band(NamedTuple):
+    """A range of a row's queries, the range of keys that they can see, and the mask between them."""
+
+    first_query: int
+    end_query: int  # one past the last
+    first_key: int  # numbered from the start of the past, or of the row if there is none
+    end_key: int  # one past the last
+    bias: torch.Tensor  # [B, 1, queries, keys]: added to the scores, 0 where visible and -inf where not
 
 
 def runs_flex_attention(device):
-    """Whether this is code under torch.compile for a CUDA device whose Triton kernels FlexAttention supports."""
-    return (
-        torch.compiler.is_compiling() and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    """Whether this is code under torch.compile for a GPU that FlexAttention's kernels support."""
+    if not torch.compiler.is_compiling() or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-class Blocks:
-    """Attention over blocks of half a window by scaled_dot_product_attention: a band of 1.5 windows for each block of queries.
+class BlockAttention:
+    """Windowed attention as one scaled_dot_product_attention over blocks of half a window.
 
-    window None: one block, the whole row, with a mask of row by row.
+    The row is split into equal blocks, and each block becomes a row of the batch: its queries, and
+    the keys of this block and of the two before it. Window 4 and 5 positions give three blocks:
+
+        queries   0 1        2 3            4 .             .  fills the last block
+        keys      - - - - 0 1    - - 0 1 2 3    0 1 2 3 4 .     -  is before the row
+
+    A row no longer than the window, or without one, is a single block with a mask of T x T.
     """
 
     def __init__(self, documents_BT, window, past_documents_BW=None):
         B, T = documents_BT.shape
         has_past = past_documents_BW is not None
         if not has_past and (window is None or T <= window):
-            self.block, before = T, 0
+            self.block_length = T
+            self.n_before = 0
         else:
-            self.block, before = self.size_and_number_before(window)
-        self.length, self.before, self.carry = T, before, before * self.block
-        self.number = -(-T // self.block)
-        self.fill = self.number * self.block - T
+            self.block_length, self.n_before = self.block_length_and_number_before(window)
+        self.length = T
+        self.n_blocks = -(-T // self.block_length)
+        self.fill = self.n_blocks * self.block_length - T
+        carry = self.n_before * self.block_length
+        # Keys to be filled in before the row where no past is given.
+        self.missing = 0 if has_past else carry
         if not has_past:
-            past_documents_BW = documents_BT.new_full((B, self.carry), NO_DOCUMENT)
-        self.missing = self.carry if not has_past else 0  # keys to be filled in before the row
-        keys_BS = torch.cat((past_documents_BW, F.pad(documents_BT, (0, self.fill), value=AFTER_ROW)), dim=1)
-        width = self.carry + self.block
-        key_documents = keys_BS.unfold(1, width, self.block)[:, :, None, :]
-        query_documents = keys_BS[:, self.carry :].unflatten(1, (self.number, self.block))[..., None]
-        device = documents_BT.device
-        distance = torch.arange(self.carry, width, device=device)[:, None] - torch.arange(width, device=device)
-        mask = (key_documents == query_documents) & (distance >= 0)
-        if window is not None:
-            mask = mask & (distance < window)
+            past_documents_BW = documents_BT.new_full((B, carry), NO_DOCUMENT)
+        filled_BT = F.pad(documents_BT, (0, self.fill), value=AFTER_ROW)
+        documents_BS = torch.cat((past_documents_BW, filled_BT), dim=1)
+        # As [B, blocks, queries, keys]: what a block's queries and its keys belong to.
+        n_keys = carry + self.block_length
+        key_documents = documents_BS.unfold(1, n_keys, self.block_length)[:, :, None, :]
+        query_documents = documents_BS[:, carry:].unflatten(1, (self.n_blocks, -1))[..., None]
+        # The same in every block, whose queries are at the positions of its last keys.
+        positions = torch.arange(n_keys, device=documents_BT.device)
+        distance = positions[carry:, None] - positions
+        mask = may_attend(distance, key_documents == query_documents, window)
         self.mask = mask.flatten(0, 1)[:, None]
 
     @staticmethod
-    def size_and_number_before(window):
-        """Positions in a block and how many blocks before its own a query may look into: window 512 gives 256 and 2."""
-        block = max(1, window // 2)
-        return block, -(-(window - 1) // block)
+    def block_length_and_number_before(window):
+        """Positions in a block, and the blocks before its own that a query can see: 512 gives 256, 2."""
+        block_length = max(1, window // 2)
+        return block_length, -(-(window - 1) // block_length)
 
     def attend(self, q_BTHK, k_BSHK, v_BSHK, dropout):
-        queries = F.pad(q_BTHK, (0, 0, 0, 0, 0, self.fill)).unflatten(1, (self.number, self.block)).flatten(0, 1)
-        q, k, v = (x.transpose(1, 2) for x in (queries, self._keys(k_BSHK), self._keys(v_BSHK)))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout).transpose(1, 2)
-        return out.unflatten(0, (-1, self.number)).flatten(1, 2)[:, : self.length]
+        """Attention [B, T, H, K] of q to k and v, which have the past in front if there is one."""
+        filled = F.pad(q_BTHK, (0, 0, 0, 0, 0, self.fill))
+        queries = filled.unflatten(1, (self.n_blocks, self.block_length)).flatten(0, 1)
+        q = queries.transpose(1, 2)
+        k = self._keys_of_blocks(k_BSHK).transpose(1, 2)
+        v = self._keys_of_blocks(v_BSHK).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout)
+        return out.transpose(1, 2).unflatten(0, (-1, self.n_blocks)).flatten(1, 2)[:, : self.length]
 
-    def _keys(self, x_BSHK):
-        """[B, S, H, K] -> [B * blocks, carry + block, H, K]: each block together with those before it."""
-        blocks = F.pad(x_BSHK, (0, 0, 0, 0, self.missing, self.fill)).unflatten(1, (-1, self.block))
-        return torch.cat([blocks[:, i : i + self.number] for i in range(self.before + 1)], dim=2).flatten(0, 1)
+    def _keys_of_blocks(self, x_BSHK):
+        """Each block together with those before it: [B, S, H, K] -> [B * blocks, keys, H, K]."""
+        filled = F.pad(x_BSHK, (0, 0, 0, 0, self.missing, self.fill))
+        blocks = filled.unflatten(1, (-1, self.block_length))
+        # The i-th of the blocks that a query sees, for all blocks of the row at once.
+        seen = [blocks[:, i : i + self.n_blocks] for i in range(self.n_before + 1)]
+        return torch.cat(seen, dim=2).flatten(0, 1)

@@ -1,11 +1,14 @@
-"""What the models share: rotary positions, causal attention within a window and within a document, feed-forward, block.
+"""The transformer layer of all models: RMSNorm, self-attention, SwiGLU feed-forward.
 
-Every transformer of the project (entropy model, local encoder, latent transformer, local decoder) is a stack of `Block`,
-the block of the released BLT: RMSNorm, attention without biases, residual, RMSNorm, SwiGLU, residual.
+Every stack of the project (entropy model, local encoder, latent transformer, local decoder, the plain
+transformers of template_llm.py) is made of `Block`, the layer of the released BLT:
 
-Attention never crosses a document boundary. So several documents share a row and each gets what it would get alone, and
-a row's result does not depend on how documents were packed. (The released training code masks documents as well; the
-transformers port does not.)
+    x = x + attention(norm(x))
+    x = x + feed_forward(norm(x))
+
+Linear layers have no biases. Attention never crosses a document boundary, so several documents share
+a row and each gets the result that it would get alone, however documents are packed into rows. (The
+released training code masks documents as well; the port in transformers does not.)
 """
 
 import math
@@ -14,70 +17,97 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from blt.kernels import _GatedLinear, _rms_norm, apply_function
+from blt.kernels import GatedLinear, apply_function, rms_norm
 
 
 def feed_forward_width(dim):
-    """Hidden width of the SwiGLU feed-forward: two thirds of 4 * dim, rounded up to 256 (512 -> 1536, 768 -> 2048)."""
+    """Hidden width of the feed-forward: 2/3 of 4 * dim, rounded up to a multiple of 256.
+
+    Examples: 512 -> 1536, 768 -> 2048.
+    """
+    # SwiGLU has three matrices where a plain feed-forward has two of width 4 * dim. At 2/3 of the
+    # width it has as many weights.
     return 256 * math.ceil(int(8 * dim / 3) / 256)
 
 
 def default_heads(dim):
-    """Heads of about 64 channels: the most that divide `dim` into even parts (rotary positions turn pairs)."""
-    for heads in range(max(1, dim // 64), 0, -1):
-        if dim % heads == 0 and (dim // heads) % 2 == 0:
-            return heads
-    raise ValueError(f"width {dim} is odd; rotary positions need an even number of channels a head")
+    """The number of attention heads for a width: as many as give each at least 64 channels.
+
+    The number must divide dim evenly. Raises ValueError if dim is odd.
+    """
+    for n_heads in range(max(1, dim // 64), 0, -1):
+        # The rotary embedding rotates pairs of channels, so a head has an even number of them.
+        if dim % n_heads == 0 and (dim // n_heads) % 2 == 0:
+            return n_heads
+    raise ValueError(f"width {dim} is odd; the rotary embedding needs an even number of channels a head")
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm computed in fp32 whatever the precision of its input, as the released code does.
-
-    Under autocast the output has autocast's precision: it feeds a matrix product, which would round it anyway.
-    """
+    """RMSNorm computed in fp32, whatever the precision of its input, as the released code does."""
 
     def __init__(self, dim, eps=1e-5):
         super().__init__(dim, eps)
 
     def forward(self, x):
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return _rms_norm(x, self.weight, self.eps, dtype)
+        dtype = x.dtype
+        # The output goes into a matrix product, for which autocast would round it anyway.
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return rms_norm(x, self.weight, self.eps, dtype)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention under a `AttentionPlan`, without biases. qk_norm: RMSNorm of each head's q and k."""
+    """Multi-head self-attention; an `AttentionPlan` says what attends to what. No biases.
+
+    qk_norm: RMSNorm over the channels of each head's queries and keys, before the rotary embedding.
+    """
 
     def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False, dropout=0.0):
         super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
-        self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.wq = nn.Linear(dim, dim, bias=False)
+        self.wk = nn.Linear(dim, dim, bias=False)
+        self.wv = nn.Linear(dim, dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+        # One weight per channel of a head, the same for all heads.
         self.q_norm = RMSNorm(dim // n_heads, norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // n_heads, norm_eps) if qk_norm else nn.Identity()
 
     def forward(self, x_BTD, plan, past=None):
-        """Returns the output [B, T, D] and the row's (keys, values) [B, T, H, K], the keys before rotation."""
-        q, k, v = (w(x_BTD).unflatten(-1, (self.n_heads, -1)) for w in (self.wq, self.wk, self.wv))
-        q, k = self.q_norm(q), self.k_norm(k)
-        out = plan.attend(q, k, v, past, self.dropout if self.training else 0.0)
-        return self.wo(out.flatten(2)), (k, v)
+        """Returns the output [B, T, D] and the row's (keys, values) [B, T, H, K], keys not yet rotated.
+
+        past: what `plan.attend` takes for the positions before the row.
+        """
+        q_BTHK = self.wq(x_BTD).unflatten(-1, (self.n_heads, -1))
+        k_BTHK = self.wk(x_BTD).unflatten(-1, (self.n_heads, -1))
+        v_BTHK = self.wv(x_BTD).unflatten(-1, (self.n_heads, -1))
+        q_BTHK = self.q_norm(q_BTHK)
+        k_BTHK = self.k_norm(k_BTHK)
+        dropout = self.dropout if self.training else 0.0
+        # The plan applies the rotary embedding, because it knows the positions.
+        out_BTHK = plan.attend(q_BTHK, k_BTHK, v_BTHK, past, dropout)
+        return self.wo(out_BTHK.flatten(2)), (k_BTHK, v_BTHK)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+    """SwiGLU: w2(silu(w1 x) * w3 x). ffn_dim: the hidden width; None: `feed_forward_width`."""
 
     def __init__(self, dim, ffn_dim=None):
         super().__init__()
         hidden = ffn_dim or feed_forward_width(dim)
-        self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x):
-        return apply_function(_GatedLinear, self.w1(x), self.w3(x), self.w2.weight)
+    def forward(self, x_BTD):
+        # One autograd function for silu, product and w2. It keeps two tensors of the hidden width for
+        # the backward pass, where autograd would keep four.
+        return apply_function(GatedLinear, self.w1(x_BTD), self.w3(x_BTD), self.w2.weight)
 
 
 class Block(nn.Module):
-    """One transformer layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """One transformer layer: attention, then feed-forward, each with a norm before and a residual."""
 
     def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False, dropout=0.0, ffn_dim=None):
         super().__init__()
@@ -88,29 +118,39 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BTD, plan, past=None):
-        """Returns the new states [B, T, D] and the row's (keys, values)."""
+        """Returns the new states [B, T, D] and the row's (keys, values) of `SelfAttention`."""
         attended, keys_values = self.attention(self.attention_norm(x_BTD), plan, past)
         x_BTD = x_BTD + self.dropout(attended)
-        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD))), keys_values
+        x_BTD = x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        return x_BTD, keys_values
 
 
 def run_block(block, x_BTD, plan, recompute=False, past=None):
-    """block(x) without its keys and values. recompute: keep nothing but x, and run the block again in the backward pass."""
+    """The block's new states [B, T, D], without its keys and values.
+
+    recompute: keep only x for the backward pass, and run the block again there.
+    """
+
+    def new_states(x_BTD):
+        return block(x_BTD, plan, past)[0]
+
     if recompute and torch.is_grad_enabled():
-        return checkpoint(lambda x: block(x, plan, past)[0], x_BTD, use_reentrant=False)
-    return block(x_BTD, plan, past)[0]
+        return checkpoint(new_states, x_BTD, use_reentrant=False)
+    return new_states(x_BTD)
 
 
 @torch.no_grad()
 def init_weights(module):
-    """The released code's initial weights: normal of std fan_in ** -0.5 cut at 3 std; norms at one.
+    """Draw the released code's initial weights: normal of std fan_in ** -0.5, cut at 3 std; norms one.
 
-    An embedding's fan-in is its width. No extra factor by depth (the released default).
+    The fan-in of an embedding is its width. Depth does not change the std (the released default).
     """
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Embedding, nn.EmbeddingBag)):
             std = child.weight.shape[1] ** -0.5
-            for rows in child.weight.split(1 << 16):  # trunc_normal_ needs three times the memory of what it fills
+            # Some rows at a time: trunc_normal_ needs three times the memory of what it fills, and
+            # hash tables are large.
+            for rows in child.weight.split(1 << 16):
                 nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std)
         elif isinstance(child, nn.RMSNorm):
             nn.init.ones_(child.weight)

@@ -1,6 +1,11 @@
-"""Optimizers: Muon for the layers' matrices, a row-wise Adam for hash tables, AdamW for the rest.
+"""Optimizers and what a training step does with them.
 
-`make_optimizers` puts every parameter into exactly one of them.
+    backward(model, loss, scaler)                              add the loss's gradients
+    clip_gradients(model, optimizers, scaler, max_norm)        limit the norm of all of them
+    step_optimizers(optimizers, scaler)                        change the weights, clear the gradients
+
+`make_optimizers` puts every parameter into exactly one of three: Muon for the matrices of layers, a
+row-wise Adam for hash tables, AdamW for the rest (embeddings, output head, norms).
 """
 
 import math
@@ -9,41 +14,48 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import get_total_norm
 
-MUON_STACK = 1 << 26  # numbers orthogonalised together, at most
+# Muon makes one tensor of at most this many numbers out of matrices of one shape.
+MUON_STACK = 1 << 26
 
 
 def make_optimizers(model, config):
-    """[Muon, AdamW] or, with hash tables, [Muon, AdamW, RowWiseAdam]. config: lr, adam_lr and weight_decay as in `RunConfig`.
+    """[Muon, AdamW] or, with hash tables, [Muon, AdamW, RowWiseAdam].
 
-    Muon's step is scaled to the RMS of an AdamW step (adjust_lr_fn="match_rms_adamw"), so all rates are of one kind. The output
-    head is left to AdamW, as in the published Muon.
+    config: lr, adam_lr and weight_decay as in `RunConfig`. Muon's updates are scaled to the RMS of
+    AdamW's, so both learning rates are of one kind.
     """
-    linear = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear) and module is not model.head
-    }
-    hashed = {id(module.weight) for module in model.modules() if isinstance(module, nn.EmbeddingBag)}
-    matrices = [p for p in model.parameters() if id(p) in linear]
-    tables = [p for p in model.parameters() if id(p) in hashed]
-    others = [p for p in model.parameters() if id(p) not in linear | hashed]
-    optimizers = [
-        GroupedMuon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(
-            others,
-            lr=config.adam_lr,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            weight_decay=0.0,
-            fused=others[0].device.type in ("cuda", "cpu"),
-        ),
-    ]
-    return optimizers + ([RowWiseAdam(tables, lr=config.adam_lr)] if tables else [])
+    linear_ids = set()
+    table_ids = set()
+    for module in model.modules():
+        # AdamW takes the output head, as in the published Muon.
+        if isinstance(module, nn.Linear) and module is not model.head:
+            linear_ids.add(id(module.weight))
+        elif isinstance(module, nn.EmbeddingBag):
+            table_ids.add(id(module.weight))
+    matrices = [p for p in model.parameters() if id(p) in linear_ids]
+    tables = [p for p in model.parameters() if id(p) in table_ids]
+    others = [p for p in model.parameters() if id(p) not in linear_ids | table_ids]
+    # Weight decay is for the matrices only.
+    muon = GroupedMuon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(
+        others,
+        lr=config.adam_lr,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        fused=others[0].device.type in ("cuda", "cpu"),
+    )
+    if not tables:
+        return [muon, adamw]
+    return [muon, adamw, RowWiseAdam(tables, lr=config.adam_lr)]
 
 
 class GroupedMuon(torch.optim.Muon):
-    """torch.optim.Muon with all matrices of one shape orthogonalised together: the same updates, far fewer kernel launches.
+    """torch.optim.Muon with the same updates, for all matrices of one shape at once.
 
-    A 300M-class model has some 200 matrices of 6 shapes; one by one they cost 20,000 launches an update. Options, state and
-    checkpoints are the parent's.
+    Muon's update of a matrix is its momentum made orthogonal (`orthogonalize`). A model of 300 million
+    parameters has some 200 matrices of 6 shapes. One by one they cost 20,000 kernel launches an
+    update; stacked by shape, far fewer. Options, state and checkpoints are the parent's.
     """
 
     @torch.no_grad()
@@ -54,49 +66,70 @@ class GroupedMuon(torch.optim.Muon):
                 if p.grad is not None:
                     by_shape.setdefault((p.shape, p.device), []).append(p)
             for (shape, _), params in by_shape.items():
-                together = max(1, MUON_STACK // shape.numel())
-                for first in range(0, len(params), together):
-                    self._update(params[first : first + together], group)
+                # A bound on the stack bounds the memory of an update.
+                n_together = max(1, MUON_STACK // shape.numel())
+                for first in range(0, len(params), n_together):
+                    self._update(params[first : first + n_together], group)
 
     def _update(self, params, group):
+        """One update of matrices of one shape."""
         gradients = [p.grad for p in params]
+        # The name is the parent's, so that its checkpoints are ours.
         for p in params:
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+                momentum = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+                self.state[p]["momentum_buffer"] = momentum
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
-        updates = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        updates = momenta
+        if group["nesterov"]:
+            # Nesterov momentum blends the gradient with the momentum a second time.
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        updates_NRC = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = params[0].shape
-        wide = (
-            0.2 * math.sqrt(max(rows, columns))
-            if group["adjust_lr_fn"] == "match_rms_adamw"
-            else math.sqrt(max(1, rows / columns))
-        )
+        if group["adjust_lr_fn"] == "match_rms_adamw":
+            # An orthogonal matrix has numbers of RMS 1 / sqrt(max(rows, columns)). Those of an AdamW
+            # update have an RMS of about 0.2.
+            scale = 0.2 * math.sqrt(max(rows, columns))
+        else:
+            scale = math.sqrt(max(1, rows / columns))
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.to(params[0].dtype).unbind(0)), alpha=-group["lr"] * wide)
+        steps = list(updates_NRC.to(params[0].dtype).unbind(0))
+        torch._foreach_add_(params, steps, alpha=-group["lr"] * scale)
 
 
 def orthogonalize(x_NRC, coefficients, steps, eps):
-    """Push all singular values of each matrix towards 1 by Newton-Schulz steps x <- (a + b x x' + c (x x')^2) x, in bf16."""
+    """Push all singular values of each matrix towards 1, by Newton-Schulz steps in bf16.
+
+    A step is x <- (a + b g + c g g) x with the Gram matrix g = x x' and (a, b, c) = coefficients. It
+    keeps the singular vectors of x, and takes each singular value s to a s + b s ** 3 + c s ** 5.
+    """
     a, b, c = coefficients
     x = x_NRC.bfloat16()
+    # The Gram matrix is rows by rows: of a tall matrix that of its transpose is smaller.
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
+    # No singular value exceeds the norm of the matrix: dividing by it brings all of them into 0..1.
     x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if is_tall else x
 
 
 class RowWiseAdam(torch.optim.Optimizer):
-    """Adam for lookup tables: only rows that were looked up change, and a row has one second moment.
+    """Adam for lookup tables: only rows that were looked up change, with one second moment a row.
 
-    A row's step is its gradient over the root of the decayed mean of its squared RMS, bias-corrected by the row's own number of
-    updates; there is no first moment and no weight decay. State: two numbers a row, against two a weight of AdamW; the losses are
-    the same (LOG.md). Gradients are dense, or sparse and coalesced (`add_gradients` leaves them so), with the same updates.
+    The n-th update of a row, from its gradient g:
+
+        square <- beta * square + (1 - beta) * mean(g ** 2)
+        row <- row - lr * g / (sqrt(square / (1 - beta ** n)) + eps)
+
+    There is no first moment and no weight decay. The state is two numbers a row, where AdamW has two a
+    weight; losses are the same (LOG.md). Gradients may be dense, or sparse and coalesced as `backward`
+    leaves them, with the same updates.
     """
 
     def __init__(self, params, lr=1e-3, beta=0.95, eps=1e-8):
@@ -106,47 +139,74 @@ class RowWiseAdam(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["square"], state["count"] = (torch.zeros(p.shape[0], device=p.device) for _ in range(2))
-                rows, values = (p.grad._indices()[0], p.grad._values()) if p.grad.is_sparse else (slice(None), p.grad)
-                mean_square = torch.linalg.vector_norm(values, dim=1).square() / p.shape[1]
-                is_used = mean_square > 0
-                count = state["count"][rows] + is_used
-                square = torch.where(
-                    is_used, torch.lerp(mean_square, state["square"][rows], group["beta"]), state["square"][rows]
-                )
-                state["count"][rows], state["square"][rows] = count, square
-                rms = (square / (1 - group["beta"] ** count.clamp(min=1))).sqrt()
-                step = (-group["lr"] / (rms + group["eps"]))[:, None]
-                if p.grad.is_sparse:
-                    p.index_add_(0, rows, values * step)
-                else:
-                    p.addcmul_(values, step)
+                if p.grad is not None:
+                    self._update(p, group)
+
+    def _update(self, p, group):
+        """One update of a table [rows, D]."""
+        beta = group["beta"]
+        state = self.state[p]
+        if not state:
+            state["square"] = torch.zeros(p.shape[0], device=p.device)
+            state["count"] = torch.zeros(p.shape[0], device=p.device)
+        if p.grad.is_sparse:
+            rows = p.grad._indices()[0]
+            gradients = p.grad._values()
+        else:
+            rows = slice(None)
+            gradients = p.grad
+        mean_square = torch.linalg.vector_norm(gradients, dim=1).square() / p.shape[1]
+        # A dense gradient has all rows. Those that were not looked up are zero and keep their state.
+        is_used = mean_square > 0
+        count = state["count"][rows] + is_used
+        old_square = state["square"][rows]
+        square = torch.where(is_used, torch.lerp(mean_square, old_square, beta), old_square)
+        state["count"][rows] = count
+        state["square"][rows] = square
+        rms = (square / (1 - beta ** count.clamp(min=1))).sqrt()
+        factor = (-group["lr"] / (rms + group["eps"]))[:, None]
+        if p.grad.is_sparse:
+            p.index_add_(0, rows, gradients * factor)
+        else:
+            p.addcmul_(gradients, factor)
 
 
 def backward(model, loss, scaler):
-    """The backward pass: add the loss's gradients to those there are. Sparse ones are coalesced, so that they stay small."""
+    """The backward pass: add the loss's gradients, scaled up with fp16, to those that are there.
+
+    scaler: `torch.amp.GradScaler`, enabled with fp16 only.
+    """
     scaler.scale(loss).backward()
     for p in model.parameters():
         if p.grad is not None and p.grad.is_sparse:
+            # A sparse gradient lists every lookup. Sum those of one row, so that it stays small while
+            # gradients accumulate, and so that `RowWiseAdam` and the norm see each row once.
             p.grad = p.grad.coalesce()
 
 
 def clip_gradients(model, optimizers, scaler, max_norm):
-    """Unscale and scale the whole gradient, sparse parts included, to at most this norm. Returns its norm before."""
+    """Scale the gradients down to at most this norm, all parameters together. Returns the norm before.
+
+    With fp16 it first divides the gradients by the scaler's factor. The CPU does not wait for a GPU.
+    """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in model.parameters() if p.grad is not None]
+    gradients = []
+    for p in model.parameters():
+        if p.grad is not None:
+            gradients.append(p.grad._values() if p.grad.is_sparse else p.grad)
     norm = get_total_norm(gradients)
+    # No `if norm > max_norm`, which would have to read the norm back from the GPU.
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def step_optimizers(optimizers, scaler):
-    """One update from the gradients: step, update the loss scale, clear."""
+    """Update all weights and clear the gradients.
+
+    With fp16, the scaler skips a step whose gradients overflowed. To know that, the CPU waits for the
+    device.
+    """
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
@@ -155,7 +215,11 @@ def step_optimizers(optimizers, scaler):
 
 
 def learning_rate_scale(step, config):
-    """Factor of the peak learning rates at an update, 0 to 1."""
+    """The factor, 0 to 1, of the peak learning rates at an update.
+
+    It rises linearly over the first `warmup` share of the steps. Then it falls to zero: as half a
+    cosine ("cosine"), or linearly over the last `cooldown` share of the steps ("trapezoid").
+    """
     warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:
         return (step + 1) / warmup

@@ -22,6 +22,7 @@ import base64
 import io
 import json
 import math
+import re
 import unicodedata
 import zlib
 from pathlib import Path
@@ -31,6 +32,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from blt.files import write_atomically
+from blt.patch_rules import RULES
 
 BLUE = "#2f6db3"
 ORANGE = "#d9531e"
@@ -509,8 +511,8 @@ def write_patch_page(
 
     text_bytes: 1 to 400,000 bytes, UTF-8 or not. entropies_nats: float32 [N].
     rule: the arguments of `entropy_patcher.patch_starts` that the page opens with
-        (`PatchConfig.rule`). The page applies the rules itself, with the same result to the last
-        byte.
+        (`PatchConfig.arguments`). The page applies the rules itself, with the same result to the
+        last byte, so it can show only methods that patch_page.html has in JavaScript too.
     predictions: {"entropy model": `entropies.TopPredictions`}, what each model expected at each byte.
     figures: [(name, value)] of text, shown beside the totals.
     token_starts: bool [N], needed for rule["method"] "bpe" and only there.
@@ -524,12 +526,19 @@ def write_patch_page(
         raise ValueError(f"text_bytes has {n:,} bytes; a page shows at most {MAX_PAGE_BYTES:,}: pass a slice")
     if rule["method"] == "bpe" and token_starts is None:
         raise ValueError("method 'bpe' needs token_starts: a page cannot tokenise")
+    page = PAGE.read_text(encoding="utf-8")
+    methods = page_methods(page)
+    if rule["method"] not in dict(methods):
+        raise ValueError(
+            f"patch_page.html has no function for the method {rule['method']!r}; add it to WANTS_START there"
+        )
     if token_starts is not None:
         token_starts = _pack(np.asarray(token_starts, dtype=np.uint8))
     data = {
         "title": title,
         "subtitle": subtitle,
         "rule": rule,
+        "methods": methods,
         "figures": list(figures),
         "bytes": _pack(text_bytes),
         "entropies": _pack(entropies_nats.astype("<f4")),
@@ -538,8 +547,14 @@ def write_patch_page(
     }
     # Without "<" nothing in the data can end the script element that holds it.
     script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    before, after = PAGE.read_text(encoding="utf-8").split(">PAGE_DATA<")
+    before, after = page.split(">PAGE_DATA<")
     return _write(path, f"{before}>{script}<{after}".encode())
+
+
+def page_methods(page):
+    """The registered patching methods that the page can apply: a list of [name, unit of the threshold]."""
+    in_javascript = re.findall(r"^  (\w+): \(t, x", page, re.MULTILINE)
+    return [[rule.name, rule.unit] for rule in RULES.values() if rule.name in in_javascript]
 
 
 def _packed_prediction(name, prediction, n):

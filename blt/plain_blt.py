@@ -1,170 +1,277 @@
-"""The Byte Latent Transformer as a textbook writes it: loops over rows and patches, dense masks, nothing shared with the fast code.
+"""The Byte Latent Transformer as a textbook writes it: loops over rows and patches, dense masks.
 
-The oracle that tests hold `BLTModel` to, and the contestant `loop` of bench.py: what a step costs when `forward` loops in Python.
+    plain_logits(model, ids_BT, patch_lengths_BP)     with the weights of a `BLTModel`
 
-    plain_logits(model, ids_BT, patch_lengths_BP)     with the weights of a `BLTModel`; gradients flow into them
+It is slow and obvious. Tests compare `BLTModel` with it, gradients included, and bench.py times it as
+what a step costs when `forward` loops in Python.
 
-Rotary embedding, hashing, pooling, both cross-attentions and document separation are written here once more. The weights are
-read from the model's modules by name in `block_weights` and `cross_weights`, the only place that knows their layout.
+Nothing is shared with the fast code: rotary embedding, hash, pooling, both cross-attentions and the
+separation of documents are written here a second time. Only the weights are the model's.
+`block_weights` and `cross_weights` are the only places that know where they are.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 BOUNDARY = 256
 
 
-def block_weights(block):
-    """A `layers.Block`'s heads, matrices [out, in] and norm modules as a dict. q_norm and k_norm count with config.qk_norm only."""
-    attention, ffn = block.attention, block.feed_forward
-    return {
-        "n_heads": attention.n_heads, "norm1": block.attention_norm, "norm2": block.feed_forward_norm,
-        "q": attention.wq.weight, "k": attention.wk.weight, "v": attention.wv.weight, "o": attention.wo.weight,
-        "w1": ffn.w1.weight, "w2": ffn.w2.weight, "w3": ffn.w3.weight,
-        "q_norm": attention.q_norm, "k_norm": attention.k_norm,
-    }  # fmt: skip
+class Patch(NamedTuple):
+    """A patch that holds at least one input of its row."""
 
-
-def cross_weights(cross):
-    """The same of a `CrossAttention`."""
-    return {
-        "n_heads": cross.n_heads, "query_norm": cross.query_norm, "key_norm": cross.key_norm,
-        "q": cross.wq.weight, "k": cross.wk.weight, "v": cross.wv.weight, "o": cross.wo.weight,
-    }  # fmt: skip
+    end: int  # one past its last id
+    document: int  # the document that it belongs to, that of its last input
+    members: list  # positions of the bytes that are pooled into it
 
 
 def plain_logits(model, ids_BT, patch_lengths_BP):
-    """Logits [B, T, 257] of a `BLTModel`, row by row and patch by patch. Dropout is not applied.
+    """Logits [B, T, 257] of a `BLTModel`, one row after another. Dropout is not applied."""
+    logits = []
+    for ids, lengths in zip(ids_BT.tolist(), patch_lengths_BP.tolist()):
+        logits.append(_row_logits(model, ids, lengths))
+    return torch.stack(logits)
 
-    A boundary inside a row opens a document, and nothing crosses it. If it stands inside a patch, the patch belongs to the document of
-    its last input, and the bytes before the boundary are left out of it.
-    """
-    rows = zip(ids_BT.tolist(), patch_lengths_BP.tolist())
-    return torch.stack([_row_logits(model, ids, [n for n in lengths if n > 0]) for ids, lengths in rows])
+
+def block_weights(block):
+    """Heads, matrices [out, in] and norms of a `layers.Block`."""
+    attention = block.attention
+    feed_forward = block.feed_forward
+    return {
+        "n_heads": attention.n_heads,
+        "norm1": block.attention_norm,
+        "q": attention.wq.weight,
+        "k": attention.wk.weight,
+        "v": attention.wv.weight,
+        "o": attention.wo.weight,
+        # Used with config.qk_norm only; else they do nothing.
+        "q_norm": attention.q_norm,
+        "k_norm": attention.k_norm,
+        "norm2": block.feed_forward_norm,
+        "w1": feed_forward.w1.weight,
+        "w2": feed_forward.w2.weight,
+        "w3": feed_forward.w3.weight,
+    }
+
+
+def cross_weights(cross):
+    """Heads, matrices [out, in] and norms of a `blt_model.CrossAttention`."""
+    return {
+        "n_heads": cross.n_heads,
+        "query_norm": cross.query_norm,
+        "key_norm": cross.key_norm,
+        "q": cross.wq.weight,
+        "k": cross.wk.weight,
+        "v": cross.wv.weight,
+        "o": cross.wo.weight,
+    }
+
+
+# ---------------------------------------------------------------------------------- the model
 
 
 def _row_logits(model, ids, lengths):
-    config, device, T = model.config, model.head.weight.device, len(ids)
-    documents, number = [], 0
+    """Logits [T, 257] of one row: local encoder, latent transformer, local decoder, head."""
+    config = model.config
+    documents = _document_numbers(ids)
+    patches = _patches_of(lengths, documents)
+    byte_mask_TT = _dense_mask(documents, config.window, model.head.weight.device)
+    states_TD, vectors = _encode(model, ids, documents, patches, byte_mask_TT)
+    latents_PG = _latent(model, vectors, patches)
+    # The decoder goes on from the encoder's byte states. It has no embeddings of its own.
+    states_TD = _decode(model, states_TD, latents_PG, patches, byte_mask_TT)
+    return _rms_norm(model.decoder.norm, states_TD, config.norm_eps) @ model.head.weight.T
+
+
+def _document_numbers(ids):
+    """The document of each id: a boundary opens the next one."""
+    documents = []
+    number = 0
     for byte in ids:
-        number += byte == BOUNDARY
+        if byte == BOUNDARY:
+            number += 1
         documents.append(number)
-    patches, first = (
-        [],
-        0,
-    )  # of each patch that has inputs: (one past its last id, its document, the bytes that it pools)
+    return documents
+
+
+def _patches_of(lengths, documents):
+    """The row's patches in order, without a last one that holds the last target only."""
+    T = len(documents)
+    patches = []
+    first = 0
     for length in lengths:
         end = first + length
-        if first < T:
+        if length > 0 and first < T:
+            # If a document begins inside the patch, the patch belongs to it, and the bytes of the
+            # document before are not pooled into it.
             document = documents[min(end, T) - 1]
-            patches.append((end, document, [t for t in range(first, min(end, T)) if documents[t] == document]))
+            members = [t for t in range(first, min(end, T)) if documents[t] == document]
+            patches.append(Patch(end, document, members))
         first = end
+    return patches
 
-    # Local encoder
+
+def _encode(model, ids, documents, patches, byte_mask_TT):
+    """The local encoder: byte states [T, D], and for each patch its k vectors [k, D]."""
+    config = model.config
     encoder = model.encoder
-    x = encoder.byte_embedding.weight[torch.tensor(ids, device=device)]
+    device = model.head.weight.device
+    x_TD = encoder.byte_embedding.weight[torch.tensor(ids, device=device)]
     if config.ngram_sizes:
-        x = x + _hash_sum(encoder.hash_embedding.tables.weight, config, ids, documents, device)
-    byte_mask = _dense_mask(documents, config.window, device)
-    vectors, first_cross = None, config.encoder_layers - len(encoder.cross_attentions)
+        x_TD = x_TD + _hash_sum(encoder.hash_embedding.tables.weight, config, ids, documents, device)
+    # The patches' vectors are made after the first layer with a cross-attention, and each later
+    # cross-attention refines them.
+    vectors = None
+    # Cross-attention follows the last layer only, or all of them.
+    first_cross = config.encoder_layers - len(encoder.cross_attentions)
     for layer, block in enumerate(encoder.blocks):
-        x = _block(block_weights(block), x, byte_mask, config)
+        x_TD = _block(block_weights(block), x_TD, byte_mask_TT, config)
         if layer < first_cross:
             continue
         if vectors is None:
-            pool = (lambda group: group.amax(0)) if config.pooling == "max" else (lambda group: group.mean(0))
-            vectors = [
-                (encoder.patch_query.weight @ pool(x[members])).view(config.cross_attn_k, -1) for *_, members in patches
-            ]
+            vectors = [_pooled_vectors(encoder, config, x_TD[patch.members]) for patch in patches]
         w = cross_weights(encoder.cross_attentions[layer - first_cross])
-        vectors = [_cross(w, mine, x[members]) for mine, (*_, members) in zip(vectors, patches)]
+        vectors = [_cross(w, own, x_TD[patch.members]) for own, patch in zip(vectors, patches)]
+    return x_TD, vectors
 
-    # Latent transformer
-    latent = torch.stack([mine.flatten() for mine in vectors])
-    if latent.shape[1] != config.global_dim:
-        latent = latent @ model.latent.widen.weight.T
-    patch_mask = _dense_mask([document for _, document, _ in patches], None, device)
+
+def _pooled_vectors(encoder, config, bytes_ND):
+    """A patch's k vectors before they have attended to its bytes: the pooled bytes, projected."""
+    pooled_D = bytes_ND.amax(0) if config.pooling == "max" else bytes_ND.mean(0)
+    return (encoder.patch_query.weight @ pooled_D).view(config.cross_attn_k, -1)
+
+
+def _latent(model, vectors, patches):
+    """The latent transformer: a state [G] for each patch."""
+    config = model.config
+    # A patch's k vectors side by side are the latent transformer's input.
+    x_PG = torch.stack([own.flatten() for own in vectors])
+    if x_PG.shape[1] != config.global_dim:
+        x_PG = x_PG @ model.latent.widen.weight.T
+    # No window: a patch attends to all patches of its document before it.
+    mask_PP = _dense_mask([patch.document for patch in patches], None, x_PG.device)
     for block in model.latent.blocks:
-        latent = _block(block_weights(block), latent, patch_mask, config)
+        x_PG = _block(block_weights(block), x_PG, mask_PP, config)
+    return x_PG
 
-    # Local decoder. Input t reads the newest patch that is complete before id t + 1, so patch p is read from its last byte on
-    # to the last but one of the next patch.
+
+def _decode(model, x_TD, latents_PG, patches, byte_mask_TT):
+    """The local decoder: from the encoder's byte states and the latent states to states [T, D].
+
+    Input t reads the newest patch that is complete before id t + 1. So the readers of a patch are its
+    own last byte and all bytes of the next patch but the last one.
+    """
+    config = model.config
     decoder = model.decoder
-    vectors = [(decoder.patch_vectors.weight @ one).view(config.cross_attn_k, -1) for one in latent]
+    vectors = []
+    for latent_G in latents_PG:
+        projected = decoder.patch_vectors.weight @ latent_G
+        vectors.append(projected.view(config.cross_attn_k, -1))
     if config.encoder_dim != config.decoder_dim:
-        x = x @ decoder.from_encoder.weight.T
-    begins = [end - 1 for end, _, _ in patches]  # T, so by nobody, if the patch also holds the last target
-    readers = [slice(begin, end) for begin, end in zip(begins, [*begins[1:], T])]
+        x_TD = x_TD @ decoder.from_encoder.weight.T
+    # The first reader of each patch. If the last patch also holds the last target, this is T: no byte.
+    first_readers = [patch.end - 1 for patch in patches]
+    end_readers = [*first_readers[1:], len(x_TD)]
     for layer, block in enumerate(decoder.blocks):
+        # Cross-attention comes before the first layer only, or before all of them.
         if layer < len(decoder.cross_attentions):
             w = cross_weights(decoder.cross_attentions[layer])
-            x = torch.cat([_cross(w, x[span], mine) for span, mine in zip(readers, vectors)])
-        x = _block(block_weights(block), x, byte_mask, config)
-    return _rms_norm(decoder.norm, x, config.norm_eps) @ model.head.weight.T
+            attended = []
+            for first, end, own in zip(first_readers, end_readers, vectors):
+                attended.append(_cross(w, x_TD[first:end], own))
+            x_TD = torch.cat(attended)
+        x_TD = _block(block_weights(block), x_TD, byte_mask_TT, config)
+    return x_TD
+
+
+# ---------------------------------------------------------------------------------- its parts
 
 
 def _hash_sum(tables, config, ids, documents, device):
-    """Sum of the n-gram embeddings [T, D]. Bytes are numbered b + 4, the boundary 1, what stands before the document 0."""
-    numbered = [1 if byte == BOUNDARY else byte + 4 for byte in ids]
-    total = 0
+    """The sum [T, D] of each id's n-gram embeddings, one for each n-gram size."""
+    # The released code's ids: byte b is b + 4, the boundary 1. What is before the document is 0.
+    released_ids = [1 if byte == BOUNDARY else byte + 4 for byte in ids]
+    total_TD = 0
     for table, n in enumerate(config.ngram_sizes):
         rows = []
         for t in range(len(ids)):
             value = 0
             for i in range(n):
-                at = t - n + 1 + i
-                if at >= 0 and documents[at] == documents[t]:
-                    value += numbered[at] * 1_000_000_007**i
-            rows.append(table * config.hash_rows + ((value + 2**63) % 2**64 - 2**63) % config.hash_rows)
-        total = total + tables[torch.tensor(rows, device=device)]
-    return total
+                position = t - n + 1 + i
+                if position >= 0 and documents[position] == documents[t]:
+                    value += released_ids[position] * 1_000_000_007**i
+            # Python's numbers do not overflow. Wrap as 64-bit integers do.
+            wrapped = (value + 2**63) % 2**64 - 2**63
+            rows.append(table * config.hash_rows + wrapped % config.hash_rows)
+        total_TD = total_TD + tables[torch.tensor(rows, device=device)]
+    return total_TD
 
 
 def _dense_mask(documents, window, device):
-    """bool [T, T]: may the row's place attend to the column's?"""
-    documents, places = torch.tensor(documents, device=device), torch.arange(len(documents), device=device)
-    distance = places[:, None] - places[None, :]
-    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return near & (documents[:, None] == documents[None, :])
+    """bool [T, T]: whether the row's position attends to the column's."""
+    documents_T = torch.tensor(documents, device=device)
+    positions_T = torch.arange(len(documents), device=device)
+    distance_TT = positions_T[:, None] - positions_T[None, :]
+    is_visible_TT = distance_TT >= 0
+    if window is not None:
+        is_visible_TT = is_visible_TT & (distance_TT < window)
+    return is_visible_TT & (documents_T[:, None] == documents_T[None, :])
 
 
 def _rms_norm(norm, x, eps):
+    """RMSNorm over the last axis, in fp32."""
     x = x.float()
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight
 
 
 def _rotary(x_THK, theta):
-    """Turn pairs (x0, x1), (x2, x3), ... of each head by place * theta ** (-pair / pairs), as complex numbers."""
+    """Rotate pair i of each head, (x[2 i], x[2 i + 1]), by position * theta ** (-2 i / K)."""
     T, _, K = x_THK.shape
     angles = torch.arange(T)[:, None] * (1.0 / theta ** (torch.arange(0, K, 2) / K))
-    cos_sin = torch.polar(torch.ones_like(angles), angles).to(x_THK.device)
+    # As complex numbers: a product with exp(i * angle) is a rotation by the angle.
+    rotations = torch.polar(torch.ones_like(angles), angles).to(x_THK.device)
     pairs = torch.view_as_complex(x_THK.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * cos_sin[:, None]).flatten(-2)
+    return torch.view_as_real(pairs * rotations[:, None]).flatten(-2)
 
 
 def _softmax_attention(q_THK, k_SHK, v_SHK, mask_TS=None):
+    """softmax(q k' / sqrt(K)) v for each head, heads side by side: [T, H * K]."""
     scores_HTS = q_THK.transpose(0, 1) @ k_SHK.permute(1, 2, 0) / math.sqrt(q_THK.shape[-1])
     if mask_TS is not None:
         scores_HTS = scores_HTS.masked_fill(~mask_TS, -torch.inf)
     return (scores_HTS.softmax(-1) @ v_SHK.transpose(0, 1)).transpose(0, 1).flatten(1)
 
 
+def _split_heads(x_TD, n_heads):
+    """[T, D] -> [T, H, K]."""
+    return x_TD.unflatten(-1, (n_heads, -1))
+
+
 def _block(w, x_TD, mask_TT, config):
-    """Pre-norm attention and SwiGLU with residuals."""
-    normed = _rms_norm(w["norm1"], x_TD, config.norm_eps)
-    q, k, v = ((normed @ w[name].T).unflatten(-1, (w["n_heads"], -1)) for name in "qkv")
+    """A transformer layer: attention and SwiGLU, each with a norm before it and a residual."""
+    normed_TD = _rms_norm(w["norm1"], x_TD, config.norm_eps)
+    q = _split_heads(normed_TD @ w["q"].T, w["n_heads"])
+    k = _split_heads(normed_TD @ w["k"].T, w["n_heads"])
+    v = _split_heads(normed_TD @ w["v"].T, w["n_heads"])
     if config.qk_norm:
-        q, k = _rms_norm(w["q_norm"], q, config.norm_eps), _rms_norm(w["k_norm"], k, config.norm_eps)
-    q, k = _rotary(q, config.rope_theta), _rotary(k, config.rope_theta)
+        q = _rms_norm(w["q_norm"], q, config.norm_eps)
+        k = _rms_norm(w["k_norm"], k, config.norm_eps)
+    q = _rotary(q, config.rope_theta)
+    k = _rotary(k, config.rope_theta)
     x_TD = x_TD + _softmax_attention(q, k, v, mask_TT) @ w["o"].T
-    normed = _rms_norm(w["norm2"], x_TD, config.norm_eps)
-    return x_TD + (torch.nn.functional.silu(normed @ w["w1"].T) * (normed @ w["w3"].T)) @ w["w2"].T
+
+    normed_TD = _rms_norm(w["norm2"], x_TD, config.norm_eps)
+    gated = torch.nn.functional.silu(normed_TD @ w["w1"].T) * (normed_TD @ w["w3"].T)
+    return x_TD + gated @ w["w2"].T
 
 
-def _cross(w, queries, keys):
-    """queries [Q, D] attend to all keys [S, D]; the residual counts twice, as in the released weights."""
-    normed = _rms_norm(w["key_norm"], keys, w["key_norm"].eps)
-    q = _rms_norm(w["query_norm"], queries, w["query_norm"].eps) @ w["q"].T
-    q, k, v = (y.unflatten(-1, (w["n_heads"], -1)) for y in (q, normed @ w["k"].T, normed @ w["v"].T))
-    return 2 * queries + _softmax_attention(q, k, v) @ w["o"].T
+def _cross(w, queries_QD, keys_SD):
+    """Cross-attention of all queries to all keys, which are the values as well."""
+    normed_SD = _rms_norm(w["key_norm"], keys_SD, w["key_norm"].eps)
+    normed_QD = _rms_norm(w["query_norm"], queries_QD, w["query_norm"].eps)
+    q = _split_heads(normed_QD @ w["q"].T, w["n_heads"])
+    k = _split_heads(normed_SD @ w["k"].T, w["n_heads"])
+    v = _split_heads(normed_SD @ w["v"].T, w["n_heads"])
+    # The residual counts twice, as in the released weights.
+    return 2 * queries_QD + _softmax_attention(q, k, v) @ w["o"].T

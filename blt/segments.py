@@ -1,75 +1,112 @@
-"""Patches as segments of bytes: which patch a byte is pooled into, and which one it reads."""
+"""Patches as segments of a row of bytes: which patch a byte is pooled into, and which patch it reads.
+
+`Segments` sums and takes maxima over the bytes of each patch. `PatchMap` is the `Segments` of a row of
+patch lengths, with the patch that each byte may read without seeing the future.
+"""
 
 import torch
 
 
 class Segments:
-    """Bytes as parts of patches. into_BT: int64, the patch 0..P-1 of its row that each byte is pooled into; P: into none."""
+    """The bytes of B rows sorted into the P patches of each row.
+
+    into_BT: int64, the patch 0..P-1 of its row that each byte is pooled into; P leaves the byte out.
+
+    Sums and maxima work on all rows at once: on N = B * T bytes and M = B * (P + 1) slots, which are
+    the P patches of row 0, one slot for its left-out bytes, the patches of row 1, and so on.
+    pool: int64 [N], the slot of each byte.
+    """
 
     def __init__(self, into_BT, n_patches):
         self.P = n_patches
-        # Slot P of each row takes the bytes that are left out, and is dropped.
-        self.pool = (into_BT + torch.arange(len(into_BT), device=into_BT.device)[:, None] * (n_patches + 1)).flatten()
-        self.pool_slots = len(into_BT) * (n_patches + 1)
+        n_rows = len(into_BT)
+        # Left-out bytes get a slot of their own, because without them the shapes of tensors would
+        # depend on values: the CPU would have to wait for a GPU, and torch.compile to compile again.
+        first_slot_B1 = torch.arange(n_rows, device=into_BT.device)[:, None] * (n_patches + 1)
+        self.pool = (into_BT + first_slot_B1).flatten()
+        self.pool_slots = n_rows * (n_patches + 1)
 
     def sum(self, x_NF):
-        """Sum over each patch's bytes: [B * T, F] -> [B * (P + 1), F]."""
+        """Sum over each slot's bytes: [N, F] -> [M, F]; 0 for slots without bytes."""
         return x_NF.new_zeros(self.pool_slots, x_NF.shape[1]).index_add(0, self.pool, x_NF)
 
     def max(self, x_NF, empty=0.0):
-        """Maximum over each patch's bytes: [B * T, F] -> [B * (P + 1), F]; `empty` for patches without bytes."""
-        index = self.pool[:, None].expand_as(x_NF)
+        """Maximum over each slot's bytes: [N, F] -> [M, F]; `empty` for slots without bytes."""
+        slots_NF = self.pool[:, None].expand_as(x_NF)
         out = x_NF.new_full((self.pool_slots, x_NF.shape[1]), empty)
-        return out.scatter_reduce(0, index, x_NF, "amax", include_self=False)
+        return out.scatter_reduce(0, slots_NF, x_NF, "amax", include_self=False)
 
-    def drop_left_out(self, x_NF):
-        """[B * (P + 1), ...] -> [B, P, ...] without the slots of left-out bytes."""
-        return x_NF.unflatten(0, (-1, self.P + 1))[:, :-1]
+    def drop_left_out(self, x_MF):
+        """The patches without the slots of left-out bytes: [M, ...] -> [B, P, ...]."""
+        return x_MF.unflatten(0, (-1, self.P + 1))[:, :-1]
 
 
 class PatchMap(Segments):
-    """Which patch each byte is pooled into and which it reads: integer maps made once per forward.
+    """The patch that each byte of a row is pooled into, and the one that it reads (BLT section 3.3).
 
-    Worked example: lengths 1, 2, 3 over 6 ids, the last of them only a target. Patches of the ids: 0 1 1 2 2 2. The encoder
-    pools the inputs as 0 1 1 2 2; input t reads the newest patch that is complete before id t + 1: 0 0 1 1 1.
+    A row has T + 1 ids: the inputs 0..T-1 and the last input's target. The lengths cover all of them.
+    Input t predicts id t + 1 and reads the newest patch that is complete before id t + 1. That is t's
+    own patch if t is its last byte, else the patch before. An incomplete patch is never read: it
+    holds bytes that are still to be predicted.
 
-    A boundary inside a row may stand at the end of the last document's patch (that the document ends there is nothing a
-    patch may tell). Such a patch then belongs to the new document: the bytes before the boundary are left out of it. No byte
-    of the old document reads it.
+    Worked example: lengths 1, 2, 3 over ids 0..5, of which id 5 is a target only.
+
+        id                  0  1  2  3  4  5
+        patch of the id     0  1  1  2  2  2
+        pooled into         0  1  1  2  2
+        reads               0  0  1  1  1        the patch of id t + 1, minus 1
+
+    A document may end inside a patch: if its boundary always opened a patch, the patches would tell the
+    model where the document ends. Such a patch belongs to the new document, and the old document's
+    bytes are left out of it. They do not read it either, since it is complete only after them.
+
+    read: int64 [N], the patch that each byte reads; those of row b are numbered from b * P.
+    documents_BP: the document that each patch belongs to.
     """
 
     def __init__(self, patch_lengths_BP, documents_BT):
         B, P = patch_lengths_BP.shape
         T = documents_BT.shape[1]
         ends_BP = patch_lengths_BP.cumsum(dim=1)
-        places = torch.arange(T + 1, device=ends_BP.device).expand(B, T + 1).contiguous()
-        patch_of_id = torch.searchsorted(ends_BP, places, right=True).clamp_(max=P - 1)
+        # An id's patch number is the number of patches that end before it. Unused patch slots, of
+        # length 0, end where the row ends and so hold no id. The clamps here and below matter for
+        # invalid rows only: they keep indices in range where nothing checks values.
+        positions = torch.arange(T + 1, device=ends_BP.device).expand(B, T + 1).contiguous()
+        patch_of_id = torch.searchsorted(ends_BP, positions, right=True).clamp_(max=P - 1)
+        # A patch belongs to the document of its last input.
         last_input_BP = (ends_BP - 1).clamp(0, T - 1)
         self.documents_BP = documents_BT.gather(1, last_input_BP)
-        pooled_into = patch_of_id[:, :T]
-        is_left_out = self.documents_BP.gather(1, pooled_into) != documents_BT
-        super().__init__(pooled_into.masked_fill(is_left_out, P), P)
-        row = torch.arange(B, device=ends_BP.device)[:, None]
-        self.read = ((patch_of_id[:, 1:] - 1).clamp_(min=0) + row * P).flatten()
+        pooled_into_BT = patch_of_id[:, :T]
+        is_left_out_BT = self.documents_BP.gather(1, pooled_into_BT) != documents_BT
+        super().__init__(pooled_into_BT.masked_fill(is_left_out_BT, P), P)
+        # The newest patch that is complete before id t + 1 is the one before that id's own.
+        reads_BT = (patch_of_id[:, 1:] - 1).clamp_(min=0)
+        first_patch_B1 = torch.arange(B, device=ends_BP.device)[:, None] * P
+        self.read = (reads_BT + first_patch_B1).flatten()
 
 
 def check_patch_lengths(patch_lengths_BP, n_ids):
-    """Raise ValueError unless every row of lengths is a cut of n_ids ids that the model can read without seeing ahead.
+    """Raise ValueError unless the model can read these patches without seeing the future.
 
-    The first length must be 1 (else the first patch would be read before it is complete), lengths are positive with
-    zeros on the right only, and they sum to n_ids = T + 1. Reads values: not for compiled code.
+    Each row's lengths must be positive, with zeros on the right only, and sum to n_ids = T + 1, the
+    row's inputs and its last target. The first length must be 1: a byte reads the newest complete
+    patch, so a longer first patch would have to be read before it is complete.
+
+    It reads values, which would make a GPU wait: call it where rows are made, not in compiled code.
     """
     lengths = torch.as_tensor(patch_lengths_BP)
     if lengths.dim() != 2 or lengths.is_floating_point():
-        raise ValueError(f"patch_lengths must be integers [B, P], not {lengths.dtype} {list(lengths.shape)}")
-    if not bool((lengths[:, :1] == 1).all()) or lengths.shape[1] == 0:
-        raise ValueError("the first patch of a row must have length 1: the boundary or a single byte, alone")
+        found = f"{lengths.dtype} {list(lengths.shape)}"
+        raise ValueError(f"patch_lengths must be integers [B, P], not {found}")
+    if lengths.shape[1] == 0 or not bool((lengths[:, :1] == 1).all()):
+        raise ValueError("the first patch of a row must have length 1: the document boundary or a single byte")
     if bool((lengths < 0).any()):
         raise ValueError("patch lengths must not be negative")
-    if bool(((lengths[:, 1:] > 0) & (lengths[:, :-1] == 0)).any()):
-        raise ValueError("zero patch lengths may stand on the right of a row only")
+    is_after_zero = (lengths[:, 1:] > 0) & (lengths[:, :-1] == 0)
+    if bool(is_after_zero.any()):
+        raise ValueError("zero patch lengths must be at the right end of a row, as unused slots")
     sums = lengths.sum(dim=1)
     if not bool((sums == n_ids).all()):
         raise ValueError(
-            f"patch lengths must sum to {n_ids}, all ids of a row with its last target, not to {sums.tolist()}"
+            f"patch lengths must sum to {n_ids}, the ids of a row with its last target, not to {sums.tolist()}"
         )

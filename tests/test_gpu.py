@@ -8,7 +8,7 @@ from test_incremental import TEXT, model_of, patcher_of
 
 from blt.device import autocast
 from blt.metric import leak_gate, target_losses
-from blt.optimizers import apply_gradients, make_optimizers
+from blt.optimizers import clip_gradients, make_optimizers, step_optimizers
 from blt.rows import evaluation_batches
 from blt.training import PatchedDataset, TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel
@@ -76,7 +76,8 @@ def test_compiled_steps_wait_for_nothing():
                         nats, _ = target_losses(compiled, batch.to("cuda"))
                         loss = nats.sum() / batch.targets
                     loss.backward()
-                    apply_gradients(model, optimizers, scaler, config.clip)
+                    clip_gradients(model, optimizers, scaler, config.clip)
+                    step_optimizers(optimizers, scaler)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

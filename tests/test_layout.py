@@ -91,7 +91,13 @@ def test_design_page_shows_the_levels():
 # Lines
 
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("blt/*.py"), *ROOT.glob("tests/*.py")]
-PROSE = [ROOT / "README.md", ROOT / "LOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("records/*/README.md")]
+PROSE = [
+    ROOT / "README.md",
+    ROOT / "LOG.md",
+    ROOT / "data" / "LICENSES.md",
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("records/*/README.md"),
+]
 
 
 @pytest.mark.parametrize("path", [*CODE, *PROSE], ids=lambda path: path.name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import blt_model
-from blt.attention import AttentionPlan, Blocks, apply_rotary
+from blt.attention import AttentionPlan, BlockAttention, apply_rotary
 from blt.ids import documents_of
 from blt.layers import RMSNorm
 from blt.metric import bits_per_byte, leak_gate, target_losses
@@ -239,7 +239,7 @@ def test_every_way_of_attention_equals_a_dense_mask(way, T, window):
         got = plan.attend(q, k, v)
         assert T < 300 or len(plan.bands) > 1
     elif way == "blocks":
-        got = Blocks(documents, window).attend(q_rotated, k_rotated, v, dropout=0.0)
+        got = BlockAttention(documents, window).attend(q_rotated, k_rotated, v, dropout=0.0)
     else:
         with torch.no_grad():  # FlexAttention has no backward pass on a CPU
             got = plan._by_flex_attention(q_rotated.detach(), k_rotated.detach(), v.detach())
@@ -275,7 +275,7 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
             else:
                 keys, values = (torch.cat((old, x[:, first:last]), 1) for old, x in zip(past, (k, v)))
                 rotated = apply_rotary(q[:, first:last], plan.cos_sin[carry:]), apply_rotary(keys, plan.cos_sin)
-                out.append(Blocks(plan.documents, window, past_documents).attend(*rotated, values, 0.0))
+                out.append(BlockAttention(plan.documents, window, past_documents).attend(*rotated, values, 0.0))
         past = tuple(torch.cat((old, x[:, first:last]), 1)[:, last - first :] for old, x in zip(past, (k, v)))
         past_documents = torch.cat((past_documents, documents[:, first:last]), 1)[:, last - first :]
     for out in got.values():

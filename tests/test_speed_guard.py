@@ -21,7 +21,7 @@ from blt import attention as layers
 from blt.incremental import IncrementalBLT
 from blt.loop import fit
 from blt.metric import target_losses
-from blt.optimizers import GroupedMuon, add_gradients, apply_gradients, make_optimizers
+from blt.optimizers import GroupedMuon, backward, clip_gradients, make_optimizers, step_optimizers
 from blt.patch_rules import PatchConfig, patch_starts
 from blt.rows import RowBatch
 from blt.segments import check_patch_lengths
@@ -80,10 +80,11 @@ class Trainee:
 
     def backward(self, batch, forward=None):
         nats, _ = target_losses(self.model if forward is None else forward, batch)
-        add_gradients(self.model, nats.sum() / batch.targets, self.scaler)
+        backward(self.model, nats.sum() / batch.targets, self.scaler)
 
     def update(self):
-        apply_gradients(self.model, self.optimizers, self.scaler, RATES.clip)
+        clip_gradients(self.model, self.optimizers, self.scaler, RATES.clip)
+        step_optimizers(self.optimizers, self.scaler)
 
     def step(self, batch):
         self.backward(batch)
@@ -325,9 +326,7 @@ def check_compiled(model, batches, fullgraph):
 
 def by_blocks(self, q, k, v):
     """What GPUs without FlexAttention run, on a CPU."""
-    if self.blocks is None:
-        self.blocks = layers.Blocks(self.documents, self.window, self.past_documents)
-    return self.blocks.attend(q, k, v, 0.0)
+    return self._by_blocks(q, k, v, dropout=0.0)
 
 
 @pytest.mark.parametrize("attention", ["bands", "blocks"])
