@@ -8,7 +8,11 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import BLT_FLAGS, CORPUS_FLAGS, ENTROPY_FLAGS, run_command
+from hypothesis import settings
 
+# Examples take longer on a busy machine, and nothing is kept between runs.
+settings.register_profile("tests", deadline=None, database=None)
+settings.load_profile("tests")
 # Tiny models gain nothing from a second thread, and lose much to it on a busy machine.
 torch.set_num_threads(1)
 
