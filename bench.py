@@ -1,36 +1,54 @@
-"""Measure what training, the entropy pass and patching cost on this machine: one table, with the same numbers as JSON beside it.
+"""Measure what training, the entropy pass and patching cost on this machine, in one table and as JSON.
 
 Reads   the bundled sample (real text; weights are random)
 Writes  bench.json; with --scaling also bench_scaling.png
-Run     python bench.py [--models NAME ...] [--against transformers flat loop] [--scaling] [--field value ...]
+Run     python bench.py [--models NAME ...] [--against transformers flat loop] [--scaling]
+        [--generation] [--field value ...]
 
-    python bench.py                                          without a GPU: llm.py's cpu preset, 1 minute on 2 cores; with one:
-                                                             llm.py and llm_large.py
+    python bench.py                                     llm.py and llm_large.py; without a GPU llm.py's
+                                                        preset cpu, 1 minute on 2 cores
     python bench.py --models llm:small llm_large:h200 --patches static:4.5
-    python bench.py --models custom --global_layers 4 --hash_rows 500002 --row_bytes 16384 --batch_rows 1 --against transformers
-    python bench.py --against transformers flat loop         ratios, each contestant taking its step in turn
-    python bench.py --scaling                                against row length, patch size and width
-    python bench.py --generation --models checkpoints/model.json --against transformers      bytes a second while text is written
+    python bench.py --models custom --global_layers 4 --hash_rows 500002 --row_bytes 16384
+    python bench.py --against transformers flat loop    ratios, step by step in turn
+    python bench.py --scaling                           against row length, patch size and width
+    python bench.py --generation --models checkpoints/model.json --against transformers
 
-Flags of the model (--encoder_dim, --window, --row_bytes, ...) change every model named; those left out (None) are as that model has them.
+A model is llm or llm_large, with presets after colons, as in llm:small:cpu; or custom, which has the
+sizes of BLTConfig; or the model.json of a training run. Flags of the model (--encoder_dim, --window,
+--row_bytes, ...) change every model named.
+
+--against names other candidates for the same work:
+    transformers  the same model as BltForCausalLM, in its fastest setting, with fused AdamW
+    flat          a byte transformer without patches that has as many FLOPs per byte
+    loop          the same model with Python loops over rows and patches (blt/plain_blt.py)
+--precision auto takes ours as in training; transformers and loop then take their fastest precision.
+
+--generation measures greedy generation with each model and nothing else. The weights of a model.json
+are read; other models are random.
 
 How it is measured
-- A step is that of training.fit: rows to the device, `autocast`, `target_losses`, backward, clipping, the optimizers of `make_optimizers`;
-  on CUDA under torch.compile. The clock is read after the device is done. Warm-up steps do not count; medians with quartiles do.
-- Every model lives in a process of its own, so peak memory is its own: on CUDA the most that was allocated; on a CPU the largest
-  resident set during the steps, less what was resident before the model was made.
-- Side by side, the parent asks one process after the other for a step on the same rows, in changing order; those that wait sleep at
-  a pipe. A ratio is the median of the ratios of each round, so that what slows the machine for a while slows both.
-- MFU is FLOPs that the mathematics needs (flops.py; 3 forward passes a step, no padding) by the device's peak in the same precision.
+- A step is that of `blt.loop.fit`: rows to the device, `autocast`, `target_losses`, backward,
+  clipping, the optimizers of `make_optimizers`; on CUDA under torch.compile. The clock is read after
+  the device is done. Warm-up steps do not count. Numbers are medians with quartiles.
+- Every model has a process of its own, so peak memory is its own: on CUDA the most that was
+  allocated; on a CPU the largest resident set during the steps, less what was resident before the
+  model was made.
+- For a ratio, the parent asks one process after the other for a step on the same rows, in changing
+  order; those that wait sleep at a pipe. A ratio is the median of the ratios of each round, so that
+  what slows the machine for a while slows both.
+- MFU is the FLOPs that the mathematics needs (blt/flops.py; 3 forward passes a step, no padding)
+  divided by the device's peak in the same precision.
 """
 
-import json
+import itertools
+import math
 import multiprocessing
 import re
 import sys
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,94 +57,91 @@ import torch
 import torch.nn.functional as F
 
 from blt.checks import check, check_positive
-from blt.config import print_header, print_table, run_script
+from blt.config import field_comments, print_header, print_table, run_script
 from blt.corpus import open_corpus
 from blt.device import autocast, choose_device, choose_precision, set_seed, synchronize, threads_for
 from blt.entropies import stream_entropies
-from blt.files import git_commit, write_json
+from blt.files import git_commit, write_atomically, write_json
 from blt.flops import TRAINING, blt_flops, flat_shape_of_equal_flops, peak_flops, transformer_flops
 from blt.ids import BOUNDARY
 from blt.incremental import IncrementalBLT
 from blt.loop import RunConfig
 from blt.metric import target_losses
 from blt.optimizers import backward, clip_gradients, make_optimizers, step_optimizers
-from blt.patch_rules import METHODS, PatchConfig, patch_starts, threshold_for_patch_size
+from blt.patch_rules import RULES, PatchConfig, causal_methods, patch_starts, threshold_for_patch_size
+from blt.plain_blt import plain_logits
+from blt.records import RunRecord
 from blt.rows import BitArray, DocumentStream, TrainingRows
+from blt.sampling import SamplingConfig
 from blt_model import BLTConfig, BLTModel
-from entropy_llm import PRESETS as ENTROPY_PRESETS
+from entropy_llm import SIZES as ENTROPY_SIZES
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
-from llm import PRESETS as LLM_PRESETS
+from generate import Generator
 from llm import LLMConfig
-from llm_large import PRESETS as LLM_LARGE_PRESETS
 from llm_large import LLMLargeConfig
+from save_entropy_model import load_blt
+from template_llm import FlatByteTransformer, FlatConfig
 
-SCRIPTS = {"llm": (LLMConfig, LLM_PRESETS), "llm_large": (LLMLargeConfig, LLM_LARGE_PRESETS)}
-AGAINST = ("transformers", "flat", "loop")
+SCRIPTS = {"llm": LLMConfig, "llm_large": LLMLargeConfig}
+# What is timed, in the order of a step. Times are from the start of the step.
 PHASES = {"forward_ms": "forward", "forward_backward_ms": "forward + backward", "step_ms": "whole step"}
 TEXT_BYTES = 2_000_000  # of the sample's training text, for rows and patching
-BATCHES = 8  # different batches, taken in turn
-EAGER_SCORES = 1 << 29  # bytes of one layer's attention scores up to which transformers' eager attention is tried
-HF_NEW_BYTES = 10  # that transformers writes in a round
+BATCHES = 8  # different batches, used in turn
 LOGITS_TOLERANCE = 1e-3  # ours against transformers', fp32
+HF_NEW_BYTES = 10  # that transformers generates in a round
+# transformers' eager attention keeps several row-by-row matrices a layer. With more bytes of scores
+# than this in one layer it only runs out of memory, so it is not tried.
+EAGER_SCORES = 1 << 29
+# The sizes of entropy_llm.py that are timed: what it trains on a GPU, and on a CPU.
+ENTROPY_MODELS = ("medium", "nano")
+# The smallest model that uses every part: a process runs it once before it measures memory.
 TINY = BLTConfig(
     encoder_dim=32, global_dim=32, global_layers=1, decoder_dim=32, decoder_layers=1, hash_rows=16, window=16
 )
 
 
-@dataclass
-class ModelFlags:
-    # changes to every model named; None: as that model has it, and as BLTConfig (blt_model.py) in custom
-    encoder_layers: int | None = None  # windowed transformer layers before the pooling
-    encoder_dim: int | None = None  # width of the byte states
-    encoder_heads: int | None = None  # attention heads
-    ngram_sizes: list[int] | None = None  # bytes in the hashed n-grams
-    hash_rows: int | None = None  # rows of each n-gram size's table
-    pooling: str | None = None  # how a patch's bytes start its query: max or mean
-    cross_attn_k: int | None = None  # vectors of encoder_dim that make up a patch
-    cross_attn_all_layers_encoder: bool | None = None  # cross-attention after every encoder layer
-    global_layers: int | None = None  # layers over patches
-    global_dim: int | None = None  # width
-    global_heads: int | None = None  # attention heads
-    decoder_layers: int | None = None  # windowed transformer layers after the latent transformer
-    decoder_dim: int | None = None  # width
-    decoder_heads: int | None = None  # attention heads
-    cross_attn_all_layers_decoder: bool | None = None  # cross-attention before every decoder layer
-    window: int | None = None  # bytes that a byte attends to in the local layers, itself included
-    rope_theta: float | None = None  # base of the rotary embedding's wavelengths
-    norm_eps: float | None = None  # RMSNorm's epsilon
-    qk_norm: bool | None = None  # RMSNorm of queries and keys in self-attention
-    dropout: float | None = None  # dropout rate
-    recompute: bool | None = None  # keep only each layer's input for the backward pass
-    row_bytes: int | None = None  # ids in a row
-    batch_rows: int | None = None  # rows in one forward and backward pass
+def optional_fields(config_class, names):
+    """Fields of a config class with None as their default, for `make_dataclass`."""
+    comments = field_comments(config_class)
+    made = []
+    for original in fields(config_class):
+        if original.name not in names:
+            continue
+        # "; None: ..." explains the default of the other class, which is not the default here.
+        meaning = comments[original.name].split("; None:")[0]
+        metadata = {"help": f"{meaning}; None: as the model has it"}
+        made.append((original.name, original.type | None, field(default=None, metadata=metadata)))
+    return made
+
+
+# Changes to every model named. Each setting of a BLT is a flag here without being listed again.
+ModelFlags = make_dataclass(
+    "ModelFlags",
+    [
+        *optional_fields(BLTConfig, [of_model.name for of_model in fields(BLTConfig)]),
+        *optional_fields(RunConfig, ["row_bytes", "batch_rows"]),
+    ],
+)
 
 
 @dataclass
 class BenchConfig(ModelFlags):
     # what
-    models: list[str] = field(
-        default_factory=list
-    )  # llm, llm_large, with presets as in llm:small:cpu; custom; or a model.json
-    against: list[str] = field(
-        default_factory=list
-    )  # transformers (BltForCausalLM), flat (byte transformer of equal FLOPs), loop (Python loops)
+    models: list[str] = field(default_factory=list)  # llm:PRESET, llm_large:PRESET, custom, or a model.json
+    against: list[str] = field(default_factory=list)  # other candidates: transformers, flat, loop
     scaling: bool = False  # sweep row length, patch size and width of the first model
-    generation: bool = (
-        False  # time generation with each model (nothing else); a model.json's weights are read, others are random
-    )
-    entropy_pass: bool = True  # time the entropy models of entropy_llm.py (default and preset cpu)
-    repatching: bool = True  # time the patching rules on cached entropies
+    generation: bool = False  # measure greedy generation with each model, and nothing else
+    entropy_pass: bool = True  # time the entropy models of entropy_llm.py (sizes medium and nano)
+    repatching: bool = True  # time the patching methods on cached entropies
     # rows
     patches: str = "space"  # space, static:BYTES, or random (geometric lengths of mean --patch_size)
-    patch_size: float = 4.5  # bytes, mean of random patches; also what the patching rules are set to
+    patch_size: float = 4.5  # bytes, mean of random patches; also what the patching methods are set to
     accumulate: int = 1  # forward and backward passes in one update
     data_cache: str = "data_cache"  # folder of the byte stores
     # machine and measurement
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # auto: as training chooses; other contestants then take their fastest
-    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: others than ours take their fastest
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     repeats: int = 7  # timed steps, or rounds
     warmup: int = 2  # steps before them; the first of them compiles
@@ -134,100 +149,102 @@ class BenchConfig(ModelFlags):
     seed: int = 1337  # weights, rows, random patches
     # generation
     prompt_bytes: int = 1000  # of held-out text
-    new_bytes: int = 100  # bytes in a timed piece
-    draft_bytes: int = 8  # bytes that the entropy model proposes at most, for the piece with self-speculation
+    new_bytes: int = 100  # bytes in a timed continuation
+    draft_bytes: int = 8  # most bytes that the entropy model proposes, where drafts are measured
     # scaling
-    scaling_rows: list[int] = field(default_factory=lambda: [2**n for n in range(10, 16)])  # row lengths in bytes
+    scaling_rows: list[int] = field(default_factory=lambda: [2**n for n in range(10, 16)])  # row lengths, bytes
     scaling_bytes: int = 32768  # bytes a step while the row length changes
-    scaling_patches: list[int] = field(default_factory=lambda: [2, 3, 4, 6, 8, 12, 16])  # static patch sizes in bytes
+    scaling_patches: list[int] = field(default_factory=lambda: [2, 3, 4, 6, 8, 12, 16])  # static patches, bytes
     scaling_widths: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # factors of all widths
     # output
     output: str = "bench.json"  # where the numbers go
 
     def __post_init__(self):
-        check_positive(
-            self,
-            "row_bytes",
-            "batch_rows",
-            "accumulate",
-            "repeats",
-            "warmup",
-            "streams",
-            "scaling_bytes",
-            "prompt_bytes",
-            "new_bytes",
-            "draft_bytes",
-        )
-        check(self, "against", set(self.against) <= set(AGAINST), "among " + ", ".join(AGAINST))
-        check(
-            self,
-            "patches",
-            re.fullmatch(r"space|random|static:\d+(\.\d+)?", self.patches),
-            "space, random or static:BYTES, as in static:4.5",
-        )
+        check_positive(self, "row_bytes", "batch_rows", "accumulate", "repeats", "warmup", "streams")
+        check_positive(self, "scaling_bytes", "prompt_bytes", "new_bytes", "draft_bytes")
+        others = [kind for kind in CANDIDATES if kind != "ours"]
+        check(self, "against", set(self.against) <= set(others), "among " + ", ".join(others))
+        is_known = re.fullmatch(r"space|random|static:\d+(\.\d+)?", self.patches)
+        check(self, "patches", is_known, "space, random or static:BYTES, as in static:4.5")
         check(self, "patch_size", self.patch_size >= 1, "1 or more bytes")
         check(self, "output", self.output.endswith(".json"), "a file name in .json")
         for name in ("scaling_rows", "scaling_patches", "scaling_widths"):
-            check(self, name, getattr(self, name) and min(getattr(self, name)) > 0, "numbers above 0")
-        check(
-            self,
-            "scaling_rows",
-            max(self.scaling_rows) <= self.scaling_bytes,
-            f"at most scaling_bytes = {self.scaling_bytes}",
-        )
+            values = getattr(self, name)
+            check(self, name, values and min(values) > 0, "numbers above 0")
+        fits = max(self.scaling_rows) <= self.scaling_bytes
+        check(self, "scaling_rows", fits, f"at most scaling_bytes = {self.scaling_bytes}")
 
 
 @dataclass
 class Job:
-    """What a process of its own is to make and to run steps of. Its rows depend on its fields alone."""
+    """What one process makes and runs steps of. Its rows depend on its fields alone.
 
-    kind: str  # ours, or one of AGAINST
-    name: str  # as it is printed
+    kind: one of `CANDIDATES`.
+    precision: auto only where the fastest is to be found.
+    one_document: the text without boundaries, because transformers has no document mask.
+    flat_shape: (dim, n_layers) of the flat byte transformer.
+    """
+
+    kind: str
+    name: str
     model: BLTConfig
     row_bytes: int
     batch_rows: int
-    patches: str  # as BenchConfig.patches
+    patches: str
     config: BenchConfig
     device: str
-    precision: str  # auto only where the fastest is to be found
+    precision: str
     threads: int
-    one_document: bool = False  # the text without boundaries: transformers has no document mask
-    flat_shape: tuple | None = None  # flat: (dim, n_layers)
+    one_document: bool = False
+    flat_shape: tuple | None = None
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and rows
 
 
 def find_model(name, config):
-    """(BLTConfig, row_bytes, batch_rows) of a name in --models, with the command line's changes."""
+    """(BLTConfig, row_bytes, batch_rows) of a name in --models, with the command line's changes.
+
+    Raises FileNotFoundError or ValueError for a name that is no model.
+    """
     script, *presets = name.split(":")
     if name.endswith(".json"):
-        if not Path(name).exists():
-            raise FileNotFoundError(
-                f"{name} not found; --models takes llm, llm_large, llm:PRESET, custom, or the model.json of a training run"
-            )
-        record = json.loads(Path(name).read_text())
-        if not {"settings", "model_config"} <= set(record):
-            raise ValueError(f"{name} is not the model.json of a training run: it has no settings and model_config")
-        settings = asdict(BLTConfig()) | record["settings"] | record["model_config"]
+        settings = asdict(BLTConfig()) | read_settings(name)
     elif name == "custom":
-        settings = asdict(BLTConfig()) | {"row_bytes": RunConfig.row_bytes, "batch_rows": RunConfig.batch_rows}
+        settings = asdict(BLTConfig())
+        settings |= {"row_bytes": RunConfig.row_bytes, "batch_rows": RunConfig.batch_rows}
     elif script in SCRIPTS:
-        script_config, known = SCRIPTS[script]
-        settings = asdict(script_config())
-        for preset in presets:
-            if preset not in known:
-                raise ValueError(
-                    f"models has {name!r}, but {script}.py has no preset {preset!r}; it has {', '.join(known)}"
-                )
-            settings |= known[preset]
+        if script == "llm_large" and not presets:
+            # Its size is measured on a CPU too, where the script itself would train a smaller one.
+            presets = ["large"]
+        try:
+            settings = asdict(SCRIPTS[script](preset=presets, device=config.device))
+        except ValueError as error:
+            raise ValueError(f"models has {name!r}: {error}") from None
     else:
         raise ValueError(
-            f"models has {name!r}; it must be {', '.join(SCRIPTS)}, one of them with presets (llm:small:cpu), custom, or a model.json"
+            f"models has {name!r}; it must be {', '.join(SCRIPTS)}, one of them with presets "
+            "(llm:small:cpu), custom, or a model.json"
         )
-    settings |= {f.name: getattr(config, f.name) for f in fields(ModelFlags) if getattr(config, f.name) is not None}
-    return (
-        BLTConfig(**{f.name: settings[f.name] for f in fields(BLTConfig)}),
-        settings["row_bytes"],
-        settings["batch_rows"],
-    )
+    # Flags beat presets and files.
+    for flag in fields(ModelFlags):
+        value = getattr(config, flag.name)
+        if value is not None:
+            settings[flag.name] = value
+    model = BLTConfig(**{of_model.name: settings[of_model.name] for of_model in fields(BLTConfig)})
+    return model, settings["row_bytes"], settings["batch_rows"]
+
+
+def read_settings(path):
+    """The settings in the model.json of a training run; those of the model beat those of the run."""
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path} not found; --models takes {', '.join(SCRIPTS)}, one of them with presets "
+            "(llm:small:cpu), custom, or the model.json of a training run"
+        )
+    record = RunRecord.load(path)
+    return record.settings | record.model_config
 
 
 def sample_documents(data_cache):
@@ -236,330 +253,495 @@ def sample_documents(data_cache):
     return [corpus.document(number) for number in corpus.documents("train", TEXT_BYTES)]
 
 
+def random_starts(documents, config):
+    """Patch starts of each document, bool [N + 1], with geometric patch lengths."""
+    generator = np.random.default_rng(config.seed)
+    is_start = [generator.random(len(document) + 1) < 1 / config.patch_size for document in documents]
+    for starts in is_start:
+        starts[0] = True
+    return is_start
+
+
 def make_rows(job):
     """`TrainingRows` of the sample, patched as the job says."""
     documents = sample_documents(job.config.data_cache)
     if job.one_document:
         documents = [np.concatenate(documents)]
     if job.patches == "random":
-        generator = np.random.default_rng(job.config.seed)
-        pieces = [generator.random(len(document) + 1) < 1 / job.config.patch_size for document in documents]
-        for piece in pieces:
-            piece[0] = True
+        is_start = random_starts(documents, job.config)
     else:
         method, _, size = job.patches.partition(":")
+        # Only static patches have a size; space reads none.
         patcher = EntropyPatcher(None, PatchConfig(method, float(size or 1)))
-        pieces = [patcher.starts(document) for document in documents]
-    starts = BitArray()
-    starts.append(np.concatenate([[True], *pieces]))
-    starts.close()
-    return TrainingRows(DocumentStream.of_documents(documents), job.row_bytes, starts)
+        is_start = [patcher.starts(document) for document in documents]
+    bits = BitArray()
+    # The first boundary opens a document; each later one is the end of the document before it.
+    bits.append(np.concatenate([[True], *is_start]))
+    bits.close()
+    return TrainingRows(DocumentStream.of_documents(documents), job.row_bytes, bits)
+
+
+def bytes_per_patch(batches):
+    """Mean number of targets in a patch."""
+    targets = sum(batch.targets for batch in batches)
+    patches = 0
+    for batch in batches:
+        # A row that is not full has one patch more, which holds its padding.
+        is_padded_B = (~batch.is_scored).any(1)
+        patches += int((batch.patch_lengths > 0).sum()) - int(is_padded_B.sum())
+    return targets / patches
+
+
+# --------------------------------------------------------------------------------------------------
+# Candidates: a model, its optimizers, and the settings in which it can run
+
+
+@dataclass
+class Setting:
+    """A way to run a candidate. attention: for transformers, its attn_implementation."""
+
+    precision: str
+    attention: str | None = None
+    is_compiled: bool = False
+
+    @property
+    def name(self):
+        compiled = "compiled" if self.is_compiled else None
+        return ", ".join(filter(None, (self.precision, self.attention, compiled)))
+
+
+def may_compile(job):
+    """Whether the job runs under torch.compile."""
+    is_cuda = job.device.startswith("cuda")
+    return job.config.compile == "yes" or (job.config.compile == "auto" and is_cuda)
+
+
+def precisions_to_try(job):
+    """The job's precision; for auto, fp32 and what training would choose."""
+    if job.precision != "auto":
+        return [job.precision]
+    return sorted({"fp32", choose_precision("auto", torch.device(job.device))})
+
+
+class OurModel:
+    """The `BLTModel` as it is trained; and what the other candidates share."""
+
+    def __init__(self, job):
+        self.job = job
+        self.model = self.make_model().to(job.device)
+        self.optimizers = self.make_optimizers()
+
+    def make_model(self):
+        return BLTModel(self.job.model)
+
+    def make_optimizers(self):
+        return make_optimizers(self.model, RunConfig())
+
+    def settings(self):
+        """The settings to choose from."""
+        return [Setting(self.job.precision, is_compiled=may_compile(self.job))]
+
+    def use(self, setting):
+        """Run in this setting from now on (its precision is the caller's to set)."""
+        self.step_model = torch.compile(self.model) if setting.is_compiled else self.model
+
+    def nats(self, batch):
+        """Cross-entropy of each target in nats, [B, T]; 0 where it is not scored."""
+        nats_BT, _ = target_losses(self.step_model, batch)
+        return nats_BT
+
+    def logits(self, batch):
+        """Logits [B, T, 257]."""
+        return self.model(batch.ids[:, :-1], batch.patch_lengths)
+
+
+class FlatModel(OurModel):
+    """The flat byte transformer."""
+
+    def make_model(self):
+        dim, n_layers = self.job.flat_shape
+        config = FlatConfig(dim=dim, n_layers=n_layers, window=self.job.model.window)
+        return FlatByteTransformer(config)
+
+    def nats(self, batch):
+        # Without patch lengths `target_losses` gives the model ids alone.
+        return super().nats(replace(batch, patch_lengths=None))
+
+
+class LoopModel(OurModel):
+    """Our weights, computed by Python loops. torch.compile would unroll them, so it is not tried."""
+
+    def settings(self):
+        return [Setting(precision) for precision in precisions_to_try(self.job)]
+
+    def nats(self, batch):
+        nats_BT, _ = target_losses(partial(plain_logits, self.model), batch)
+        return nats_BT
+
+
+class TransformersModel(OurModel):
+    """transformers' BltForCausalLM with the weights that our candidate draws from the same seed."""
+
+    def make_model(self):
+        # convert_hf imports transformers, which takes seconds: only this candidate waits for it.
+        import convert_hf
+
+        self.convert_hf = convert_hf
+        model = convert_hf.to_transformers(BLTModel(self.job.model))
+        self.eager_forward = model.forward
+        return model
+
+    def make_optimizers(self):
+        # What a user of transformers trains with: one fused AdamW for all parameters.
+        settings = dict(lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        return [torch.optim.AdamW(self.model.parameters(), **settings)]
+
+    def settings(self):
+        job = self.job
+        attentions = ["sdpa"]
+        scores_bytes = 4 * job.batch_rows * job.model.heads("decoder") * job.row_bytes**2
+        if scores_bytes < EAGER_SCORES:
+            attentions.append("eager")
+        compile_choices = [False, True] if may_compile(job) else [False]
+        choices = itertools.product(precisions_to_try(job), attentions, compile_choices)
+        return [Setting(*choice) for choice in choices]
+
+    def use(self, setting):
+        # Each part of the model looks its attention up in a config of its own.
+        parts = ("", "encoder_config", "global_config", "decoder_config")
+        self.model.set_attn_implementation(dict.fromkeys(parts, setting.attention))
+        forward = self.eager_forward
+        self.model.forward = torch.compile(forward) if setting.is_compiled else forward
+
+    def hf_logits(self, batch):
+        """Logits over transformers' 260 classes."""
+        ids = self.convert_hf.to_hf_ids(batch.ids[:, :-1])
+        return self.model(input_ids=ids, patch_lengths=batch.patch_lengths, use_cache=False).logits
+
+    def nats(self, batch):
+        # convert_hf numbers inputs; as a target our boundary is their end of text.
+        targets_BT = batch.ids[:, 1:]
+        byte_classes_BT = targets_BT + self.convert_hf.HF_FIRST_BYTE
+        classes_BT = torch.where(targets_BT == BOUNDARY, self.convert_hf.HF_END, byte_classes_BT)
+        classes_BT = classes_BT.masked_fill(~batch.is_scored, -100)
+        logits = self.hf_logits(batch).flatten(0, 1).float()
+        nats = F.cross_entropy(logits, classes_BT.flatten(), ignore_index=-100, reduction="none")
+        return nats.view_as(classes_BT)
+
+    def logits(self, batch):
+        return self.hf_logits(batch)[..., self.convert_hf.OUTPUT_ROWS]
+
+
+CANDIDATES = {"ours": OurModel, "transformers": TransformersModel, "flat": FlatModel, "loop": LoopModel}
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps in a process of their own
+
+
+def now(device):
+    """Seconds on the clock, read once the device has done its work."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+def time_calls(function, repeats, device):
+    """Seconds of each of several calls; one more comes before them to warm up."""
+    seconds = []
+    for _ in range(1 + repeats):
+        tick = now(device)
+        function()
+        seconds.append(now(device) - tick)
+    return np.array(seconds[1:])
 
 
 class Runner:
-    """Lives in its own process: makes the job's rows and model, then runs steps when asked."""
+    """Lives in its own process: makes the job's rows and candidate, then runs steps when asked."""
 
     def __init__(self, job):
-        config, self.job, self.device = job.config, job, torch.device(job.device)
+        self.job = job
+        self.device = torch.device(job.device)
+        accumulate = job.config.accumulate
         rows = make_rows(job)
-        self.batches = [
-            rows.shuffled_batch(i, job.batch_rows, config.seed) for i in range(max(BATCHES, config.accumulate))
-        ]
-        targets = sum(batch.targets for batch in self.batches)
-        padding_patches = sum(
-            int((~batch.is_scored).any(1).sum()) for batch in self.batches
-        )  # one in a row that is not full
-        patches = sum(int((batch.patch_lengths > 0).sum()) for batch in self.batches) - padding_patches
+        self.batches = []
+        for number in range(max(BATCHES, accumulate)):
+            self.batches.append(rows.shuffled_batch(number, job.batch_rows, job.config.seed))
+        patch_size = bytes_per_patch(self.batches)
+        batch_bytes = float(np.mean([batch.bytes for batch in self.batches]))
         if self.device.type == "cuda":
             self.batches = [batch.pin() for batch in self.batches]
+
+        # From here on memory is the model's. The seed comes right before the model is made, so that
+        # all candidates of one architecture draw the same weights.
         self.before = memory(self.device)
-        set_seed(config.seed)
-        self.run_config = RunConfig()
-        setting, tried = self._choose(self._make())
+        set_seed(job.config.seed)
+        self.candidate = CANDIDATES[job.kind](job)
+        self.model = self.candidate.model.train()
+        setting, tried = self.choose_setting(self.candidate.settings())
+        self.use(setting)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.facts = {
-            "kind": job.kind, "setting": setting, "tried": tried, "parameters": sum(p.numel() for p in self.model.parameters()),
-            "row_bytes": job.row_bytes, "batch_rows": job.batch_rows, "patch_slots": rows.patch_slots, "bytes_per_patch": targets / patches,
-            "step_bytes": float(np.mean([batch.bytes for batch in self.batches])) * config.accumulate, "padding": dict(zip(("bytes", "patches"), rows.padding())),
-        }  # fmt: skip
+            "kind": job.kind,
+            "setting": setting.name,
+            "tried": tried,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "row_bytes": job.row_bytes,
+            "batch_rows": job.batch_rows,
+            "patch_slots": rows.patch_slots,
+            "bytes_per_patch": patch_size,
+            "step_bytes": batch_bytes * accumulate,
+            "padding": dict(zip(("bytes", "patches"), rows.padding())),
+        }
+        # What choosing a setting took is no part of a step.
         reset_peak(self.device)
 
-    def _make(self):
-        """Make the model, its optimizers and `self.nats(batch)`. Returns the settings to choose from: {name: (precision, prepare)}."""
-        job, device = self.job, self.device
-        is_compiled = job.config.compile == "yes" or (job.config.compile == "auto" and device.type == "cuda")
-        precisions = [job.precision] if job.precision != "auto" else sorted({"fp32", choose_precision("auto", device)})
-        if job.kind == "flat":
-            from template_llm import FlatByteTransformer, FlatConfig
+    def use(self, setting):
+        """Run in this setting from now on."""
+        self.precision = setting.precision
+        self.candidate.use(setting)
 
-            dim, n_layers = job.flat_shape
-            self.model = FlatByteTransformer(FlatConfig(dim=dim, n_layers=n_layers, window=job.model.window))
-        else:
-            self.model = BLTModel(job.model)
-        if job.kind == "transformers":
-            return self._make_transformers(precisions, is_compiled)
-        self.model.to(device)
-        self.optimizers = make_optimizers(self.model, self.run_config)
-        if job.kind == "loop":
-            from blt.plain_blt import plain_logits
-
-            self.nats = lambda batch: target_losses(lambda *inputs: plain_logits(self.model, *inputs), batch)[0]
-            return {precision: (precision, lambda: None) for precision in precisions}
-        step_model = torch.compile(self.model) if is_compiled else self.model
-        drop = {"patch_lengths": None} if job.kind == "flat" else {}
-        self.nats = lambda batch: target_losses(step_model, replace(batch, **drop))[0]
-        return {job.precision + (", compiled" if is_compiled else ""): (job.precision, lambda: None)}
-
-    def _make_transformers(self, precisions, is_compiled):
-        from convert_hf import HF_END, HF_FIRST_BYTE, OUTPUT_ROWS, to_hf_ids, to_transformers
-
-        self.model = to_transformers(self.model).to(
-            self.device
-        )  # the weights that our contestant draws from the same seed
-        self.optimizers = [
-            torch.optim.AdamW(self.model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        ]
-        self.hf_logits = lambda batch: (
-            self.model(
-                input_ids=to_hf_ids(batch.ids[:, :-1]), patch_lengths=batch.patch_lengths, use_cache=False
-            ).logits
-        )
-        self.logits_rows = OUTPUT_ROWS
-        forward = self.model.forward
-
-        def nats(batch):
-            targets = batch.ids[:, 1:]
-            targets = torch.where(targets == BOUNDARY, HF_END, targets + HF_FIRST_BYTE).masked_fill(
-                ~batch.is_scored, -100
-            )
-            logits = self.hf_logits(batch)
-            return F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none"
-            ).view_as(targets)
-
-        def prepare(attention, compiled):
-            self.model.set_attn_implementation(
-                dict.fromkeys(("", "encoder_config", "global_config", "decoder_config"), attention)
-            )
-            self.model.forward = torch.compile(forward) if compiled else forward
-
-        self.nats = nats
-        # Its eager attention keeps several row-by-row matrices a layer: beyond this it only runs out of memory.
-        scores_bytes = 4 * self.job.batch_rows * self.job.model.heads("decoder") * self.job.row_bytes**2
-        attentions = ("sdpa", "eager") if scores_bytes < EAGER_SCORES else ("sdpa",)
-        return {
-            f"{precision}, {attention}" + (", compiled" if compiled else ""): (precision, lambda a=attention, c=compiled: prepare(a, c))
-            for precision in precisions for attention in attentions for compiled in sorted({False, is_compiled})
-        }  # fmt: skip
-
-    def _choose(self, settings):
-        """Take the only setting, or the fastest: each runs forward and backward twice, and the second counts.
-
-        A setting whose first run takes 1.5 times the best so far and is not compiled is given up after it.
-        """
-        tried, self.model = {}, self.model.train()
-        for name, (self.precision, prepare) in settings.items() if len(settings) > 1 else ():
+    def choose_setting(self, settings):
+        """The only setting, or the fastest; and {name: seconds or why it failed} of those tried."""
+        if len(settings) == 1:
+            return settings[0], {}
+        tried = {}
+        best = None
+        best_seconds = math.inf
+        for setting in settings:
             try:
-                prepare()
-                for _ in range(2):
-                    synchronize(self.device)
-                    tick = time.perf_counter()
-                    self._loss(self.batches[0], 1).backward()
-                    synchronize(self.device)
-                    tried[name] = time.perf_counter() - tick
-                    self.model.zero_grad(set_to_none=True)
-                    others = [
-                        seconds for other, seconds in tried.items() if other != name and not isinstance(seconds, str)
-                    ]
-                    if "compiled" not in name and others and tried[name] > 1.5 * min(others):
-                        break
-            except Exception as error:  # whatever a setting fails with, another may work
-                tried[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                seconds = self.time_setting(setting, best_seconds)
+            except Exception as error:
+                # Whatever a setting fails with, another may work.
+                reason = str(error).splitlines()[0] if str(error) else ""
+                seconds = f"failed: {type(error).__name__}: {reason}"
                 self.model.zero_grad(set_to_none=True)
-        works = {name: seconds for name, seconds in tried.items() if not isinstance(seconds, str)}
-        if tried and not works:
+            tried[setting.name] = seconds
+            if isinstance(seconds, float) and seconds < best_seconds:
+                best = setting
+                best_seconds = seconds
+        if best is None:
             raise ValueError(f"no setting of {self.job.kind} works here: {tried}")
-        best = min(works, key=works.get) if works else next(iter(settings))
-        self.precision, prepare = settings[best]
-        prepare()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         return best, tried
 
-    def _loss(self, batch, targets):
+    def time_setting(self, setting, best_seconds):
+        """Seconds of the second of two forward and backward passes in this setting."""
+        self.use(setting)
+        for _ in range(2):
+            tick = now(self.device)
+            self.loss(self.batches[0], 1).backward()
+            seconds = now(self.device) - tick
+            self.model.zero_grad(set_to_none=True)
+            # Only a compiled setting gets much faster in its second run.
+            if not setting.is_compiled and seconds > 1.5 * best_seconds:
+                break
+        return seconds
+
+    def loss(self, batch, targets):
+        """The batch's share of a mean cross-entropy over this many targets, in nats."""
         with autocast(self.device, self.precision):
-            return self.nats(batch.to(self.device)).sum() / targets
+            return self.candidate.nats(batch.to(self.device)).sum() / targets
 
     def step(self, number):
-        """One update, as in training.fit: seconds of forward, backward and update, and the loss in nats."""
+        """One update as in training: seconds of forward, backward and update, and the loss in nats."""
+        # Each step goes on where the last one ended, so that all batches are used.
         accumulate = self.job.config.accumulate
-        batches = [self.batches[(number * accumulate + i) % len(self.batches)] for i in range(accumulate)]
-        targets, seconds, total = sum(batch.targets for batch in batches), [0.0, 0.0, 0.0], 0.0
-        synchronize(self.device)
-        tick = time.perf_counter()
-
-        def lap(phase):
-            nonlocal tick
-            synchronize(self.device)
-            now = time.perf_counter()
-            seconds[phase] += now - tick
-            tick = now
-
+        first = number * accumulate
+        batches = [self.batches[i % len(self.batches)] for i in range(first, first + accumulate)]
+        targets = sum(batch.targets for batch in batches)
+        forward_s = 0.0
+        backward_s = 0.0
+        loss_nats = 0.0
         for batch in batches:
-            loss = self._loss(batch, targets)
-            lap(0)
+            begin = now(self.device)
+            loss = self.loss(batch, targets)
+            middle = now(self.device)
             backward(self.model, loss, self.scaler)
-            total = total + loss.detach()
-            lap(1)
-        clip_gradients(self.model, self.optimizers, self.scaler, self.run_config.clip)
-        step_optimizers(self.optimizers, self.scaler)
-        lap(2)
-        return seconds, total.item()
+            forward_s += middle - begin
+            backward_s += now(self.device) - middle
+            loss_nats = loss_nats + loss.detach()
+        begin = now(self.device)
+        clip_gradients(self.model, self.candidate.optimizers, self.scaler, RunConfig.clip)
+        step_optimizers(self.candidate.optimizers, self.scaler)
+        update_s = now(self.device) - begin
+        return [forward_s, backward_s, update_s], loss_nats.item()
 
     @torch.no_grad()
     def logits(self):
-        """fp32 logits of the first row's scored places, float32 [places, 257], before any step."""
-        first = self.batches[0]
-        first = replace(
-            first, ids=first.ids[:1], is_scored=first.is_scored[:1], patch_lengths=first.patch_lengths[:1]
+        """Logits of the first row's scored positions, float32 [positions, 257], before any step."""
+        # One row shows whether two models agree, and is small enough to send through the pipe.
+        batch = self.batches[0]
+        first_row = replace(
+            batch, ids=batch.ids[:1], is_scored=batch.is_scored[:1], patch_lengths=batch.patch_lengths[:1]
         ).to(self.device)
         self.model.eval()
-        if self.job.kind == "transformers":
-            logits = self.hf_logits(first)[..., self.logits_rows]
-        else:
-            logits = self.model(first.ids[:, :-1], first.patch_lengths)
+        logits_BTV = self.candidate.logits(first_row)
         self.model.train()
-        return logits[first.is_scored].float().cpu().numpy()
+        return logits_BTV[first_row.is_scored].float().cpu().numpy()
 
     def memory(self):
-        """{"peak_bytes" over the steps so far, less what was there before the model; "state_bytes" of weights and optimizers}."""
-        states = [
-            x
-            for o in self.optimizers
-            for state in o.state.values()
-            for x in state.values()
-            if isinstance(x, torch.Tensor)
-        ]
-        state_bytes = sum(x.numel() * x.element_size() for x in [*self.model.parameters(), *states])
-        return {"peak_bytes": memory(self.device, peak=True) - self.before, "state_bytes": state_bytes}
+        """{"peak_bytes" of the steps so far, "state_bytes" of weights and optimizers}."""
+        tensors = list(self.model.parameters())
+        for optimizer in self.candidate.optimizers:
+            for state in optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        peak_bytes = memory(self.device, peak=True) - self.before
+        return {"peak_bytes": peak_bytes, "state_bytes": state_bytes}
 
 
 def memory(device, peak=False):
-    """Bytes in use now, or at the most since `reset_peak`: allocated on CUDA, else resident in this process."""
+    """Bytes in use now, or at most since `reset_peak`: allocated on CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
     status = Path("/proc/self/status")
     if not status.exists():
-        return 0  # not known without Linux's /proc
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", status.read_text())[1])
+        # Only Linux has /proc; elsewhere the table shows 0.
+        return 0
+    name = "VmHWM" if peak else "VmRSS"
+    kilobytes = re.search(rf"{name}:\s+(\d+)", status.read_text())[1]
+    return 1024 * int(kilobytes)
 
 
 def reset_peak(device):
-    """Begin to look for the peak anew."""
+    """Measure the peak from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # sets the largest resident set to the present one
+        # 5 sets the largest resident set to the present one (man 5 proc).
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def serve(pipe, job):
-    """A process's whole life: make the `Runner`, send its facts, answer questions (method, *arguments) until the pipe closes."""
+    """A process's whole life: make the `Runner`, send its facts, answer (method, *arguments)."""
     try:
         torch.set_num_threads(job.threads)
-        if (
-            job.device == "cpu"
-        ):  # a tiny model's step first: what libraries load at their first use is not the model's memory
-            Runner(
-                replace(
-                    job,
-                    model=TINY,
-                    flat_shape=(32, 1),
-                    row_bytes=64,
-                    batch_rows=1,
-                    config=replace(job.config, compile="no"),
-                )
-            ).step(0)
+        if job.device == "cpu":
+            # Libraries load code at their first use, which is not the model's memory: a tiny step
+            # makes them load it before the memory is measured.
+            tiny = replace(job, model=TINY, flat_shape=(32, 1), row_bytes=64, batch_rows=1)
+            tiny.config = replace(job.config, compile="no")
+            Runner(tiny).step(0)
         runner = Runner(job)
         pipe.send((True, runner.facts))
         while True:
             method, *arguments = pipe.recv()
             pipe.send((True, getattr(runner, method)(*arguments)))
     except (EOFError, KeyboardInterrupt):
-        pass  # the parent has all it wanted
+        # The parent has closed the pipe: it has all it wanted.
+        pass
     except Exception as error:
         pipe.send((False, f"{type(error).__name__}: {error}"))
 
 
 class Worker:
-    """The parent's end of a process that runs a job. `with Worker(job) as worker: worker.ask("step", 0)`."""
+    """The parent's end of a job's process. `with Worker(job) as worker: worker.ask("step", 0)`."""
 
     def __init__(self, job):
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(
-                ["torch._dynamo"]
-            )  # a clean process that only imports torch; workers begin as copies of it
-        self.job, (self.pipe, theirs) = job, context.Pipe()
+        has_forkserver = "forkserver" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if has_forkserver else "spawn")
+        if has_forkserver:
+            # Workers begin as copies of a clean process that has imported torch and nothing else.
+            context.set_forkserver_preload(["torch._dynamo"])
+        self.job = job
+        self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, job), daemon=True)
         self.process.start()
         theirs.close()
 
     def __enter__(self):
+        # The first answer comes without a question.
         self.facts = self.ask()
         return self
 
     def __exit__(self, *exception):
+        # A closed pipe ends `serve`. A process that hangs all the same is killed.
         self.pipe.close()
         self.process.join(30)
         if self.process.is_alive():
             self.process.kill()
 
     def ask(self, *question):
-        """Send (method, arguments), unless the answer is under way already as at the start, and wait for the answer."""
+        """Send (method, *arguments), if given, and wait for an answer. ValueError: it failed there."""
+        who = f"{self.job.name} ({self.job.kind})"
         try:
             if question:
                 self.pipe.send(question)
             is_good, answer = self.pipe.recv()
         except (EOFError, ConnectionError):
             raise ValueError(
-                f"the process of {self.job.name} ({self.job.kind}) was ended, as when memory runs out; lower --batch_rows, --row_bytes or --hash_rows"
+                f"the process of {who} was ended, as when memory runs out; "
+                "lower --batch_rows, --row_bytes or --hash_rows"
             ) from None
         if not is_good:
-            raise ValueError(f"{self.job.name} ({self.job.kind}): {answer}")
+            raise ValueError(f"{who}: {answer}")
         return answer
 
 
-def measure(jobs, config):
-    """Run steps of all jobs in turn, the order changing each round.
+# --------------------------------------------------------------------------------------------------
+# Measuring training steps
 
-    Returns for each job {"facts", "seconds": [rounds, 3] until forward, backward and update were done, "first_s", "memory"}, and
-    for two jobs of which the second is transformers the largest difference of their logits, else None.
-    """
+
+@dataclass
+class Measurement:
+    """The steps of one job."""
+
+    job: Job
+    facts: dict  # `Runner.facts`
+    seconds_RP: np.ndarray  # round by phase: until forward, backward and update were done
+    first_s: float  # the first step, in which a compiled model is compiled
+    memory: dict  # `Runner.memory`
+
+
+def in_turn(items, round_number):
+    """The items in an order that changes each round, so that none always comes first."""
+    items = list(items)
+    return items if round_number % 2 else items[::-1]
+
+
+def measure(jobs, config):
+    """Run steps of all jobs in turn. Returns their `Measurement`s, and `compare_logits` or None."""
+    difference = None
     with ExitStack() as stack:
+        # All processes are ready before the first step: none computes while another is timed.
         workers = [stack.enter_context(Worker(job)) for job in jobs]
-        difference = None
         if jobs[-1].kind == "transformers":
-            difference = float(np.abs(workers[0].ask("logits") - workers[1].ask("logits")).max())
-            if not difference < LOGITS_TOLERANCE:
-                raise ValueError(
-                    f"our logits and transformers' differ by {difference:.1e} (allowed: {LOGITS_TOLERANCE}): a comparison would mean nothing"
-                )
-        seconds, first = [[] for _ in jobs], [None] * len(jobs)
+            difference = compare_logits(*workers)
+        rounds = [[] for _ in workers]
         for round_number in range(config.warmup + config.repeats):
-            for i in range(len(jobs))[:: 1 if round_number % 2 else -1]:
-                phases, loss = workers[i].ask("step", round_number)
-                if not np.isfinite(loss):
-                    raise ValueError(
-                        f"the loss of {jobs[i].name} ({jobs[i].kind}) is {loss} after {round_number + 1} steps; try --precision fp32"
-                    )
-                if round_number == 0:
-                    first[i] = sum(phases)
-                if round_number >= config.warmup:
-                    seconds[i].append(np.cumsum(phases))
-        results = [
-            {"facts": worker.facts, "seconds": np.array(s), "first_s": f, "memory": worker.ask("memory")}
-            for worker, s, f in zip(workers, seconds, first)
-        ]  # fmt: skip
-    return results, difference
+            for i in in_turn(range(len(workers)), round_number):
+                rounds[i].append(step_seconds(workers[i], round_number))
+        measurements = []
+        for worker, seconds in zip(workers, rounds):
+            measurement = Measurement(
+                job=worker.job,
+                facts=worker.facts,
+                seconds_RP=np.cumsum(seconds[config.warmup :], axis=1),
+                first_s=sum(seconds[0]),
+                memory=worker.ask("memory"),
+            )
+            measurements.append(measurement)
+    return measurements, difference
+
+
+def step_seconds(worker, round_number):
+    """Let a process run a step: seconds of forward, backward and update."""
+    seconds, loss = worker.ask("step", round_number)
+    if not np.isfinite(loss):
+        who = f"{worker.job.name} ({worker.job.kind})"
+        steps = round_number + 1
+        raise ValueError(f"the loss of {who} is {loss} after {steps} steps; try --precision fp32")
+    return seconds
+
+
+def compare_logits(ours, theirs):
+    """The largest difference of two processes' logits. Raises ValueError where it is no rounding."""
+    difference = float(np.abs(ours.ask("logits") - theirs.ask("logits")).max())
+    if not difference < LOGITS_TOLERANCE:
+        raise ValueError(
+            f"our logits and transformers' differ by {difference:.1e} (allowed: {LOGITS_TOLERANCE}): "
+            "a comparison would mean nothing"
+        )
+    return difference
 
 
 def spread(values):
@@ -568,484 +750,661 @@ def spread(values):
     return {"median": float(median), "q1": float(q1), "q3": float(q3), "n": len(values)}
 
 
-def describe(job, result, flops, peak):
-    """A measured training step as a dict of numbers; flops: forward FLOPs per byte by part."""
-    facts, seconds = result["facts"], result["seconds"]
-    ms = {key: spread(1000 * seconds[:, i]) for i, key in enumerate(PHASES)}
-    forward, _, step = (np.median(seconds[:, i]) for i in range(3))
-    per_byte, n = sum(flops.values()), facts["step_bytes"]
+def describe(measurement, flops, peak):
+    """A measured training step as a dict of numbers. flops: of a forward pass per byte, by part."""
+    facts = measurement.facts
+    seconds_RP = measurement.seconds_RP
+    times = {key: spread(1000 * seconds_RP[:, i]) for i, key in enumerate(PHASES)}
+    forward, _, step = np.median(seconds_RP, axis=0)
+    flops_per_byte = sum(flops.values())
+    step_bytes = facts["step_bytes"]
     return {
-        "name": job.name, **facts, **ms, "bytes_per_second": n / step, "forward_bytes_per_second": n / forward, "flops_per_byte": flops,
-        "mfu": TRAINING * per_byte * n / step / peak, "forward_mfu": per_byte * n / forward / peak, **result["memory"],
-        "compile_s": result["first_s"] - step if "compiled" in facts["setting"] else None,
-    }  # fmt: skip
+        "name": measurement.job.name,
+        **facts,
+        **times,
+        "bytes_per_second": step_bytes / step,
+        "forward_bytes_per_second": step_bytes / forward,
+        "flops_per_byte": flops,
+        "mfu": TRAINING * flops_per_byte * step_bytes / step / peak,
+        "forward_mfu": flops_per_byte * step_bytes / forward / peak,
+        **measurement.memory,
+        "compile_s": measurement.first_s - step if "compiled" in facts["setting"] else None,
+    }
 
 
 def bench_model(job, config, peak):
     """One model alone."""
-    (result,), _ = measure([job], config)
-    return describe(job, result, blt_flops(job.model, result["facts"]["bytes_per_patch"], job.row_bytes), peak)
+    (measurement,), _ = measure([job], config)
+    flops = blt_flops(job.model, measurement.facts["bytes_per_patch"], job.row_bytes)
+    return describe(measurement, flops, peak)
 
 
-def bench_against(kind, job, bytes_per_patch, config, peak):
-    """Our model and another contestant, step by step in turn; ratios above 1 are in our favour."""
-    ours = replace(job, one_document=kind == "transformers")
-    theirs = replace(ours, kind=kind, precision=config.precision if kind in ("transformers", "loop") else job.precision)
+def bench_against(kind, job, patch_size, config, peak):
+    """Our model and another candidate, step by step in turn; ratios above 1 are in our favour."""
+    our_job = replace(job, one_document=kind == "transformers")
+    their_job = replace(our_job, kind=kind)
     if kind == "flat":
-        wanted = sum(blt_flops(job.model, bytes_per_patch, job.row_bytes).values())
-        theirs.flat_shape = flat_shape_of_equal_flops(wanted, job.row_bytes, job.model.window)
-    (a, b), difference = measure([ours, theirs], config)
-    flops = blt_flops(job.model, a["facts"]["bytes_per_patch"], job.row_bytes)
-    their_flops = (
-        transformer_flops(*theirs.flat_shape, BOUNDARY + 1, job.row_bytes, job.model.window)
-        if kind == "flat"
-        else flops
-    )
-    ratios = {key: spread(b["seconds"][:, i] / a["seconds"][:, i]) for i, key in enumerate(PHASES)}
-    flops_ratio = sum(their_flops.values()) / sum(flops.values())
+        wanted = sum(blt_flops(job.model, patch_size, job.row_bytes).values())
+        their_job.flat_shape = flat_shape_of_equal_flops(wanted, job.row_bytes, job.model.window)
+    else:
+        # auto: these may be faster in another precision than ours, and get the choice.
+        their_job.precision = config.precision
+    (ours, theirs), difference = measure([our_job, their_job], config)
+
+    # The patches of these rows may differ from patch_size: one long document has others.
+    our_flops = blt_flops(job.model, ours.facts["bytes_per_patch"], job.row_bytes)
+    their_flops = our_flops
+    if kind == "flat":
+        shape = their_job.flat_shape
+        their_flops = transformer_flops(*shape, BOUNDARY + 1, job.row_bytes, job.model.window)
+    flops_ratio = sum(their_flops.values()) / sum(our_flops.values())
+    time_ratio_RP = theirs.seconds_RP / ours.seconds_RP
+    # On a CPU a tiny model's step may need no more than the process has freed before it.
+    memory_ratio = None
+    if ours.memory["peak_bytes"] > 0:
+        memory_ratio = theirs.memory["peak_bytes"] / ours.memory["peak_bytes"]
     return {
-        "kind": kind, "ours": describe(ours, a, flops, peak), "theirs": describe(theirs, b, their_flops, peak), "time_ratio": ratios,
-        "memory_ratio": b["memory"]["peak_bytes"] / a["memory"]["peak_bytes"] if a["memory"]["peak_bytes"] > 0 else None, "logits_difference": difference, "flat_shape": theirs.flat_shape,
-        "flops_ratio": flops_ratio, "mfu_ratio": spread(b["seconds"][:, 2] / a["seconds"][:, 2] / flops_ratio) if kind == "flat" else None,
-    }  # fmt: skip
+        "kind": kind,
+        "ours": describe(ours, our_flops, peak),
+        "theirs": describe(theirs, their_flops, peak),
+        "time_ratio": {key: spread(time_ratio_RP[:, i]) for i, key in enumerate(PHASES)},
+        "memory_ratio": memory_ratio,
+        "logits_difference": difference,
+        "flat_shape": their_job.flat_shape,
+        "flops_ratio": flops_ratio,
+        "mfu_ratio": spread(time_ratio_RP[:, -1] / flops_ratio) if kind == "flat" else None,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# The entropy pass and patching
 
 
 def bench_entropy_pass(config, device, precision, peak):
-    """Bytes a second of `stream_entropies`: documents of equal length, one a lane, so that no lane reads anything twice."""
-    streams = config.streams or (4 if device.type == "cpu" else 256)
-    length = 2048 * (2 if device.type == "cpu" else 8) - 1  # with the place of its end whole chunks
+    """Bytes a second of `stream_entropies`, for each of `ENTROPY_MODELS`."""
+    is_cpu = device.type == "cpu"
+    streams = config.streams or (4 if is_cpu else 256)
+    # Documents of equal length, one a stream, so that no stream reads anything twice. With the
+    # position of its end a document is a whole number of chunks.
+    length = 2048 * (2 if is_cpu else 8) - 1
     text = np.concatenate(sample_documents(config.data_cache))
-    stream = DocumentStream.of_documents([np.roll(text, -i * length)[:length] for i in range(streams)])
-    out = []
-    for name, preset in (("default", {}), ("cpu", ENTROPY_PRESETS["cpu"])):
-        c = EntropyConfig(**preset)
+    documents = [np.roll(text, -i * length)[:length] for i in range(streams)]
+    stream = DocumentStream.of_documents(documents)
+    records = []
+    for name in ENTROPY_MODELS:
+        c = EntropyConfig(**ENTROPY_SIZES[name])
         set_seed(config.seed)
-        model, seconds = MinimalLLM(c).to(device).eval(), []
-        for _ in range(1 + min(3, config.repeats)):
-            tick = time.perf_counter()
-            stream_entropies(model, stream, streams, precision=precision)  # ends on the CPU, so the clock is honest
-            seconds.append(time.perf_counter() - tick)
+        model = MinimalLLM(c).to(device).eval()
+        entropy_pass = partial(stream_entropies, model, stream, streams, precision=precision)
+        speed = stream.total_bytes / time_calls(entropy_pass, min(3, config.repeats), device)
         flops = transformer_flops(c.d_model, c.n_layers, c.vocab_size, length + 1, c.max_seq_len)
-        speed = stream.total_bytes / np.array(seconds[1:])
-        out.append({
-            "name": name, "size": f"{c.n_layers} x {c.d_model}, window {c.max_seq_len}", "streams": streams, "bytes": stream.total_bytes, "bytes_per_second": spread(speed),
-            "flops_per_byte": flops, "mfu": float(np.median(speed)) * sum(flops.values()) / peak,
-        })  # fmt: skip
-    return out
+        records.append(
+            {
+                "name": name,
+                "size": f"{c.n_layers} x {c.d_model}, window {c.max_seq_len}",
+                "streams": streams,
+                "bytes": stream.total_bytes,
+                "bytes_per_second": spread(speed),
+                "flops_per_byte": flops,
+                "mfu": float(np.median(speed)) * sum(flops.values()) / peak,
+            }
+        )
+    return records
 
 
 def bench_patching(config):
-    """Raw text bytes a second of `patch_starts` on one core, float16 entropies to starts: {method: spread}."""
+    """Raw text bytes a second of `patch_starts` on one core, by method: {method: `spread`}."""
     stream = DocumentStream.of_documents(sample_documents(config.data_cache))
-    n = stream.total_bytes + len(stream.lengths)  # a place for each byte and each end
+    # One position for each byte and each document's end.
+    n = stream.total_bytes + len(stream.lengths)
+    # Random entropies, in the precision of the cache; the time hardly depends on their values.
     H = np.random.default_rng(config.seed).gamma(1.0, 1.0, n).astype(np.float16)
-    document_starts = np.zeros(n, dtype=bool)
-    document_starts[stream.ends - stream.lengths - 1] = True
+    begins = np.zeros(n, dtype=bool)
+    begins[stream.ends - stream.lengths - 1] = True
     byte_values = stream.ids(1, n + 1).astype(np.uint8)
-    out = {}
-    for method in METHODS:
-        if method == "bpe":  # its starts come from a tokenizer
-            continue
-        threshold = 0.0 if method == "space" else threshold_for_patch_size(H[:200_000], method, config.patch_size)
-        speeds = []
-        for _ in range(1 + config.repeats):
-            tick = time.perf_counter()
-            patch_starts(H, method, threshold, byte_values=byte_values, document_starts=document_starts)
-            speeds.append(stream.total_bytes / (time.perf_counter() - tick))
-        out[method] = spread(speeds[1:])
-    return out
+    speeds = {}
+    for method in causal_methods():
+        threshold = 0.0
+        if RULES[method].unit is not None:
+            threshold = threshold_for_patch_size(H[:200_000], method, config.patch_size)
+        known = dict(byte_values=byte_values, document_starts=begins)
+        patching = partial(patch_starts, H, method, threshold, **known)
+        seconds = time_calls(patching, config.repeats, torch.device("cpu"))
+        speeds[method] = spread(stream.total_bytes / seconds)
+    return speeds
+
+
+# --------------------------------------------------------------------------------------------------
+# Scaling
 
 
 def log_slope(x, y):
-    """Slope of the line through log y by log x: 1 for y proportional to x, 2 for its square; None if there is no such line."""
-    is_line = len(set(x)) > 1 and min(y) > 0
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0]) if is_line else None
+    """Slope of the line through log y by log x: 1 for y proportional to x, 2 for its square.
+
+    Returns None where there is no such line: a single x, or a y that is not above 0.
+    """
+    if len(set(x)) < 2 or min(y) <= 0:
+        return None
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def scaled_job(job, row_bytes, batch_rows, patches, width=1.0):
+    """The job with other rows and patches, and all widths times a factor. Its name says which."""
+    model = job.model
+    if width != 1.0:
+        # Widths that suit the hardware, with as many heads as the width implies.
+        changes = {}
+        for part in ("encoder", "global", "decoder"):
+            dim = getattr(job.model, f"{part}_dim")
+            changes[f"{part}_dim"] = max(64, 64 * round(width * dim / 64))
+            changes[f"{part}_heads"] = None
+        model = replace(job.model, **changes)
+    name = f"{batch_rows} x {row_bytes:,} bytes, {patches}, width {width:g}"
+    rows = dict(row_bytes=row_bytes, batch_rows=batch_rows, patches=patches)
+    return replace(job, name=name, model=model, **rows)
+
+
+def bench_point(job, config, peak):
+    """One point of a sweep; "activation_bytes" is its peak memory without weights and optimizers."""
+    record = bench_model(job, config, peak)
+    record["activation_bytes"] = record["peak_bytes"] - record["state_bytes"]
+    print(
+        f"  {job.name}: step {record['step_ms']['median']:,.0f} ms, "
+        f"{record['bytes_per_second'] / 1e3:.1f} kB/s, "
+        f"activations {format_megabytes(record['activation_bytes'])}"
+    )
+    return record
 
 
 def bench_scaling(job, config, peak):
-    """Sweeps of one model: row length (at equal bytes a step, and one row alone), patch size, width; slopes of log time by log length."""
-    known, factors = {}, config.scaling_widths
+    """Sweeps of one model: row length (at equal bytes a step, and one row), patch size, width."""
+    known = {}
 
-    def point(row_bytes, batch_rows, patches=job.patches, width=1.0):
-        key = (row_bytes, batch_rows, patches, width)
-        if key not in known:
-            widths = {
-                f"{part}_dim": max(64, 64 * round(width * getattr(job.model, f"{part}_dim") / 64))
-                for part in ("encoder", "global", "decoder")
-            }
-            heads = {f"{part}_heads": None for part in ("encoder", "global", "decoder")}
-            model = job.model if width == 1.0 else replace(job.model, **widths, **heads)
-            name = f"{batch_rows} x {row_bytes:,} bytes, {patches}, width {width:g}"
-            known[key] = bench_model(
-                replace(job, name=name, model=model, row_bytes=row_bytes, batch_rows=batch_rows, patches=patches),
-                config,
-                peak,
-            )
-            made = known[key]
-            activations = made["activation_bytes"] = made["peak_bytes"] - made["state_bytes"]
-            print(
-                f"  {name}: step {made['step_ms']['median']:,.0f} ms, {made['bytes_per_second'] / 1e3:.1f} kB/s, activations {activations / 1e6:,.0f} MB"
-            )
-        return known[key]
+    def sweep(jobs):
+        # Sweeps cross: a point that two of them share is measured once.
+        for point in jobs:
+            if point.name not in known:
+                known[point.name] = bench_point(point, config, peak)
+        return [known[point.name] for point in jobs]
 
     rows = config.scaling_rows
-    out = {
-        "row_bytes": rows, "equal_bytes": [point(n, config.scaling_bytes // n) for n in rows], "one_row": [point(n, 1) for n in rows],
-        "patch_sizes": config.scaling_patches, "patches": [point(job.row_bytes, job.batch_rows, f"static:{n}") for n in config.scaling_patches],
-        "width_factors": factors, "widths": [point(job.row_bytes, job.batch_rows, width=factor) for factor in factors],
-    }  # fmt: skip
-
-    one_row, rows_in_step = out["one_row"], [config.scaling_bytes // n for n in rows]
-    out["slopes"] = {  # 1: linear in the row's length, 2: quadratic
-        "step time of one row": log_slope(rows, [p["step_ms"]["median"] for p in one_row]),
-        "forward and backward of one row": log_slope(rows, [p["forward_backward_ms"]["median"] for p in one_row]),
-        "time a row, at equal bytes a step": log_slope(
-            rows, [p["step_ms"]["median"] / n for p, n in zip(out["equal_bytes"], rows_in_step)]
-        ),
-        "peak memory of one row without weights and optimizers": log_slope(
-            rows, [p["activation_bytes"] for p in one_row]
-        ),
+    sizes = config.scaling_patches
+    factors = config.scaling_widths
+    same = (job.row_bytes, job.batch_rows)
+    equal_bytes = [scaled_job(job, n, config.scaling_bytes // n, job.patches) for n in rows]
+    one_row = [scaled_job(job, n, 1, job.patches) for n in rows]
+    patches = [scaled_job(job, *same, f"static:{n}") for n in sizes]
+    widths = [scaled_job(job, *same, job.patches, factor) for factor in factors]
+    record = {
+        "row_bytes": rows,
+        "equal_bytes": sweep(equal_bytes),
+        "one_row": sweep(one_row),
+        "patch_sizes": sizes,
+        "patches": sweep(patches),
+        "width_factors": factors,
+        "widths": sweep(widths),
     }
-    return out
+    record["slopes"] = scaling_slopes(record)
+    return record
 
 
-def bench_generation(name, job, config, device):
-    """Milliseconds a byte of greedy generation in fp32 after held-out prompts: cached, with drafts, by transformers without its cache.
+def median_ms(points, key="step_ms"):
+    """The median times of measured points, in ms."""
+    return [point[key]["median"] for point in points]
 
-    Contestants write in turn, each round after another prompt, on one CPU thread (transformers: on all, and on one). The time of the prompt is left
-    out. Also the time to read a byte about places 500 and 5,000 of one text: once as it is, and with rows of at most 1,024 ids.
+
+def scaling_slopes(record):
+    """`log_slope` of time and memory by row length: 1 is linear, 2 is quadratic."""
+    rows = record["row_bytes"]
+    one_row = record["one_row"]
+    ms_a_row = [point["step_ms"]["median"] / point["batch_rows"] for point in record["equal_bytes"]]
+    activations = [point["activation_bytes"] for point in one_row]
+    return {
+        "step time of one row": log_slope(rows, median_ms(one_row)),
+        "forward and backward of one row": log_slope(rows, median_ms(one_row, "forward_backward_ms")),
+        "time a row, at equal bytes a step": log_slope(rows, ms_a_row),
+        "peak memory of one row without weights and optimizers": log_slope(rows, activations),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+
+@dataclass
+class Continuation:
+    """What a candidate wrote after a prompt. drafts: drafted and accepted bytes, and passes."""
+
+    text: bytes
+    seconds_per_byte: float
+    drafts: dict = field(default_factory=dict)
+
+
+def model_and_patcher(job, config, device):
+    """The trained model of a model.json with its patcher; for another name random ones."""
+    if job.name.endswith(".json"):
+        model, patcher, _ = load_blt(Path(job.name).parent, device)
+        return model, patcher
+    model = BLTModel(job.model).to(device).eval()
+    entropy_model = MinimalLLM(EntropyConfig(**ENTROPY_SIZES["nano"])).to(device).eval()
+    # The threshold of a random entropy model, so that patches have the size asked for all the same.
+    text = np.concatenate(sample_documents(config.data_cache))[:20_000]
+    H = EntropyPatcher(entropy_model).entropies(text)
+    threshold = threshold_for_patch_size(H, "global", config.patch_size)
+    return model, EntropyPatcher(entropy_model, threshold=threshold, method="global")
+
+
+def write_cached(model, patcher, new_bytes, draft_bytes, prompt):
+    """Continue a prompt with our caches, on one CPU thread. The time of the prompt is left out."""
+    device = next(model.parameters()).device
+    with threads_for(1):
+        greedy = SamplingConfig()
+        generator = Generator(model, patcher, [prompt], new_bytes, greedy, draft_bytes=draft_bytes)
+        steps = generator.steps()
+        # The first step reads the prompt and chooses a byte, which is then not among those timed.
+        next(steps)
+        tick = now(device)
+        for _ in steps:
+            pass
+        seconds = now(device) - tick
+    text = generator.samplers[0].final_bytes()
+    counts = {"drafted": generator.drafted, "accepted": generator.accepted, "passes": generator.passes}
+    return Continuation(text, seconds / max(1, len(text) - 1), counts if draft_bytes else {})
+
+
+def write_by_transformers(convert_hf, hf_model, one_thread, prompt):
+    """Continue a prompt with transformers, without its cache, which gives other results."""
+    device = hf_model.device
+    ids = convert_hf.to_hf_ids(torch.tensor([[BOUNDARY, *prompt]], device=device))
+    with threads_for(1) if one_thread else nullcontext():
+        tick = now(device)
+        greedy = dict(max_new_tokens=HF_NEW_BYTES, do_sample=False, use_cache=False)
+        written = hf_model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)
+        seconds = now(device) - tick
+    new_ids = written[0, ids.shape[1] :]
+    text = bytes((new_ids - convert_hf.HF_FIRST_BYTE).clamp(0, 255).tolist())
+    # Every byte is a full pass, the first too.
+    return Continuation(text, seconds / len(new_ids))
+
+
+def generation_candidates(model, patcher, config):
+    """{name: function of a prompt that returns a `Continuation`}."""
+    candidates = {"cached": partial(write_cached, model, patcher, config.new_bytes, 0)}
+    if patcher.entropy_model is not None:
+        drafting = partial(write_cached, model, patcher, config.new_bytes, config.draft_bytes)
+        candidates[f"cached, {config.draft_bytes} drafts"] = drafting
+    if "transformers" in config.against:
+        # convert_hf imports transformers, which takes seconds: only --against transformers waits.
+        import convert_hf
+
+        hf_model = convert_hf.to_transformers(model, patcher.entropy_model, patcher.config)
+        write = partial(write_by_transformers, convert_hf, hf_model)
+        candidates["transformers"] = partial(write, False)
+        candidates["transformers, one thread"] = partial(write, True)
+    return candidates
+
+
+def reading_ms(model, patcher, text, context_bytes):
+    """Milliseconds to read a byte about byte 500 and byte 5,000 of a text, on one CPU thread."""
+    device = next(model.parameters()).device
+    times = []
+    with threads_for(1):
+        reader = IncrementalBLT(model, patcher, 1, context_bytes)
+        for identity in [BOUNDARY, *text[:5_200].tolist()]:
+            tick = now(device)
+            reader.extend(np.array([[identity]]))
+            times.append(1000 * (now(device) - tick))
+    # The mean of 400 bytes, because a byte that completes a patch takes longer than others.
+    return {at: float(np.mean(times[at - 200 : at + 200])) for at in (500, 5000)}
+
+
+def bench_generation(job, config, device):
+    """Milliseconds a byte of greedy fp32 generation after held-out prompts, by candidate.
+
+    The candidates write in turn, each round after another prompt. Also the time to read a byte early
+    and late in a text: once in a row of any length, and with rows of at most 1,024 ids.
     """
-    from blt.sampling import SamplingConfig
-    from generate import Generator
-
     set_seed(config.seed)
-    if name.endswith(".json"):
-        from save_entropy_model import load_blt
-
-        model, patcher, _ = load_blt(Path(name).parent, device)
-    else:
-        model, entropy_model = (
-            BLTModel(job.model).to(device).eval(),
-            MinimalLLM(EntropyConfig(**ENTROPY_PRESETS["cpu"])).to(device).eval(),
-        )
-        H = EntropyPatcher(entropy_model).entropies(np.concatenate(sample_documents(config.data_cache))[:20_000])
-        patcher = EntropyPatcher(
-            entropy_model, threshold=threshold_for_patch_size(H, "global", config.patch_size), method="global"
-        )
+    model, patcher = model_and_patcher(job, config, device)
     corpus = open_corpus("sample", cache_dir=config.data_cache)
     text = np.concatenate([corpus.document(number) for number in corpus.documents("validation")])
-    prompts = [text[i * 20_000 :][: config.prompt_bytes].tobytes() for i in range(config.warmup + config.repeats)]
-    seconds, written, drafts = {}, {}, [0, 0, 0]
-
-    def write(who, prompt, draft_bytes):
-        with threads_for(1):
-            generator = Generator(model, patcher, [prompt], config.new_bytes, SamplingConfig(), draft_bytes=draft_bytes)
-            steps = generator.steps()
-            next(steps)
-            synchronize(device)
-            tick = time.perf_counter()
-            for _ in steps:
-                pass
-            synchronize(device)
-        new = generator.samplers[0].final_bytes()
-        seconds.setdefault(who, []).append((time.perf_counter() - tick) / max(1, len(new) - 1))
-        written.setdefault(who, []).append(new)
-        if draft_bytes and len(seconds[who]) > config.warmup:
-            for i, count in enumerate((generator.drafted, generator.accepted, generator.passes)):
-                drafts[i] += count
-
-    contestants = {"cached": lambda prompt: write("cached", prompt, 0)}
-    if patcher.entropy_model is not None:
-        contestants[f"cached, {config.draft_bytes} drafts"] = lambda prompt: write(
-            f"cached, {config.draft_bytes} drafts", prompt, config.draft_bytes
-        )
-    if "transformers" in config.against:
-        from convert_hf import HF_FIRST_BYTE, to_hf_ids, to_transformers
-
-        hf_model = to_transformers(model, patcher.entropy_model, patcher.config)
-
-        def write_by_transformers(who, prompt, threads):
-            ids = to_hf_ids(torch.tensor([[BOUNDARY, *prompt]], device=device))
-            tick = time.perf_counter()
-            with threads:
-                made = hf_model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=HF_NEW_BYTES,
-                    do_sample=False,
-                    use_cache=False,
-                )[0, ids.shape[1] :]
-                synchronize(device)
-            seconds.setdefault(who, []).append(
-                (time.perf_counter() - tick) / len(made)
-            )  # each a full pass, the first too
-            written.setdefault(who, []).append(bytes((made - HF_FIRST_BYTE).clamp(0, 255).tolist()))
-
-        contestants["transformers"] = lambda prompt: write_by_transformers("transformers", prompt, nullcontext())
-        contestants["transformers, one thread"] = lambda prompt: write_by_transformers(
-            "transformers, one thread", prompt, threads_for(1)
-        )
-    for number, prompt in enumerate(prompts):
-        for who in list(contestants)[:: 1 if number % 2 else -1]:
-            contestants[who](prompt)
-    out = {
-        "name": name,
+    candidates = generation_candidates(model, patcher, config)
+    written = {}
+    for number in range(config.warmup + config.repeats):
+        # Prompts far apart, so that each round has another text.
+        first = number * 20_000
+        prompt = text[first : first + config.prompt_bytes].tobytes()
+        for candidate in in_turn(candidates, number):
+            written.setdefault(candidate, []).append(candidates[candidate](prompt))
+    return {
+        "name": job.name,
         "patch_config": asdict(patcher.config),
         "prompt_bytes": config.prompt_bytes,
         "new_bytes": config.new_bytes,
-        "contestants": {},
+        **generation_record(written, config.warmup),
+        "place_ms": {str(ids): reading_ms(model, patcher, text, ids) for ids in (None, 1024)},
     }
-    reference = seconds["cached"][config.warmup :]
-    for who, all_seconds in seconds.items():
-        timed = all_seconds[config.warmup :]
-        same = [
-            new.startswith(old[: len(new)]) or old.startswith(new) for new, old in zip(written["cached"], written[who])
-        ]
-        out["contestants"][who] = {
-            "ms_per_byte": spread(1000 * np.array(timed)), "time_ratio": spread(np.array(timed) / np.array(reference)), "same_text": f"{sum(same)} of {len(same)}",
-        }  # fmt: skip
-    if drafts[0]:
-        out["drafts"] = dict(zip(("drafted", "accepted", "passes"), drafts))
-    out["place_ms"] = {}
-    for context in (None, 1024):
-        with threads_for(1):
-            reader, times = IncrementalBLT(model, patcher, 1, context), []
-            for identity in [BOUNDARY, *text[:5_200].tolist()]:
-                tick = time.perf_counter()
-                reader.extend(np.array([[identity]]))
-                synchronize(device)
-                times.append(1000 * (time.perf_counter() - tick))
-        out["place_ms"][str(context)] = {
-            place: float(np.mean(times[place - 200 : place + 200])) for place in (500, 5000)
+
+
+def generation_record(written, warmup):
+    """Times of {candidate: `Continuation`s} and the share of drafts that were accepted, as a dict."""
+    reference = written["cached"]
+    reference_seconds = np.array([ours.seconds_per_byte for ours in reference[warmup:]])
+    # "contestants" is the name in the files under records/, which are read beside new ones.
+    record = {"contestants": {}}
+    drafts = {}
+    for candidate, continuations in written.items():
+        timed = continuations[warmup:]
+        seconds = np.array([continuation.seconds_per_byte for continuation in timed])
+        same = 0
+        for ours, theirs in zip(reference, continuations):
+            # transformers writes fewer bytes, so only as many are compared.
+            n = min(len(ours.text), len(theirs.text))
+            same += ours.text[:n] == theirs.text[:n]
+        record["contestants"][candidate] = {
+            "ms_per_byte": spread(1000 * seconds),
+            "time_ratio": spread(seconds / reference_seconds),
+            "same_text": f"{same} of {len(continuations)}",
         }
-    return out
+        for continuation in timed:
+            for what, count in continuation.drafts.items():
+                drafts[what] = drafts.get(what, 0) + count
+    if drafts.get("drafted"):
+        record["drafts"] = drafts
+    return record
 
 
-def ms(values):
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def format_ms(values):
+    """The median of a `spread` of ms, with a digit after the point below 100."""
     return f"{values['median']:,.0f}" if values["median"] >= 100 else f"{values['median']:.1f}"
 
 
-def between(values, digits=2):
-    return f"{values['median']:.{digits}f} [{values['q1']:.{digits}f}, {values['q3']:.{digits}f}]"
+def format_spread(values):
+    """The median and quartiles of a `spread`."""
+    return f"{values['median']:.2f} [{values['q1']:.2f}, {values['q3']:.2f}]"
+
+
+def format_megabytes(n_bytes):
+    """Bytes as MB."""
+    return f"{n_bytes / 1e6:,.0f} MB"
+
+
+def training_cells(record):
+    """A row of the table, with all its columns: {column: cell}."""
+    step = record["step_ms"]
+    padding = record["padding"]
+    batch = f"{record['batch_rows']} x {record['row_bytes']:,} / {record['bytes_per_patch']:.2f}"
+    return {
+        "": f"train {record['name']}",
+        "batch": batch,
+        "forward": format_ms(record["forward_ms"]),
+        "fwd+bwd": format_ms(record["forward_backward_ms"]),
+        "step [quartiles] ms": f"{format_ms(step)} [{step['q1']:,.0f}, {step['q3']:,.0f}]",
+        "speed": f"{record['bytes_per_second'] / 1e3:,.1f} kB/s",
+        "memory": format_megabytes(record["peak_bytes"]),
+        "FLOPs/byte": f"{sum(record['flops_per_byte'].values()) / 1e6:.2f}M",
+        "MFU fwd": f"{record['forward_mfu']:.1%}",
+        "MFU step": f"{record['mfu']:.1%}",
+        "padding byte, patch": f"{padding['bytes']:.1%}, {padding['patches']:.1%}",
+        "compile": "-" if record["compile_s"] is None else f"{record['compile_s']:.0f} s",
+    }
+
+
+def entropy_cells(record):
+    """A row of the table: {column: cell}; a forward pass only."""
+    return {
+        "": f"entropies, {record['name']} ({record['size']})",
+        "batch": f"{record['streams']} streams",
+        "speed": f"{record['bytes_per_second']['median'] / 1e3:,.1f} kB/s",
+        "FLOPs/byte": f"{sum(record['flops_per_byte'].values()) / 1e6:.2f}M",
+        "MFU fwd": f"{record['mfu']:.1%}",
+    }
 
 
 def print_results(out):
-    """The one table: training steps, entropy passes and patching rules, '-' where a column does not apply."""
-    header = [
-        "",
-        "batch",
-        "forward",
-        "fwd+bwd",
-        "step [quartiles] ms",
-        "speed",
-        "memory",
-        "FLOPs/byte",
-        "MFU fwd",
-        "MFU step",
-        "padding byte, patch",
-        "compile",
-    ]
-    rows = []
-    for m in out["models"]:
-        step = m["step_ms"]
-        rows.append([
-            f"train {m['name']}", f"{m['batch_rows']} x {m['row_bytes']:,} / {m['bytes_per_patch']:.2f}", ms(m["forward_ms"]), ms(m["forward_backward_ms"]),
-            f"{ms(step)} [{step['q1']:,.0f}, {step['q3']:,.0f}]", f"{m['bytes_per_second'] / 1e3:,.1f} kB/s", f"{m['peak_bytes'] / 1e6:,.0f} MB",
-            f"{sum(m['flops_per_byte'].values()) / 1e6:.2f}M", f"{m['forward_mfu']:.1%}", f"{m['mfu']:.1%}",
-            f"{m['padding']['bytes']:.1%}, {m['padding']['patches']:.1%}", "-" if m["compile_s"] is None else f"{m['compile_s']:.0f} s",
-        ])  # fmt: skip
-    for e in out.get("entropy_pass", []):
-        rows.append([
-            f"entropies, {e['name']} ({e['size']})", f"{e['streams']} streams", "-", "-", "-", f"{e['bytes_per_second']['median'] / 1e3:,.1f} kB/s", "-",
-            f"{sum(e['flops_per_byte'].values()) / 1e6:.2f}M", f"{e['mfu']:.1%}", "-", "-", "-",
-        ])  # fmt: skip
+    """Print the one table: training steps, entropy passes and patching."""
+    rows = [training_cells(record) for record in out["models"]]
+    rows += [entropy_cells(record) for record in out.get("entropy_pass", [])]
     for method, speed in out.get("patch_starts_bytes_per_second", {}).items():
-        rows.append(
-            [f"patch starts, {method} (one core)", "-", "-", "-", "-", f"{speed['median'] / 1e6:,.0f} MB/s", *["-"] * 6]
-        )
+        label = f"patch starts, {method} (one core)"
+        rows.append({"": label, "speed": f"{speed['median'] / 1e6:,.0f} MB/s"})
+    # The first row is of a training step, which has every column. Other rows have - elsewhere.
+    header = list(rows[0])
     print()
-    print_table(header, rows)
+    print_table(header, [[row.get(column, "-") for column in header] for row in rows])
     print("forward, fwd+bwd: median ms; batch: rows x bytes / bytes a patch; FLOPs/byte: one forward pass")
-    for m in out["models"]:
-        total = sum(m["flops_per_byte"].values())
-        parts = ", ".join(
-            f"{part} {value / 1e6:.3f}M ({value / total:.0%})" for part, value in m["flops_per_byte"].items()
-        )
-        print(f"forward FLOPs per byte of {m['name']}: {total / 1e6:.3f}M = {parts}")
+    for record in out["models"]:
+        print_flops(record)
 
 
-def print_against(r):
-    a, b, kind = r["ours"], r["theirs"], r["kind"]
+def print_flops(record):
+    """One line: the FLOPs of a forward pass by part."""
+    total = sum(record["flops_per_byte"].values())
+    parts = []
+    for part, value in record["flops_per_byte"].items():
+        parts.append(f"{part} {value / 1e6:.3f}M ({value / total:.0%})")
+    print(f"forward FLOPs per byte of {record['name']}: {total / 1e6:.3f}M = {', '.join(parts)}")
+
+
+def print_against(record):
+    """Print our model beside another candidate."""
+    ours = record["ours"]
+    theirs = record["theirs"]
+    kind = record["kind"]
     print(
-        f"\n{a['name']} against {kind}, {a['batch_rows']} x {a['row_bytes']:,} bytes, {a['bytes_per_patch']:.2f} a patch, {a['step_ms']['n']} rounds"
+        f"\n{ours['name']} against {kind}, {ours['batch_rows']} x {ours['row_bytes']:,} bytes, "
+        f"{ours['bytes_per_patch']:.2f} a patch, {ours['step_ms']['n']} rounds"
     )
-    print(f"settings: ours {a['setting']}; {kind} {b['setting']}")
-    for name, seconds in b["tried"].items():
+    print(f"settings: ours {ours['setting']}; {kind} {theirs['setting']}")
+    for setting, seconds in theirs["tried"].items():
+        # A setting that failed has its reason in place of its time.
+        what = seconds
+        if not isinstance(seconds, str):
+            what = f"{1000 * seconds:,.0f} ms forward and backward"
+        print(f"  tried {setting}: {what}")
+    if record["logits_difference"] is not None:
         print(
-            f"  tried {name}: "
-            + (seconds if isinstance(seconds, str) else f"{1000 * seconds:,.0f} ms forward and backward")
+            f"logits with equal weights and patches agree to {record['logits_difference']:.1e} "
+            f"(fp32, {ours['row_bytes']:,} bytes)"
         )
-    if r["logits_difference"] is not None:
-        print(
-            f"logits with equal weights and patches agree to {r['logits_difference']:.1e} (fp32, {a['row_bytes']:,} bytes)"
-        )
+    if kind == "flat":
+        dim, layers = record["flat_shape"]
+        print(f"flat: {layers} layers of {dim}, {record['flops_ratio']:.3f} times our FLOPs per byte")
+
+    # Above 1 a ratio is in our favour: their time or memory by ours.
     rows = []
     for key, phase in PHASES.items():
-        rows.append([phase, f"{ms(a[key])} ms", f"{ms(b[key])} ms", between(r["time_ratio"][key])])
-    rows.append(
-        [
-            "peak memory",
-            f"{a['peak_bytes'] / 1e6:,.0f} MB",
-            f"{b['peak_bytes'] / 1e6:,.0f} MB",
-            "-" if r["memory_ratio"] is None else f"{r['memory_ratio']:.2f}",
-        ]
-    )
+        ratio = format_spread(record["time_ratio"][key])
+        rows.append([phase, f"{format_ms(ours[key])} ms", f"{format_ms(theirs[key])} ms", ratio])
+    memory_ratio = "-" if record["memory_ratio"] is None else f"{record['memory_ratio']:.2f}"
+    peaks = [format_megabytes(candidate["peak_bytes"]) for candidate in (ours, theirs)]
+    rows.append(["peak memory", *peaks, memory_ratio])
     if kind == "flat":
-        dim, layers = r["flat_shape"]
-        rows.append(["MFU of a step", f"{a['mfu']:.1%}", f"{b['mfu']:.1%}", between(r["mfu_ratio"]) + " (ours / flat)"])
-        print(f"flat: {layers} layers of {dim}, {r['flops_ratio']:.3f} times our FLOPs per byte")
+        ratio = format_spread(record["mfu_ratio"]) + " (ours / flat)"
+        rows.append(["MFU of a step", f"{ours['mfu']:.1%}", f"{theirs['mfu']:.1%}", ratio])
     print_table(["", "ours", kind, "ratio [quartiles]"], rows)
 
 
-def print_generation(g):
-    print(f"\n{g['name']}: greedy generation in fp32, {g['new_bytes']} bytes after prompts of {g['prompt_bytes']:,}")
-    rows = [
-        [
-            who,
-            between(c["ms_per_byte"]),
-            f"{1000 / c['ms_per_byte']['median']:,.0f}",
-            between(c["time_ratio"]),
-            c["same_text"],
-        ]
-        for who, c in g["contestants"].items()
-    ]
+def print_generation(record):
+    """Print the candidates' times a byte, and what a byte costs early and late in a text."""
+    print(
+        f"\n{record['name']}: greedy generation in fp32, {record['new_bytes']} bytes "
+        f"after prompts of {record['prompt_bytes']:,}"
+    )
+    rows = []
+    for candidate, times in record["contestants"].items():
+        speed = f"{1000 / times['ms_per_byte']['median']:,.0f}"
+        ratio = format_spread(times["time_ratio"])
+        rows.append([candidate, format_spread(times["ms_per_byte"]), speed, ratio, times["same_text"]])
     print_table(["", "ms a byte [quartiles]", "bytes/s", "time by that of cached", "same text"], rows)
-    if "drafts" in g:
-        d = g["drafts"]
-        print(f"drafts: {d['accepted'] / d['drafted']:.1%} of {d['drafted']:,} accepted, in {d['passes']:,} passes")
-    for context, times in g["place_ms"].items():
-        rows = "rows of any length" if context == "None" else f"rows of {int(context):,} ids"
+    if "drafts" in record:
+        drafts = record["drafts"]
+        share = drafts["accepted"] / drafts["drafted"]
+        print(f"drafts: {share:.1%} of {drafts['drafted']:,} accepted, in {drafts['passes']:,} passes")
+    for context, times in record["place_ms"].items():
+        length = "rows of any length" if context == "None" else f"rows of {int(context):,} ids"
         print(
-            f"reading a byte, {rows}: {times[500]:.2f} ms about byte 500, {times[5000]:.2f} ms about byte 5,000, {times[5000] / times[500]:.2f} times"
+            f"reading a byte, {length}: {times[500]:.2f} ms about byte 500, {times[5000]:.2f} ms "
+            f"about byte 5,000, {times[5000] / times[500]:.2f} times"
         )
 
 
-def draw_scaling(path, s, name):
-    """Three panels: step time by row length (both sweeps), speed by patch size, step time by width."""
+def draw_scaling(path, record, name):
+    """Draw step time by row length (both sweeps), speed by patch size, and step time by width."""
+    # matplotlib takes a second to import, and only --scaling draws.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator
 
-    from blt.pictures import BLUE, GREY, ORANGE, _bare, _save
+    from blt.pictures import BLUE, GREY, ORANGE
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    rows, patches, widths = _bare(*figure.subplots(1, 3))
-    step = lambda points: [p["step_ms"]["median"] for p in points]  # noqa: E731
-    x, slope = np.array(s["row_bytes"]), s["slopes"]["step time of one row"]
-    rows.loglog(
-        x,
-        step(s["equal_bytes"]),
-        "o-",
-        color=GREY,
-        base=2,
-        label=f"{s['equal_bytes'][0]['step_bytes'] / 1024:.0f} KiB a step",
-    )
-    rows.loglog(
-        x,
-        step(s["one_row"]),
-        "o-",
-        color=BLUE,
-        base=2,
-        label="one row" + ("" if slope is None else f", slope {slope:.2f}"),
-    )
-    rows.set_xlabel("row (bytes)")
-    rows.set_ylabel("training step (ms)")
-    patches.plot(
-        s["patch_sizes"], [p["bytes_per_second"] / 1e3 for p in s["patches"]], "o-", color=BLUE, label="measured"
-    )
+    rows, patches, widths = figure.subplots(1, 3)
+
+    lengths = record["row_bytes"]
+    slope = record["slopes"]["step time of one row"]
+    one_row = "one row" if slope is None else f"one row, slope {slope:.2f}"
+    equal_bytes = f"{record['equal_bytes'][0]['step_bytes'] / 1024:.0f} KiB a step"
+    equal_bytes_ms = median_ms(record["equal_bytes"])
+    rows.loglog(lengths, equal_bytes_ms, "o-", base=2, color=GREY, label=equal_bytes)
+    rows.loglog(lengths, median_ms(record["one_row"]), "o-", base=2, color=BLUE, label=one_row)
+    rows.set(xlabel="row (bytes)", ylabel="training step (ms)")
+    rows.legend(frameon=False)
+    plain_ticks(rows.xaxis, lengths)
+    plain_ticks(rows.yaxis)
+
+    speeds = [point["bytes_per_second"] / 1e3 for point in record["patches"]]
+    patches.plot(record["patch_sizes"], speeds, "o-", color=BLUE)
+    patches.set(xlabel="patch size (bytes)", ylabel="training speed (kB/s)")
     patches.set_ylim(0)
-    patches.set_xlabel("patch size (bytes)")
-    patches.set_ylabel("training speed (kB/s)")
-    flops = [sum(p["flops_per_byte"].values()) / 1e6 for p in s["widths"]]
-    widths.loglog(flops, step(s["widths"]), "o-", color=ORANGE, label="measured")
-    for factor, at, y in zip(s["width_factors"], flops, step(s["widths"])):
-        widths.annotate(f"width x {factor:g}", (at, y), (6, -3), textcoords="offset points", fontsize=8, color=GREY)
-    widths.set_xlabel("forward FLOPs per byte (millions)")
-    widths.set_ylabel("training step (ms)")
+
+    flops = [sum(point["flops_per_byte"].values()) / 1e6 for point in record["widths"]]
+    widths_ms = median_ms(record["widths"])
+    widths.loglog(flops, widths_ms, "o-", color=ORANGE)
+    small = dict(textcoords="offset points", fontsize=8, color=GREY)
+    for factor, x, y in zip(record["width_factors"], flops, widths_ms):
+        widths.annotate(f"width x {factor:g}", (x, y), (6, -3), **small)
+    widths.set(xlabel="forward FLOPs per byte (millions)", ylabel="training step (ms)")
+    plain_ticks(widths.xaxis, flops)
+    plain_ticks(widths.yaxis, widths_ms)
+
     for axes in (rows, patches, widths):
         axes.grid(alpha=0.3)
-    for axis in (rows.xaxis, rows.yaxis, widths.xaxis, widths.yaxis):  # plain numbers, not powers
-        axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
-        axis.set_minor_formatter(NullFormatter())
-    for axis, values in ((rows.xaxis, x), (widths.xaxis, flops), (widths.yaxis, step(s["widths"]))):
-        axis.set_ticks([float(f"{value:.3g}") for value in values] if axis is not rows.xaxis else values)
-        axis.set_minor_locator(NullLocator())
-    rows.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{name}: time against row length, patch size and width", parse_math=False)
-    return _save(path, figure)
+    write_atomically(path, partial(figure.savefig, format="png", dpi=150))
+
+
+def plain_ticks(axis, values=None):
+    """Label a logarithmic axis with plain numbers instead of powers; values: where its ticks are."""
+    if values is not None:
+        axis.set_ticks(values)
+        axis.set_ticks([], minor=True)
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
+    axis.set_minor_formatter(lambda value, _: "")
+
+
+# --------------------------------------------------------------------------------------------------
+# The script
+
+
+def make_job(name, config, device, precision):
+    """The job of a name in --models."""
+    model, row_bytes, batch_rows = find_model(name, config)
+    return Job(
+        kind="ours",
+        name=name,
+        model=model,
+        row_bytes=row_bytes,
+        batch_rows=batch_rows,
+        patches=config.patches,
+        config=config,
+        device=str(device),
+        precision=precision,
+        threads=torch.get_num_threads(),
+    )
+
+
+def run_generation(jobs, out, config, device):
+    """Measure generation with every model, and write the numbers."""
+    out["generation"] = []
+    for job in jobs:
+        print(f"generating with {job.name}")
+        record = bench_generation(job, config, device)
+        out["generation"].append(record)
+        print_generation(record)
+    write_json(config.output, out)
+    print(f"wrote {config.output}")
+
+
+def run_scaling(job, out, config, peak):
+    """Measure how one model scales, and draw it. Returns the picture's path."""
+    print(f"\nscaling of {job.name}")
+    out["scaling"] = bench_scaling(job, config, peak)
+    for what, slope in out["scaling"]["slopes"].items():
+        text = "not defined here" if slope is None else f"{slope:.2f} (1 is linear)"
+        print(f"slope of log {what} by log row length: {text}")
+    output = Path(config.output)
+    picture = output.with_name(output.stem + "_scaling.png")
+    draw_scaling(picture, out["scaling"], job.name)
+    write_json(output, out)
+    return str(picture)
 
 
 def main(config):
+    """Measure what the config asks for, print it and write it."""
     device = choose_device(config.device)
-    precision, threads = choose_precision(config.precision, device), torch.get_num_threads()
-    names = config.models or (["llm:cpu"] if device.type == "cpu" else ["llm", "llm_large"])
-    jobs = []
-    for name in names:
-        model, row_bytes, batch_rows = find_model(name, config)
-        jobs.append(
-            Job("ours", name, model, row_bytes, batch_rows, config.patches, config, str(device), precision, threads)
-        )
-    machine = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    precision = choose_precision(config.precision, device)
+    default_names = ["llm"] if device.type == "cpu" else ["llm", "llm_large"]
+    jobs = [make_job(name, config, device, precision) for name in config.models or default_names]
     print_header(config, device, precision)
     peak, source = peak_flops(device, precision)
     print(f"peak {peak / 1e12:.3g} TFLOP/s in {precision}: {source}")
+    is_cuda = device.type == "cuda"
     out = {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(), "torch": torch.__version__, "device": machine,
-        "threads": threads, "precision": precision, "peak_flops": peak, "peak_source": source, "settings": asdict(config), "models": [],
-    }  # fmt: skip
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git_commit(),
+        "torch": torch.__version__,
+        "device": f"{device} ({torch.cuda.get_device_name(device)})" if is_cuda else str(device),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "peak_flops": peak,
+        "peak_source": source,
+        "settings": asdict(config),
+        "models": [],
+    }
     if config.generation:
-        out["generation"] = []
-        for job in jobs:
-            print(f"generating with {job.name}")
-            out["generation"].append(bench_generation(job.name, job, config, device))
-            print_generation(out["generation"][-1])
-        write_json(config.output, out)
-        print(f"wrote {config.output}")
+        run_generation(jobs, out, config, device)
         return
+
     for job in jobs:
         print(
-            f"measuring {job.name}: {config.warmup} + {config.repeats} steps of {config.accumulate} x {job.batch_rows} rows of {job.row_bytes:,} bytes"
+            f"measuring {job.name}: {config.warmup} + {config.repeats} steps of {config.accumulate} x "
+            f"{job.batch_rows} rows of {job.row_bytes:,} bytes"
         )
-        out["models"].append({**bench_model(job, config, peak), "model_config": asdict(job.model)})
+        record = bench_model(job, config, peak)
+        out["models"].append({**record, "model_config": asdict(job.model)})
     if config.entropy_pass:
         print("measuring the entropy pass")
         out["entropy_pass"] = bench_entropy_pass(config, device, precision, peak)
     if config.repatching:
-        print("measuring the patching rules")
+        print("measuring the patching methods")
         out["patch_starts_bytes_per_second"] = bench_patching(config)
     print_results(out)
     write_json(config.output, out)
+
     for kind in config.against:
-        for job, made in zip(jobs, out["models"]):
-            out.setdefault("against", []).append(bench_against(kind, job, made["bytes_per_patch"], config, peak))
-            print_against(out["against"][-1])
-            write_json(config.output, out)  # after each part: the next may take long, or too much memory
+        for job, record in zip(jobs, out["models"]):
+            against = bench_against(kind, job, record["bytes_per_patch"], config, peak)
+            out.setdefault("against", []).append(against)
+            print_against(against)
+            # After each part, because the next may take long, or too much memory.
+            write_json(config.output, out)
     files = [config.output]
     if config.scaling:
-        print(f"\nscaling of {names[0]}")
-        out["scaling"] = bench_scaling(jobs[0], config, peak)
-        for what, slope in out["scaling"]["slopes"].items():
-            print(
-                f"slope of log {what} by log row length: "
-                + ("not defined here" if slope is None else f"{slope:.2f} (1 is linear)")
-            )
-        files.append(
-            str(
-                draw_scaling(
-                    Path(config.output).with_name(Path(config.output).stem + "_scaling.png"), out["scaling"], names[0]
-                )
-            )
-        )
-        write_json(config.output, out)
+        files.append(run_scaling(jobs[0], out, config, peak))
     print("wrote " + ", ".join(files))
 
 

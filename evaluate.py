@@ -1,36 +1,61 @@
-"""What is a model worth, and where? Bits per byte of any text or file: whole, by source, by context, noised, beside compressors.
+"""Score trained models on a text: bits per byte of the whole, by source, by context and under noise.
 
-Reads   one or more models: output folders of llm.py, train_blt.py or template_llm.py, or an entropy_model.pth; and a corpus's held-out
-        documents (the bundled sample by default), or any files' raw bytes, each file one document
+Reads   one or more models: output folders of llm.py, train_blt.py or template_llm.py, or an
+        entropy_model.pth; and the held-out documents of a corpus (the bundled sample by default),
+        or the raw bytes of files, each file one document
 Writes  evaluation/: card.json (all numbers, and all that is needed to repeat them), evaluation.png
-Run     python evaluate.py --model checkpoints [checkpoints_bpe ...] [--dataset corpus/ | --file a.py b.bin] [--preset cpu] [--field value ...]
-Time    --preset cpu, one model of llm.py --preset cpu: about 20 s on 2 shared cores of an AMD EPYC with AVX512-bf16
+Run     python evaluate.py --model checkpoints [checkpoints_bpe ...]
+        [--dataset corpus/ | --file a.py b.bin] [--preset cpu] [--field value ...]
+Time    --preset cpu, one model of llm.py --preset cpu: about 20 s on 2 shared cores of an AMD EPYC
+        with AVX512-bf16
 
-Bits per byte (bpb): `training.bits_per_byte`, digit for digit: nats of every byte and every document's end, / ln 2 / raw bytes. (An
-entropy model has no class for the end, so its ends are left out.) Documents longer than a row are read in windows, half a row apart; a
-byte is scored in the first window that holds it. Row and stride are printed, because a longer context alone lowers the number.
-By source: a record's "source" field, else its file's name; --group_by folder takes the first folder of that name, so that a folder per
-language (fr/a.txt, es/b.txt) or a "source" that says the language gives bpb by language. Languages are not guessed.
-By context: how many bytes of its document the row shows before a byte. A BPE token counts where it begins, with all its bytes; a
-document's end adds nats and no byte. So the parts' nats and bytes, of sources as of contexts, sum to those of the whole.
-Accuracy: of targets, document ends among them: bytes, but for BPE tokens, so that a BPE model's compares with nothing else.
-±: bootstrap standard error over documents (--resamples draws of as many documents, with replacement); none for a single document. It says
-how far the number hangs on which documents were drawn, not on the training seed. Differences between models are paired: the same draws.
-Robustness: the BLT paper's five noises (section 6.1, its table 3), as defined there:
-    AntSpeak    "converts the entire text into uppercase, space-separated characters"; a space between all neighbours, spaces too
-    Drop        "randomly removes 10% of the characters": each with probability 0.1
-    RandomCase  "converts 50% of the characters to uppercase and 50% to lowercase randomly": each by a fair coin
-    Repeat      "repeats 20% of the characters up to a maximum of four times": each with probability 0.2 stands 2, 3 or 4 times
+The text is the first --val_bytes bytes of the documents of --split, or of each file.
+
+Bits per byte (bpb): the number of `blt.metric.bits_per_byte`, digit for digit. It is the nats of
+every byte and of every document's end, / ln 2 / raw bytes. (An entropy model has no class for the
+end, so its ends are left out.) A document longer than a row is read in windows, half a row apart,
+and each byte is scored in the first window that holds it. Row and stride are printed, because a
+longer context alone lowers the number.
+
+By source: the "source" field of a record, else the name of its file. --group_by folder takes the
+first folder of that name instead. With a folder per language (fr/a.txt, es/b.txt) it gives bpb by
+language; the script does not detect languages.
+
+By context: how many bytes of its document the row shows before a byte. A BPE token counts where it
+begins, with all its bytes. A document's end adds nats and no byte. So the nats and bytes of the
+parts, by source as by context, sum to those of the whole.
+
+Accuracy: the share of targets that the model predicts, document ends included. The targets of a BPE
+model are tokens, so its accuracy compares with no other model's.
+
+±: the bootstrap standard error over documents (--resamples draws of as many documents, with
+replacement); a single document has none. It says how much the number depends on which documents
+were drawn. It does not cover the training seed. Differences between models are paired: they use the
+same draws.
+
+Robustness: the five noises of the BLT paper (section 6.1, its table 3), as defined there:
+    AntSpeak    "converts the entire text into uppercase, space-separated characters";
+                here a space between all neighbours, spaces too
+    Drop        "randomly removes 10% of the characters"; here each with probability 0.1
+    RandomCase  "converts 50% of the characters to uppercase and 50% to lowercase randomly";
+                here each by a fair coin
+    Repeat      "repeats 20% of the characters up to a maximum of four times";
+                here each with probability 0.2 appears 2, 3 or 4 times
     UpperCase   "transforms all characters in the text to uppercase"
-The coins are ours where the paper leaves them open, and so is the number: the paper noises prompts of tasks and reports accuracy; here it is
-the nats of the noised text / ln 2 / ORIGINAL bytes, and its change against the same text as it was. A noised text says more or less than
-the original (Drop's change may be negative), so compare models, not noises. Characters are those of UTF-8, bytes where it is invalid.
-Samples: what share of a BLT's continuations of --prompt is valid UTF-8; a character that --sample_bytes cuts at the end counts as valid.
-The models pass the leak gate first, with patches in fp32. All is seeded: the same command on the same device writes the same card.
+The paper leaves the random draws open; these are ours. The number is ours too: the paper adds noise
+to the prompts of tasks and reports accuracy. Here it is the nats of the noised text / ln 2 /
+ORIGINAL bytes, and its change against the same text without noise. A noised text holds more or less
+information than the original (the change of Drop may be negative), so compare models, not noises.
+Characters are those of UTF-8, and single bytes where the text is not valid UTF-8.
+
+Samples: the share of a BLT's continuations of --prompt that is valid UTF-8. A character that
+--sample_bytes cuts off at the end counts as valid.
+
+Every model passes the leak gate first, with patches in fp32. All random numbers are seeded: the same
+command on the same device writes the same card.
 """
 
 import codecs
-import json
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
@@ -42,7 +67,7 @@ import torch
 from tqdm import tqdm
 
 from blt.checks import check, check_positive
-from blt.config import print_header, print_table, run_script
+from blt.config import BY_PRESET, SIZES, Presets, print_header, print_table, run_script
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
 from blt.files import git_commit, hash_of_documents, model_hash, write_json
@@ -58,43 +83,54 @@ from blt.metric import (
     vocabulary_of,
 )
 from blt.patch_rules import patch_sizes
+from blt.records import NAMES, RunRecord
 from blt.rows import target_positions
 from entropy_patcher import EntropyPatcher
 from generate import generate
 from save_entropy_model import load_blt, load_entropy_model
 from template_llm import load_template
 
+# The card carries what its numbers mean, in the words of the docstring above.
+DEFINITIONS = __doc__[__doc__.index("Bits per byte (bpb)") :]
+
+
+# A machine decides how many rows it computes at once; a CPU also scores less text.
+ALL = dict(val_bytes=1_000_000, robustness_bytes=100_000, samples=4)
+MACHINES = {
+    "cpu": dict(val_bytes=200_000, robustness_bytes=25_000, samples=2, batch_rows=8),
+    "colab_t4": ALL | dict(batch_rows=16),
+    "rtx4090": ALL | dict(batch_rows=32),
+    "h100": ALL | dict(batch_rows=64),
+    "h200": ALL | dict(batch_rows=64),
+}
+
 
 @dataclass
 class EvaluateConfig(DataConfig):
+    """Settings of this script. A value written in place of BY_PRESET takes effect with every preset."""
+
     # models
-    model: list[str] = field(
-        default_factory=lambda: ["checkpoints"]
-    )  # output folders of BLTs or baselines, or entropy_model.pth files
-    row_bytes: int | None = (
-        None  # bytes in a row, what a model sees at once; None: as each was trained; windows stand half a row apart
-    )
-    batch_rows: int = 8  # rows in one forward pass
+    model: list[str] = field(default_factory=lambda: ["checkpoints"])  # output folders or entropy_model.pth files
+    row_bytes: int | None = None  # bytes in a row: what a model sees at once; None: as trained
+    batch_rows: int = BY_PRESET  # rows in one forward pass
     # text
-    file: list[str] = field(
-        default_factory=list
-    )  # score the raw bytes of these files, the first val_bytes of each, instead of a dataset
-    split: Literal["validation", "train", "all"] = (
-        "validation"  # which documents of the dataset, the first val_bytes bytes of them
-    )
-    group_by: Literal["source", "folder"] = (
-        "source"  # by source: a "source" field or file name, or the first folder of that name
-    )
-    max_sources: int = 20  # the largest so many sources stand alone, the others together
-    resamples: int = 1000  # draws of the bootstrap over documents
+    val_bytes: int = BY_PRESET  # use at most this many bytes of the documents, or of each file
+    file: list[str] = field(default_factory=list)  # score the raw bytes of these files instead of a dataset
+    split: Literal["validation", "train", "all"] = "validation"  # which documents of the dataset
+    group_by: Literal["source", "folder"] = "source"  # "source" field or file, or its first folder
+    max_sources: int = 20  # report this many of the largest sources one by one, the others together
+    resamples: int = 1000  # bootstrap draws over documents
     # robustness and samples
-    robustness_bytes: int = 100_000  # noise the first so many bytes of the documents; 0: none
-    samples: int = 4  # continuations whose UTF-8 is checked (BLT only); 0: none
-    sample_bytes: int = 100  # bytes of each
-    prompt: str = ""  # what they continue; empty: a new document
+    robustness_bytes: int = BY_PRESET  # noise on this many bytes of the first documents; 0: none
+    samples: int = BY_PRESET  # continuations whose UTF-8 is checked (BLT only); 0: none
+    sample_bytes: int = 100  # bytes of each continuation
+    prompt: str = ""  # text that they continue; empty: a new document
     temperature: float = 1.0  # of the sampling
     seed: int = 1337  # of noises, bootstrap and sampling
     output: str = "evaluation"  # folder for card.json and evaluation.png
+
+    # A size changes nothing here; it is accepted so that one --preset serves all scripts.
+    PRESETS = Presets({size: {} for size in SIZES}, MACHINES)
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,87 +141,105 @@ class EvaluateConfig(DataConfig):
         check(self, "row_bytes", self.row_bytes is None or self.row_bytes >= 2, "2 or more")
         check(self, "split", self.split in ("validation", "train", "all"), "validation, train or all")
         check(self, "group_by", self.group_by in ("source", "folder"), "source or folder")
-        check(self, "max_bytes", self.max_bytes is None, "left out: the text to score is limited by --val_bytes")
-        check(
-            self,
-            "file",
-            not (self.file and self.dataset != "sample"),
-            "left out with --dataset: give either files or a dataset",
-        )
+        # --max_bytes limits training text; accepted here, it would be ignored.
+        limited = "left out: the text to score is limited by --val_bytes"
+        check(self, "max_bytes", self.max_bytes is None, limited)
+        names_two_texts = bool(self.file) and self.dataset != "sample"
+        check(self, "file", not names_two_texts, "left out with --dataset: give either files or a dataset")
 
 
-PRESETS = {
-    "cpu": dict(val_bytes=200_000, robustness_bytes=25_000, samples=2),
-    "colab_t4": dict(batch_rows=16),
-    "rtx4090": dict(batch_rows=32),
-    "h200": dict(batch_rows=64),
-}
+# --------------------------------------------------------------------------------------------------
+# Models and documents
 
 
 @dataclass
 class ModelUnderTest:
-    """A model as this script needs it; patcher None: without patches; row_bytes: bytes that a row is to hold."""
+    """A model as this script needs it.
+
+    kind: BLT, BPE transformer, flat byte transformer or entropy model.
+    patcher: None for a model without patches.
+    row_bytes: bytes that a row is to hold.
+    """
 
     name: str
-    kind: str  # BLT, BPE transformer, flat byte transformer, entropy model
+    kind: str
     model: torch.nn.Module
     patcher: EntropyPatcher | None
     row_bytes: int
 
     @property
     def row(self):
-        """How it reads: row and stride in the ids of its vocabulary, and what an id is."""
+        """How the model reads, for the card: row and stride in ids of its vocabulary, and what an id is."""
         vocabulary = vocabulary_of(self.model)
         row_ids = vocabulary.row_ids(self.row_bytes)
         return {
             "row_bytes": self.row_bytes,
             "row_ids": row_ids,
+            # `evaluation_batches` begins a window every half row.
             "stride_ids": max(1, row_ids // 2),
             "ids": "bytes" if vocabulary is BYTES else "tokens",
         }
 
     def starts(self, documents):
         """Patch starts of each document, bool [N + 1] each; None for a model without patches."""
-        return None if self.patcher is None else [self.patcher.starts(document) for document in documents]
+        if self.patcher is None:
+            return None
+        return [self.patcher.starts(document) for document in documents]
 
 
 def open_model(path, row_bytes=None, device="cpu"):
-    """Read a `ModelUnderTest` from an output folder or an entropy model's file. row_bytes None: as it was trained."""
+    """Read a `ModelUnderTest` from an output folder, or from the file of an entropy model.
+
+    row_bytes: None for the row that the model was trained with.
+    Raises FileNotFoundError where there is no model, ValueError where a file is damaged.
+    """
     path = Path(path)
     if path.suffix == ".pth":
         model, record = load_entropy_model(path, device)
-        return ModelUnderTest(
-            str(path), "entropy model", model, None, row_bytes or record["config"].get("row_bytes", 2048)
-        )
-    if not (path / "model.json").exists():
+        # A converted model's record does not say in which rows it was trained.
+        trained_row_bytes = record.settings.get("row_bytes", 2048)
+        return ModelUnderTest(str(path), NAMES[record.kind], model, None, row_bytes or trained_row_bytes)
+    record_path = path / "model.json"
+    if not record_path.exists():
         raise FileNotFoundError(
-            f"{path / 'model.json'} not found: --model takes output folders of llm.py, train_blt.py or template_llm.py, and files "
-            f"like entropy_model.pth; train one: python llm.py --output {path}"
+            f"{record_path} not found: --model takes output folders of llm.py, train_blt.py or "
+            f"template_llm.py, and files like entropy_model.pth; train one: python llm.py --output {path}"
         )
-    if "patch_config" in json.loads((path / "model.json").read_text()):
+    patcher = None
+    if RunRecord.load(record_path).kind == "blt":
         model, patcher, record = load_blt(path, device)
-        kind = "BLT"
     else:
-        (model, record), patcher = load_template(path, device), None
-        kind = "BPE transformer" if record["model"] == "bpe" else "flat byte transformer"
-    return ModelUnderTest(str(path), kind, model, patcher, row_bytes or record["settings"]["row_bytes"])
+        model, record = load_template(path, device)
+    return ModelUnderTest(str(path), NAMES[record.kind], model, patcher, row_bytes or record.settings["row_bytes"])
+
+
+def read_files(paths, limit):
+    """The first `limit` bytes of each file as a uint8 document, and the paths of files that are longer."""
+    documents = []
+    cut = []
+    for path in paths:
+        with open(path, "rb") as file:
+            content = file.read(limit)
+            # One byte more tells a file of exactly `limit` bytes from a longer one.
+            is_longer = bool(file.read(1))
+        if not content:
+            raise ValueError(f"{path} is empty: it has no bytes to score; pass another --file")
+        documents.append(np.frombuffer(content, dtype=np.uint8))
+        if is_longer:
+            cut.append(path)
+    return documents, cut
 
 
 def read_documents(config):
     """The documents to score: (list of uint8 arrays, their sources, what they are as a dict for the card)."""
     if config.file:
-        documents, cut = [], []
-        for name in config.file:
-            with open(name, "rb") as file:
-                documents.append(np.frombuffer(file.read(config.val_bytes), dtype=np.uint8))
-                if file.read(1):
-                    cut.append(name)
-            if not len(documents[-1]):
-                raise ValueError(f"{name} is empty: it has no bytes to score; pass another --file")
-        what, sources = {"files": list(config.file), "cut_to_val_bytes": cut}, list(config.file)
+        documents, cut = read_files(config.file, config.val_bytes)
+        sources = list(config.file)
+        what = {"files": list(config.file), "cut_to_val_bytes": cut}
     else:
         corpus = config.corpus()
         numbers = corpus.documents(config.split, config.val_bytes)
+        # Copies, because a corpus leaves its documents on disk and they are read several times below.
         documents = [np.array(corpus.document(number)) for number in numbers]
         sources = [corpus.sources[corpus.source_ids[number]] for number in numbers]
         what = {
@@ -196,134 +250,184 @@ def read_documents(config):
         }
     if config.group_by == "folder":
         sources = [source.split("/")[0] if "/" in source else "(no folder)" for source in sources]
-    what |= {"documents": len(documents), "bytes": sum(map(len, documents)), "sha256": hash_of_documents(documents)}
+    what["documents"] = len(documents)
+    what["bytes"] = sum(len(document) for document in documents)
+    what["sha256"] = hash_of_documents(documents)
     return documents, sources, what
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def group_sources(sources, documents, max_sources):
+    """{source: numbers of its documents}, the largest first; those beyond max_sources are "(others)"."""
+    size = {}
+    for source, document in zip(sources, documents):
+        size[source] = size.get(source, 0) + len(document)
+    # Sources of equal size go by name, so that the order of the files does not change the card.
+    by_size = sorted(size, key=lambda source: (-size[source], source))
+    groups = {source: [] for source in by_size[:max_sources]}
+    if len(by_size) > max_sources:
+        groups["(others)"] = []
+    for number, source in enumerate(sources):
+        group = source if source in groups else "(others)"
+        groups[group].append(number)
+    return groups
+
+
+# --------------------------------------------------------------------------------------------------
 # Scoring
 
-COLUMNS = ("nats", "right", "targets", "bytes")  # of the arrays of parts below
+COLUMNS = ("nats", "right", "targets", "bytes")  # of the arrays of parts below (axis C)
 
 
 @dataclass
 class Costs:
-    """What a model pays for documents: the totals of `training.score`, and their parts in float64 arrays of `COLUMNS`."""
+    """What a model pays for documents: the totals of `blt.metric.add_up`, and parts with the `COLUMNS`."""
 
     totals: dict
-    by_document_DC: np.ndarray
-    by_context_KC: np.ndarray  # bucket k: `bucket_range(k)` bytes before
+    by_document_DC: np.ndarray  # float64, a row a document
+    by_context_KC: np.ndarray  # float64, row k: the bytes of context in `bucket_range(k)`
 
 
-def measure(contestant, documents, is_start, batch_rows=8, precision="fp32"):
-    """The `Costs` of uint8 documents, through the scoring path of `training.bits_per_byte`. is_start: `contestant.starts(documents)`."""
-    model = contestant.model
-    device, vocabulary = next(model.parameters()).device, vocabulary_of(model)
-    by_document_DC, by_context_KC = np.zeros((len(documents), 4)), np.zeros((64, 4))
-    batches = scoring_batches(model, documents, is_start, contestant.row_bytes, batch_rows)
-    bar = tqdm(
-        total=sum(map(len, documents)), unit="B", unit_scale=True, desc=contestant.name, disable=None, leave=False
-    )
+def measure(under_test, documents, is_start, batch_rows=8, precision="fp32"):
+    """The `Costs` of uint8 documents, through the scoring path of `blt.metric.bits_per_byte`.
 
-    def costs():
-        for batch, nats, is_right in score_batches(model, batches, device, precision):
-            is_scored = batch.is_scored.cpu().numpy()
-            document, context = (places[is_scored] for places in target_positions(batch, vocabulary))
-            size = vocabulary.bytes_of_id[batch.ids[:, 1:].cpu().numpy()[is_scored]]
-            values = [nats.cpu().numpy()[is_scored], is_right.cpu().numpy()[is_scored], np.ones(len(size)), size]
-            bucket = np.where(
-                context, np.frexp(context - 1)[1] + 1, 0
-            )  # frexp gives 0, 1, 2 to 3, 4 to 7 the exponents 0, 1, 2, 3
-            for column, value in enumerate(values):
-                by_document_DC[:, column] += np.bincount(document, value, len(by_document_DC))
-                by_context_KC[:, column] += np.bincount(bucket, value, len(by_context_KC))
-            bar.update(batch.bytes)
-            yield batch, nats, is_right
-
+    is_start: `under_test.starts(documents)`. Raises ValueError where all documents are empty.
+    """
+    model = under_test.model
+    device = next(model.parameters()).device
+    vocabulary = vocabulary_of(model)
+    # 64 buckets hold every number of bytes that fits into 64 bits.
+    costs = Costs(add_up([]), np.zeros((len(documents), len(COLUMNS))), np.zeros((64, len(COLUMNS))))
+    batches = scoring_batches(model, documents, is_start, under_test.row_bytes, batch_rows)
+    n_bytes = sum(len(document) for document in documents)
+    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=under_test.name, disable=None, leave=False)
     with bar:
-        totals = add_up(costs())
-    return Costs(totals, by_document_DC, by_context_KC)
+        for batch, nats_BT, is_right_BT in score_batches(model, batches, device, precision):
+            # In the order of `blt.metric.add_up`, so that the totals are its sums to the last bit.
+            for name, value in add_up([(batch, nats_BT, is_right_BT)]).items():
+                costs.totals[name] += value
+            add_parts(costs, batch, nats_BT, is_right_BT, vocabulary)
+            bar.update(batch.bytes)
+    return costs
+
+
+def add_parts(costs, batch, nats_BT, is_right_BT, vocabulary):
+    """Add the scored targets of one batch to the parts of `Costs`, by document and by context."""
+    # What is not scored is padding, or was scored in an earlier window: it belongs to no part.
+    is_scored_BT = batch.is_scored.cpu().numpy()
+    document_BT, context_BT = target_positions(batch, vocabulary)
+    targets_BT = batch.ids[:, 1:].cpu().numpy()
+    n_bytes = vocabulary.bytes_of_id[targets_BT[is_scored_BT]]
+    nats = nats_BT.cpu().numpy()[is_scored_BT]
+    is_right = is_right_BT.cpu().numpy()[is_scored_BT]
+    columns = (nats, is_right, np.ones(len(n_bytes)), n_bytes)
+    add_columns(costs.by_document_DC, document_BT[is_scored_BT], columns)
+    add_columns(costs.by_context_KC, bucket_of(context_BT[is_scored_BT]), columns)
+
+
+def add_columns(sums, index, columns):
+    """Add the values of each column to those rows of sums that index names; an index may repeat."""
+    for number, values in enumerate(columns):
+        # sums[index] += values would keep only one of the values of a repeated index.
+        sums[:, number] += np.bincount(index, values, len(sums))
+
+
+def bucket_of(context):
+    """The bucket of each number of context bytes: 0, 1, 2, 3, 5, 9 give 0, 1, 2, 3, 4, 5."""
+    # frexp gives the exponents 0, 1, 2, 3 for 0, 1, 2 to 3, 4 to 7.
+    exponent = np.frexp(context - 1)[1]
+    return np.where(context, exponent + 1, 0)
+
+
+def bucket_range(k):
+    """First and last number of context bytes in bucket k: 0, 1, 2, 3 to 4, 5 to 8, 9 to 16 and so on."""
+    if k < 2:
+        return k, k
+    return (1 << (k - 2)) + 1, 1 << (k - 1)
 
 
 def part(values_C):
-    """A row of `COLUMNS` as numbers with "bpb" and "accuracy"; bpb is None where only document ends stand."""
-    totals = {name: value if name == "nats" else int(value) for name, value in zip(COLUMNS, values_C.tolist())}
-    if not totals["bytes"]:
-        return {**totals, "bpb": None, "accuracy": totals["right"] / totals["targets"] if totals["targets"] else None}
-    made = rates(totals)
-    return {**totals, "bpb": made["val_bpb"], "accuracy": made["val_accuracy"]}
+    """A row of `COLUMNS` as numbers with "bpb" and "accuracy"; bpb is None where no byte is."""
+    totals = dict(zip(COLUMNS, values_C.tolist()))
+    for name in ("right", "targets", "bytes"):
+        totals[name] = int(totals[name])
+    if totals["bytes"]:
+        both = rates(totals)
+        return {**totals, "bpb": both["val_bpb"], "accuracy": both["val_accuracy"]}
+    accuracy = totals["right"] / totals["targets"] if totals["targets"] else None
+    return {**totals, "bpb": None, "accuracy": accuracy}
 
 
 def bootstrap(by_document_DC, resamples, seed):
-    """Bits per byte of `resamples` draws of D documents with replacement, float64 [resamples]; None for fewer than 2 documents.
+    """Bits per byte of `resamples` draws of D documents with replacement, float64 [resamples].
 
-    The same number of documents and seed give the same draws, whatever the model: subtract two models' for the spread of a difference.
+    Returns None for fewer than 2 documents. The same number of documents and seed give the same draws,
+    whatever the model: subtract the draws of two models for the spread of their difference.
     """
     D = len(by_document_DC)
     if D < 2:
         return None
+    # Bits per byte is a ratio of sums, so a document is drawn with both its nats and its bytes.
+    nats_D = by_document_DC[:, COLUMNS.index("nats")]
+    bytes_D = by_document_DC[:, COLUMNS.index("bytes")]
     generator = np.random.default_rng(seed)
-    nats, size = by_document_DC[:, 0], by_document_DC[:, 3]
-    drawn = (generator.integers(0, D, D) for _ in range(resamples))
-    return np.array(
-        [rates({"nats": nats[d].sum(), "right": 0, "targets": 1, "bytes": size[d].sum()})["val_bpb"] for d in drawn]
-    )
+    bpb = np.empty(resamples)
+    for draw in range(resamples):
+        drawn = generator.integers(0, D, D)
+        totals = {"nats": nats_D[drawn].sum(), "right": 0, "targets": 1, "bytes": bytes_D[drawn].sum()}
+        bpb[draw] = rates(totals)["val_bpb"]
+    return bpb
 
 
 def spread(bpb_of_draws):
-    """Standard error from `bootstrap`'s draws, or None."""
-    return None if bpb_of_draws is None else float(bpb_of_draws.std(ddof=1))
-
-
-def bucket_range(k):
-    """First and last number of context bytes in a bucket: (0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16) and so on for k = 0, 1, 2, .."""
-    return (k, k) if k < 2 else ((1 << (k - 2)) + 1, 1 << (k - 1))
-
-
-def group_sources(sources, documents, max_sources):
-    """{source: its documents' numbers}, the largest first, those beyond max_sources together as "(others)"."""
-    size, groups = {}, {}
-    for source, document in zip(sources, documents):
-        size[source] = size.get(source, 0) + len(document)
-    kept = sorted(size, key=lambda source: (-size[source], source))[:max_sources]
-    for source in kept + ["(others)"] * (len(kept) < len(size)):
-        groups[source] = []
-    for number, source in enumerate(sources):
-        groups[source if source in groups else "(others)"].append(number)
-    return groups
+    """Standard error from the draws of `bootstrap`, or None."""
+    if bpb_of_draws is None:
+        return None
+    return float(bpb_of_draws.std(ddof=1))
 
 
 def patch_record(is_start, numbers):
-    """How these documents are cut: {"patches", "mean_bytes", "median_bytes", "longest_bytes", "histogram": {bytes: patches}}."""
+    """The patches of these documents: how many there are, sizes in bytes, and a histogram of sizes."""
+    # The last start of a document is its end, which is no byte.
     sizes = np.concatenate([patch_sizes(is_start[number][:-1]) for number in numbers])
     values, counts = np.unique(sizes, return_counts=True)
     return {
-        "patches": len(sizes), "mean_bytes": float(sizes.mean()), "median_bytes": float(np.median(sizes)), "longest_bytes": int(sizes.max()),
+        "patches": len(sizes),
+        "mean_bytes": float(sizes.mean()),
+        "median_bytes": float(np.median(sizes)),
+        "longest_bytes": int(sizes.max()),
         "histogram": {int(value): int(count) for value, count in zip(values, counts)},
-    }  # fmt: skip
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Robustness
+
+# All noises take (text, generator), so that they are called alike; two of them draw no number.
 
 
 def ant_speak(text, generator):
-    """b"a bc" as "A   B C"."""
+    """Upper case with a space between all characters: "a bc" gives "A   B C"."""
     return " ".join(text.upper())
 
 
 def drop(text, generator):
     """Without each character with probability 0.1."""
-    return "".join(character for character, chance in zip(text, generator.random(len(text))) if chance >= 0.1)
+    chances = generator.random(len(text))
+    return "".join(character for character, chance in zip(text, chances) if chance >= 0.1)
 
 
 def random_case(text, generator):
-    """Each character upper or lower case, by a fair coin."""
-    return "".join(
-        character.upper() if chance < 0.5 else character.lower()
-        for character, chance in zip(text, generator.random(len(text)))
-    )
+    """Each character in upper or lower case, by a fair coin."""
+    characters = []
+    for character, chance in zip(text, generator.random(len(text))):
+        characters.append(character.upper() if chance < 0.5 else character.lower())
+    return "".join(characters)
 
 
 def repeat(text, generator):
     """Each character, with probability 0.2, two, three or four times."""
-    times = np.where(generator.random(len(text)) < 0.2, generator.integers(2, 5, len(text)), 1)
+    is_repeated = generator.random(len(text)) < 0.2
+    times = np.where(is_repeated, generator.integers(2, 5, len(text)), 1)
     return "".join(character * count for character, count in zip(text, times.tolist()))
 
 
@@ -332,52 +436,71 @@ def upper_case(text, generator):
     return text.upper()
 
 
-NOISES = {"AntSpeak": ant_speak, "Drop": drop, "RandomCase": random_case, "Repeat": repeat, "UpperCase": upper_case}
+NOISES = {
+    "AntSpeak": ant_speak,
+    "Drop": drop,
+    "RandomCase": random_case,
+    "Repeat": repeat,
+    "UpperCase": upper_case,
+}
 
 
 def noised(document, name, seed=0):
-    """A uint8 document with one of `NOISES`. Characters are those of UTF-8; a byte that is in none stays, goes or repeats as it is.
+    """A uint8 document with one of `NOISES`. An invalid byte counts as a character without case.
 
-    seed: a number or a tuple of them. Example: noised of b"caf\\xc3\\xa9 \\xff" by UpperCase is b"CAF\\xc3\\x89 \\xff".
+    seed: a number or a tuple of numbers. Raises ValueError for an unknown name.
+    Example: noised of b"caf\\xc3\\xa9 \\xff" by UpperCase is b"CAF\\xc3\\x89 \\xff".
     """
     if name not in NOISES:
         raise ValueError(f"noise is {name!r}; it must be one of {', '.join(NOISES)}")
+    # surrogateescape carries invalid bytes through the string and back.
     text = document.tobytes().decode("utf-8", "surrogateescape")
-    return np.frombuffer(
-        NOISES[name](text, np.random.default_rng(seed)).encode("utf-8", "surrogateescape"), dtype=np.uint8
-    )
+    changed = NOISES[name](text, np.random.default_rng(seed))
+    return np.frombuffer(changed.encode("utf-8", "surrogateescape"), dtype=np.uint8)
 
 
 def first_bytes(documents, limit):
-    """The longest prefix of whole documents within a limit; of the first one at least so many bytes."""
-    count = int(np.searchsorted(np.cumsum([len(document) for document in documents]), limit, side="right"))
-    return documents[:count] or [documents[0][:limit]]
+    """As many of the first documents as fit into limit bytes; where none fits, a part of the first."""
+    ends = np.cumsum([len(document) for document in documents])
+    count = int(np.searchsorted(ends, limit, side="right"))
+    if count == 0:
+        return [documents[0][:limit]]
+    return documents[:count]
 
 
-def robustness(contestant, documents, seed, batch_rows=8, precision="fp32"):
-    """Bits per original byte of documents as they are and noised: {"original": ..., "original_bytes", noise: {"bpb", "change", "bytes"}}."""
-    original_bytes = sum(map(len, documents))
-    record = {"original_bytes": original_bytes}
-    for name in (None, *NOISES):
-        texts = (
-            documents
-            if name is None
-            else [noised(document, name, (seed, number)) for number, document in enumerate(documents)]
-        )
-        if not any(map(len, texts)):
-            record[name] = {"bpb": None, "change": None, "bytes": 0}  # Drop took the only characters
-            continue
-        totals = measure(contestant, texts, contestant.starts(texts), batch_rows, precision).totals
-        bpb = rates({**totals, "bytes": original_bytes})["val_bpb"]
-        if name is None:
-            record["original"] = clean = bpb
+def robustness(under_test, documents, seed, batch_rows=8, precision="fp32"):
+    """Bits per original byte of documents without and with noise.
+
+    Returns {"original_bytes", "original": bits per byte, and for each noise {"bpb", "change", "bytes"}}.
+    """
+    original_bytes = sum(len(document) for document in documents)
+
+    def bits_per_original_byte(texts):
+        # Over the noised bytes, a noise that only lengthens the text would look like a gain.
+        totals = measure(under_test, texts, under_test.starts(texts), batch_rows, precision).totals
+        return rates({**totals, "bytes": original_bytes})["val_bpb"]
+
+    original = bits_per_original_byte(documents)
+    record = {"original_bytes": original_bytes, "original": original}
+    for name in NOISES:
+        # A document's number is part of its seed: documents before it do not change its noise.
+        texts = [noised(document, name, (seed, number)) for number, document in enumerate(documents)]
+        noised_bytes = sum(len(text) for text in texts)
+        if noised_bytes:
+            bpb = bits_per_original_byte(texts)
+            record[name] = {"bpb": bpb, "change": bpb - original, "bytes": noised_bytes}
         else:
-            record[name] = {"bpb": bpb, "change": bpb - clean, "bytes": sum(map(len, texts))}
+            # Drop removes all characters of a very short text; then there is nothing to score.
+            record[name] = {"bpb": None, "change": None, "bytes": 0}
     return record
 
 
+# --------------------------------------------------------------------------------------------------
+# Samples
+
+
 def is_valid_utf8(text, may_be_cut=False):
-    """Whether bytes are UTF-8; may_be_cut: but for a character that the end cuts."""
+    """Whether bytes are UTF-8. may_be_cut: the end may cut a character off."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(text, final=not may_be_cut)
     except UnicodeDecodeError:
@@ -385,107 +508,179 @@ def is_valid_utf8(text, may_be_cut=False):
     return True
 
 
-def sample_record(contestant, config, precision):
-    """Continue the prompt `samples` times: share of valid UTF-8 and the texts. None without samples, or for what is no BLT."""
-    if not config.samples or contestant.kind != "BLT":
+def sample_record(under_test, config, precision):
+    """Continue the prompt: the texts, and how many are valid UTF-8. None without samples or without a BLT."""
+    if not config.samples or under_test.kind != "BLT":
         return None
     prompt = config.prompt.encode("utf-8", "surrogateescape")
-    prompts = [prompt] * config.samples  # continuation i has seed + i
-    sampling = dict(temperature=config.temperature, seed=config.seed, context_bytes=contestant.row_bytes)
     texts = generate(
-        contestant.model, contestant.patcher, prompts, config.sample_bytes, precision=precision, **sampling
+        under_test.model,
+        under_test.patcher,
+        [prompt] * config.samples,
+        config.sample_bytes,
+        precision=precision,
+        temperature=config.temperature,
+        seed=config.seed,
+        context_bytes=under_test.row_bytes,
     )
-    valid = [is_valid_utf8(text, may_be_cut=len(text) == config.sample_bytes) for text in texts]
+    # A shorter text was ended by the model, so its last character must be whole.
+    valid = sum(is_valid_utf8(text, may_be_cut=len(text) == config.sample_bytes) for text in texts)
     return {
-        "valid": sum(valid), "of": len(texts), "valid_share": sum(valid) / len(texts), "seeds": [config.seed + i for i in range(config.samples)],
-        "bytes": sum(map(len, texts)), "texts": [text.decode("utf-8", "backslashreplace") for text in texts],
-    }  # fmt: skip
+        "valid": valid,
+        "of": len(texts),
+        "valid_share": valid / len(texts),
+        # `generate` gives continuation i the seed + i.
+        "seeds": [config.seed + number for number in range(config.samples)],
+        "bytes": sum(len(text) for text in texts),
+        "texts": [text.decode("utf-8", "backslashreplace") for text in texts],
+    }
 
 
-def evaluate_model(contestant, documents, groups, config, precision):
-    """All numbers of one model as a dict for the card, and its bootstrap draws."""
-    model, patcher = contestant.model, contestant.patcher
-    record = {
-        "path": contestant.name, "kind": contestant.kind, "sha256": model_hash(model), "parameters": sum(p.numel() for p in model.parameters()),
-        **contestant.row, "scores_document_ends": predicts_document_ends(model),
-    }  # fmt: skip
+# --------------------------------------------------------------------------------------------------
+# The evaluation
+
+
+def pass_leak_gate(under_test, documents):
+    """The largest difference in nats that the leak gate saw, or None for a text too short for it.
+
+    Raises ValueError for a model that sees bytes which it must predict.
+    """
     text = np.concatenate(documents[:8])[:512]
-    if len(vocabulary_of(model).encode(text)) > 1:
-        gate_patcher = None if patcher is None else EntropyPatcher(patcher.entropy_model, patcher.config)
-        record["leak_gate_nats"] = leak_gate(model, gate_patcher, text)
-    is_start = contestant.starts(documents)
-    costs = measure(contestant, documents, is_start, config.batch_rows, precision)
-    draws = bootstrap(costs.by_document_DC, config.resamples, config.seed)
-    whole = rates(costs.totals)
-    record |= {
-        "bpb": whole["val_bpb"], "standard_error": spread(draws), "accuracy": whole["val_accuracy"], **costs.totals,
-        "by_source": {}, "by_context": [],
-    }  # fmt: skip
+    if len(vocabulary_of(under_test.model).encode(text)) < 2:
+        return None
+    patcher = under_test.patcher
+    if patcher is not None:
+        # The gate compares the patches of texts of different lengths. A patcher without a precision
+        # computes in fp32, so that rounding moves no patch start between them.
+        patcher = EntropyPatcher(patcher.entropy_model, patcher.config)
+    return leak_gate(under_test.model, patcher, text)
+
+
+def record_of_sources(costs, groups, is_start, config):
+    """The part of each source as a dict for the card."""
+    record = {}
     for source, numbers in groups.items():
         values_DC = costs.by_document_DC[numbers]
-        record["by_source"][source] = {
-            **part(values_DC.sum(0)), "documents": len(numbers), "standard_error": spread(bootstrap(values_DC, config.resamples, config.seed)),
-        }  # fmt: skip
-        if patcher is not None:
-            record["by_source"][source]["bytes_a_patch"] = patch_record(is_start, numbers)["mean_bytes"]
-    for k in np.flatnonzero(costs.by_context_KC[:, 2]).tolist():
+        entry = part(values_DC.sum(0))
+        entry["documents"] = len(numbers)
+        entry["standard_error"] = spread(bootstrap(values_DC, config.resamples, config.seed))
+        if is_start is not None:
+            entry["bytes_a_patch"] = patch_record(is_start, numbers)["mean_bytes"]
+        record[source] = entry
+    return record
+
+
+def record_of_contexts(costs):
+    """The part of each bucket of context that holds targets, as a list for the card."""
+    record = []
+    for k in np.flatnonzero(costs.by_context_KC[:, COLUMNS.index("targets")]).tolist():
         first, last = bucket_range(k)
-        record["by_context"].append({"first": first, "last": last, **part(costs.by_context_KC[k])})
-    if patcher is not None:
-        entropy_model = patcher.entropy_model
-        record["patch_config"], record["patch_precision"] = asdict(patcher.config), patcher.precision
-        record["entropy_model_sha256"] = None if entropy_model is None else model_hash(entropy_model)
-        record["patches"] = patch_record(is_start, range(len(documents)))
-    elif contestant.kind == "BPE transformer":
-        ends = len(documents)  # a target each
-        record["bytes_a_token"] = costs.totals["bytes"] / max(1, costs.totals["targets"] - ends)
+        record.append({"first": first, "last": last, **part(costs.by_context_KC[k])})
+    return record
+
+
+def record_of_patcher(patcher, is_start):
+    """How the patches were made and what they are, as a dict for the card."""
+    entropy_model = patcher.entropy_model
+    return {
+        "patch_config": asdict(patcher.config),
+        "patch_precision": patcher.precision,
+        "entropy_model_sha256": None if entropy_model is None else model_hash(entropy_model),
+        "patches": patch_record(is_start, range(len(is_start))),
+    }
+
+
+def evaluate_model(under_test, documents, groups, config, precision):
+    """All numbers of one model as a dict for the card, and its bootstrap draws or None."""
+    model = under_test.model
+    record = {
+        "path": under_test.name,
+        "kind": under_test.kind,
+        "sha256": model_hash(model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **under_test.row,
+        "scores_document_ends": predicts_document_ends(model),
+    }
+    # A number of a model that sees ahead means nothing, so the gate comes before any number.
+    leak_gate_nats = pass_leak_gate(under_test, documents)
+    if leak_gate_nats is not None:
+        record["leak_gate_nats"] = leak_gate_nats
+
+    # The patches are made once, for the scores and for the statistics of patches.
+    is_start = under_test.starts(documents)
+    costs = measure(under_test, documents, is_start, config.batch_rows, precision)
+    draws = bootstrap(costs.by_document_DC, config.resamples, config.seed)
+    whole = rates(costs.totals)
+    record["bpb"] = whole["val_bpb"]
+    record["standard_error"] = spread(draws)
+    record["accuracy"] = whole["val_accuracy"]
+    record |= costs.totals
+    record["by_source"] = record_of_sources(costs, groups, is_start, config)
+    record["by_context"] = record_of_contexts(costs)
+    if is_start is not None:
+        record |= record_of_patcher(under_test.patcher, is_start)
+    elif under_test.kind == "BPE transformer":
+        # Each document has one target that is no token: its end.
+        n_tokens = costs.totals["targets"] - len(documents)
+        record["bytes_a_token"] = costs.totals["bytes"] / max(1, n_tokens)
     if config.robustness_bytes:
         noise_on = first_bytes(documents, config.robustness_bytes)
-        record["robustness"] = robustness(contestant, noise_on, config.seed, config.batch_rows, precision)
-    record["samples"] = sample_record(contestant, config, precision)
+        record["robustness"] = robustness(under_test, noise_on, config.seed, config.batch_rows, precision)
+    record["samples"] = sample_record(under_test, config, precision)
     return record, draws
 
 
+def add_differences(records, draws):
+    """Give every record but the first its difference to the first, from the bootstrap draws of each."""
+    for record, drawn in zip(records[1:], draws[1:]):
+        # All models have the same draws: a draw of hard documents cancels in the difference.
+        record["difference_to_first"] = {
+            "bpb": record["bpb"] - records[0]["bpb"],
+            "standard_error": None if drawn is None else spread(drawn - draws[0]),
+        }
+
+
+def make_card(config, device, precision, what, documents, records):
+    """All numbers, and all that is needed to repeat them, as a dict."""
+    is_cuda = device.type == "cuda"
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "settings": asdict(config),
+        "text": what,
+        "definitions": DEFINITIONS,
+        "compressors_bpb": compressors_bpb(documents),
+        "models": records,
+    }
+
+
 def main(config):
+    """Score every model, print the report, write card.json and evaluation.png. Returns the card."""
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
-    contestants = [open_model(path, config.row_bytes, device) for path in config.model]
+    # All models are opened before the first is scored: a path that is wrong stops the run at once.
+    models_under_test = [open_model(path, config.row_bytes, device) for path in config.model]
     documents, sources, what = read_documents(config)
     groups = group_sources(sources, documents, config.max_sources)
-    name = ", ".join(what["files"]) if config.file else f"{config.dataset}, {config.split}"
-    cut = (
-        f" (the first {config.val_bytes:,} bytes only of {', '.join(what['cut_to_val_bytes'])}; --val_bytes)"
-        if what.get("cut_to_val_bytes")
-        else ""
-    )
-    print(
-        f"text: {name} | documents: {what['documents']:,}, bytes: {what['bytes']:,}{cut}, sha256 {what['sha256'][:12]}"
-    )
-    records, draws = [], []
-    for contestant in contestants:
-        record, drawn = evaluate_model(contestant, documents, groups, config, precision)
+    print_text(what, config)
+    records = []
+    draws = []
+    for under_test in models_under_test:
+        record, drawn = evaluate_model(under_test, documents, groups, config, precision)
         records.append(record)
         draws.append(drawn)
-        gate = (
-            f"leak gate passed: largest difference {record['leak_gate_nats']:.1e} nats"
-            if "leak_gate_nats" in record
-            else "text too short for the leak gate"
-        )
-        print(
-            f"{record['path']}: {record['kind']}, {record['parameters']:,} parameters, sha256 {record['sha256'][:12]} | rows of {record['row_ids']:,} "
-            f"{record['ids']}, windows {record['stride_ids']:,} apart | {gate}"
-        )
-    for record, drawn in zip(records[1:], draws[1:]):
-        record["difference_to_first"] = {
-            "bpb": record["bpb"] - records[0]["bpb"], "standard_error": None if drawn is None else spread(drawn - draws[0]),
-        }  # fmt: skip
-    card = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "commit": git_commit(), "python": platform.python_version(), "torch": torch.__version__,
-        "numpy": np.__version__, "device": str(device), "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(), "precision": precision, "settings": asdict(config), "text": what,
-        "definitions": __doc__[__doc__.index("Bits per byte (bpb)") :], "compressors_bpb": compressors_bpb(documents), "models": records,
-    }  # fmt: skip
+        print_model(record)
+    add_differences(records, draws)
+    card = make_card(config, device, precision, what, documents, records)
+    # The report comes first: a full disk or a broken font then loses no number.
     print_report(card, config)
     output = Path(config.output)
     write_json(output / "card.json", card)
@@ -494,170 +689,244 @@ def main(config):
     return card
 
 
-def number(value, error=None, signed=False):
+# --------------------------------------------------------------------------------------------------
+# The report
+
+
+def name_of_text(what):
+    """The files, or the dataset and its split."""
+    if "files" in what:
+        return ", ".join(what["files"])
+    return f"{what['dataset']}, {what['split']}"
+
+
+def print_text(what, config):
+    """One line: which text is scored."""
+    cut = ""
+    if what.get("cut_to_val_bytes"):
+        names = ", ".join(what["cut_to_val_bytes"])
+        cut = f" (the first {config.val_bytes:,} bytes only of {names}; --val_bytes)"
+    print(
+        f"text: {name_of_text(what)} | documents: {what['documents']:,}, "
+        f"bytes: {what['bytes']:,}{cut}, sha256 {what['sha256'][:12]}"
+    )
+
+
+def print_model(record):
+    """One line: what the model is, how it reads, and that it passed the leak gate."""
+    if "leak_gate_nats" in record:
+        gate = f"leak gate passed: largest difference {record['leak_gate_nats']:.1e} nats"
+    else:
+        gate = "text too short for the leak gate"
+    print(
+        f"{record['path']}: {record['kind']}, {record['parameters']:,} parameters, "
+        f"sha256 {record['sha256'][:12]} | rows of {record['row_ids']:,} {record['ids']}, "
+        f"windows {record['stride_ids']:,} apart | {gate}"
+    )
+
+
+def format_number(value, error=None, signed=False):
     """A figure for a table: 1.9961, 1.9961 ±0.0123, or - for None."""
     if value is None:
         return "-"
-    return f"{value:{'+' if signed else ''}.4f}" + ("" if error is None else f" ±{error:.4f}")
+    text = f"{value:+.4f}" if signed else f"{value:.4f}"
+    return text if error is None else f"{text} ±{error:.4f}"
+
+
+def bpb_cell(entry):
+    """Bits per byte of a record or part, with its standard error."""
+    return format_number(entry["bpb"], entry["standard_error"])
+
+
+def difference_cell(record):
+    """The difference to the first model; - for the first."""
+    if "difference_to_first" not in record:
+        return "-"
+    difference = record["difference_to_first"]
+    return format_number(difference["bpb"], difference["standard_error"], signed=True)
+
+
+def unit_cell(record):
+    """Bytes in a patch or a token; - for a model that has neither."""
+    if "patches" in record:
+        return f"{record['patches']['mean_bytes']:.2f} a patch"
+    if "bytes_a_token" in record:
+        return f"{record['bytes_a_token']:.2f} a token"
+    return "-"
 
 
 def short_names(records):
     """The last part of each model's path, or the whole paths where that does not tell them apart."""
+    # Whole paths make wide tables, but runs/a/checkpoints and runs/b/checkpoints need them.
     names = [Path(record["path"]).name for record in records]
-    return names if len(set(names)) == len(names) else [record["path"] for record in records]
+    if len(set(names)) < len(names):
+        return [record["path"] for record in records]
+    return names
 
 
 def print_titled_table(title, names, lines):
-    """A title and lines of (label, cells), a column for each model."""
+    """Print a title and lines of (label, cells), a column for each model."""
     print(f"\n{title}")
     print_table(["", *names], [[label, *cells] for label, cells in lines])
 
 
-def context_label(entry):
-    """5-8 for the bucket of 5 to 8 bytes."""
-    return f"{entry['first']:,}" if entry["first"] == entry["last"] else f"{entry['first']:,}-{entry['last']:,}"
+def print_whole(card, names):
+    """The table of the whole text."""
+    records = card["models"]
+    lines = [("bits per byte", [bpb_cell(record) for record in records])]
+    if len(records) > 1:
+        differences = [difference_cell(record) for record in records]
+        lines.append(("  against the first (paired)", differences))
+    accuracies = [f"{record['accuracy']:.1%} of {record['ids']}" for record in records]
+    ends = ["yes" if record["scores_document_ends"] else "no" for record in records]
+    rows = [f"{record['row_ids']:,} and {record['stride_ids']:,} {record['ids']}" for record in records]
+    lines.append(("accuracy", accuracies))
+    lines.append(("document ends scored", ends))
+    lines.append(("row and stride", rows))
+    lines.append(("bytes a patch or token", [unit_cell(record) for record in records]))
+
+    n_documents = card["text"]["documents"]
+    error = "one document: no ±"
+    if n_documents > 1:
+        error = f"± bootstrap standard error over {n_documents:,} documents"
+    title = f"bytes: {card['text']['bytes']:,} (fewer bits are better; {error})"
+    print_titled_table(title, names, lines)
+    compressors = ", ".join(f"{name} {bpb:.4f}" for name, bpb in card["compressors_bpb"].items())
+    print(f"  the same bytes by {compressors}")
+
+
+def print_sources(records, names, group_by):
+    """The tables by source; none where there is one source only."""
+    sources = records[0]["by_source"]
+    if len(sources) < 2:
+        return
+    lines = []
+    for source, entry in sources.items():
+        label = f"{source} ({entry['bytes']:,} bytes, documents: {entry['documents']:,})"
+        lines.append((label, [bpb_cell(record["by_source"][source]) for record in records]))
+    print_titled_table(f"bits per byte by {group_by}", names, lines)
+
+    if not any("patches" in record for record in records):
+        return
+    # Models with patches and models without them may share a report; the latter have no cell here.
+    lines = []
+    for source in sources:
+        cells = []
+        for record in records:
+            entry = record["by_source"][source]
+            cells.append(f"{entry['bytes_a_patch']:.2f}" if "bytes_a_patch" in entry else "-")
+        lines.append((source, cells))
+    print_titled_table(f"bytes a patch by {group_by}", names, lines)
 
 
 def by_context_lines(records):
-    """(label, the entry of each model or None) of every bucket that a model has."""
-    found = {entry["first"]: context_label(entry) for record in records for entry in record["by_context"]}
-    return [
-        (found[first], [next((e for e in record["by_context"] if e["first"] == first), None) for record in records])
-        for first in sorted(found)
-    ]
+    """(label, bits per byte of each model or None) of every bucket that a model has. A label: 5-8."""
+    # Models with shorter rows lack the last buckets, so the labels come from all models.
+    labels = {}
+    bpb = []
+    for record in records:
+        bpb.append({entry["first"]: entry["bpb"] for entry in record["by_context"]})
+        for entry in record["by_context"]:
+            first = entry["first"]
+            last = entry["last"]
+            labels[first] = f"{first:,}" if first == last else f"{first:,}-{last:,}"
+    return [(labels[first], [of_model.get(first) for of_model in bpb]) for first in sorted(labels)]
+
+
+def print_contexts(records, names):
+    """The table by context."""
+    lines = []
+    for label, values in by_context_lines(records):
+        lines.append((label, [format_number(bpb) for bpb in values]))
+    title = "bits per byte by context: bytes of the document before it in the row"
+    print_titled_table(title, names, lines)
+
+
+def print_patches(record, most=12):
+    """Two lines: how many patches, and the share of each size up to `most` bytes."""
+    # Sizes above `most` share one entry: long patches are rare, and of many different sizes.
+    patches = record["patches"]
+    n = patches["patches"]
+    shares = []
+    larger = 0.0
+    for size, count in patches["histogram"].items():
+        if size <= most:
+            shares.append(f"{size}: {count / n:.1%}")
+        else:
+            larger += count / n
+    print(
+        f"\npatches of {record['path']}: {n:,}, of {patches['median_bytes']:g} bytes in the median, "
+        f"{patches['longest_bytes']:,} at most; share by bytes"
+    )
+    print("  " + ", ".join([*shares, f"more: {larger:.1%}"]))
+
+
+def print_robustness(records, names):
+    """The table of noises."""
+    entries = [record["robustness"] for record in records]
+    lines = [("as it is", [format_number(entry["original"]) for entry in entries])]
+    for noise in NOISES:
+        cells = []
+        for entry in entries:
+            change = format_number(entry[noise]["change"], signed=True)
+            cells.append(f"{format_number(entry[noise]['bpb'])}  {change}")
+        lines.append((noise, cells))
+    size = entries[0]["original_bytes"]
+    title = f"bits per original byte of noised text, and the change (the first {size:,} bytes)"
+    print_titled_table(title, names, lines)
+
+
+def print_samples(record, temperature):
+    """The continuations, and how many of them are valid UTF-8."""
+    samples = record["samples"]
+    print(
+        f"\nsamples of {record['path']} at temperature {temperature:g}: "
+        f"{samples['valid']} of {samples['of']} are valid UTF-8 ({samples['bytes']:,} bytes)"
+    )
+    for text in samples["texts"]:
+        print(f"  {text!r}")
 
 
 def print_report(card, config):
-    """The card as tables."""
+    """Print the card as tables."""
     records = card["models"]
     names = short_names(records)
-    cells = lambda make: [make(record) for record in records]  # noqa: E731
-    documents = card["text"]["documents"]
-    error = f"± bootstrap standard error over {documents:,} documents" if documents > 1 else "one document: no ±"
-    lines = [("bits per byte", cells(lambda r: number(r["bpb"], r["standard_error"])))]
-    if len(records) > 1:
-        lines.append(
-            (
-                "  against the first (paired)",
-                cells(
-                    lambda r: (
-                        number(r["difference_to_first"]["bpb"], r["difference_to_first"]["standard_error"], True)
-                        if "difference_to_first" in r
-                        else "-"
-                    )
-                ),
-            )
-        )
-    lines += [
-        ("accuracy", cells(lambda r: f"{r['accuracy']:.1%} of {r['ids']}")),
-        ("document ends scored", cells(lambda r: "yes" if r["scores_document_ends"] else "no")),
-        ("row and stride", cells(lambda r: f"{r['row_ids']:,} and {r['stride_ids']:,} {r['ids']}")),
-        (
-            "bytes a patch or token",
-            cells(
-                lambda r: (
-                    f"{r['patches']['mean_bytes']:.2f} a patch"
-                    if "patches" in r
-                    else f"{r['bytes_a_token']:.2f} a token"
-                    if "bytes_a_token" in r
-                    else "-"
-                )
-            ),
-        ),
-    ]
-    print_titled_table(f"bytes: {card['text']['bytes']:,} (fewer bits are better; {error})", names, lines)
-    print("  the same bytes by " + ", ".join(f"{name} {bpb:.4f}" for name, bpb in card["compressors_bpb"].items()))
-    groups = records[0]["by_source"]
-    if len(groups) > 1:
-        label = lambda source: (
-            f"{source} ({groups[source]['bytes']:,} bytes, documents: {groups[source]['documents']:,})"
-        )  # noqa: E731
-        print_titled_table(
-            f"bits per byte by {config.group_by}",
-            names,
-            [
-                (label(s), cells(lambda r: number(r["by_source"][s]["bpb"], r["by_source"][s]["standard_error"])))
-                for s in groups
-            ],
-        )
-        if any("patches" in record for record in records):
-            lines = [
-                (s, cells(lambda r: f"{r['by_source'][s]['bytes_a_patch']:.2f}" if "patches" in r else "-"))
-                for s in groups
-            ]
-            print_titled_table(f"bytes a patch by {config.group_by}", names, lines)
-    lines = [(label, [number(e and e["bpb"]) for e in entries]) for label, entries in by_context_lines(records)]
-    print_titled_table("bits per byte by context: bytes of the document before it in the row", names, lines)
+    print_whole(card, names)
+    print_sources(records, names, config.group_by)
+    print_contexts(records, names)
     for record in records:
         if "patches" in record:
-            made = record["patches"]
-            shares = [(size, count / made["patches"]) for size, count in made["histogram"].items()]
-            shown = ", ".join(f"{size}: {share:.1%}" for size, share in shares if size <= 12)
-            rest = sum(share for size, share in shares if size > 12)
-            print(
-                f"\npatches of {record['path']}: {made['patches']:,}, of {made['median_bytes']:g} bytes in the median, {made['longest_bytes']:,} at most; share by bytes"
-            )
-            print(f"  {shown}, more: {rest:.1%}")
+            print_patches(record)
     if config.robustness_bytes:
-        lines = [("as it is", cells(lambda r: number(r["robustness"]["original"])))]
-        lines += [
-            (
-                noise,
-                cells(
-                    lambda r: (
-                        number(r["robustness"][noise]["bpb"])
-                        + " " * 2
-                        + number(r["robustness"][noise]["change"], signed=True)
-                    )
-                ),
-            )
-            for noise in NOISES
-        ]
-        size = records[0]["robustness"]["original_bytes"]
-        print_titled_table(
-            f"bits per original byte of noised text, and the change (the first {size:,} bytes)", names, lines
-        )
+        print_robustness(records, names)
     for record in records:
-        made = record["samples"]
-        if made:
-            print(
-                f"\nsamples of {record['path']} at temperature {config.temperature:g}: {made['valid']} of {made['of']} are valid UTF-8 ({made['bytes']:,} bytes)"
-            )
-            for text in made["texts"]:
-                print(f"  {text!r}")
+        if record["samples"]:
+            print_samples(record, config.temperature)
     print()
 
 
 def draw(path, card):
-    """evaluation.png: bits per byte by context, by source, and of noised text."""
+    """Draw evaluation.png: bits per byte by context, by source, and of noised text."""
+    # blt.pictures imports matplotlib, which takes seconds: --help does not wait for it.
     from blt.pictures import draw_evaluation
 
     records = card["models"]
-    names = [
-        f"{name}: {number(record['bpb'], record['standard_error'])} bpb"
-        for name, record in zip(short_names(records), records)
-    ]
-    contexts = [(label, [e and e["bpb"] for e in entries]) for label, entries in by_context_lines(records)]
-    sources = [
-        (
-            source,
-            [r["by_source"][source]["bpb"] for r in records],
-            [r["by_source"][source]["standard_error"] for r in records],
-        )
-        for source in records[0]["by_source"]
-    ]
-    noises = (
-        [(noise, [r["robustness"][noise]["change"] for r in records]) for noise in NOISES]
-        if "robustness" in records[0]
-        else []
-    )
+    names = [f"{name}: {bpb_cell(record)} bpb" for name, record in zip(short_names(records), records)]
+    sources = []
+    for source in records[0]["by_source"]:
+        entries = [record["by_source"][source] for record in records]
+        bpb = [entry["bpb"] for entry in entries]
+        sources.append((source, bpb, [entry["standard_error"] for entry in entries]))
+    # Without --robustness_bytes the picture has no panel for noises.
+    noises = []
+    if "robustness" in records[0]:
+        for noise in NOISES:
+            noises.append((noise, [record["robustness"][noise]["change"] for record in records]))
     what = card["text"]
-    title = (
-        ", ".join(what["files"]) if "files" in what else f"{what['dataset']}, {what['split']}"
-    ) + f": {what['bytes']:,} bytes; "
-    title += ", ".join(f"{name} {bpb:.3f}" for name, bpb in card["compressors_bpb"].items())
-    draw_evaluation(path, names, contexts, sources, noises, title)
+    compressors = ", ".join(f"{name} {bpb:.3f}" for name, bpb in card["compressors_bpb"].items())
+    title = f"{name_of_text(what)}: {what['bytes']:,} bytes; {compressors}"
+    draw_evaluation(path, names, by_context_lines(records), sources, noises, title)
 
 
 if __name__ == "__main__":
-    run_script(main, EvaluateConfig, __doc__, PRESETS)
+    run_script(main, EvaluateConfig, __doc__)

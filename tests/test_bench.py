@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from blt.flops import (
 )
 from blt.ids import BOUNDARY
 from blt.plain_blt import plain_logits
+from blt.records import RunRecord
 from blt.segments import check_patch_lengths
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
@@ -249,7 +250,7 @@ def job(folder, kind="ours", **changes):
     return replace(made, **changes)
 
 
-def test_contestants_compute_the_same_model(folder):
+def test_candidates_compute_the_same_model(folder):
     ours = Runner(job(folder, one_document=True))
     for kind in ("transformers", "loop"):
         other = Runner(job(folder, kind, one_document=True, precision="fp32"))
@@ -266,7 +267,7 @@ def test_contestants_compute_the_same_model(folder):
     assert np.abs(ours.logits() - stranger.logits()).max() > 0.1
 
 
-def test_flat_contestant(folder):
+def test_flat_candidate(folder):
     pytest.importorskip("template_llm")
     _, loss = Runner(job(folder, "flat")).step(0)
     assert 3 < loss < 9
@@ -316,23 +317,13 @@ def test_models_by_name(folder):
     )
     config = BenchConfig(hash_rows=123, row_bytes=77)
     model, row_bytes, batch_rows = find_model("llm:small:cpu", config)
-    assert (model.global_dim, model.hash_rows, row_bytes, batch_rows) == (
-        256,
-        123,
-        77,
-        4,
-    )  # cpu beats small, a flag beats both
+    # The size is small's, the batch is the CPU's, and a flag beats both.
+    assert (model.global_dim, model.hash_rows, row_bytes, batch_rows) == (384, 123, 77, 4)
     assert find_model("custom", config)[0] == BLTConfig(hash_rows=123)
     assert find_model("llm_large", config)[0].global_layers == 20
     record = folder / "model.json"
-    record.write_text(
-        json.dumps(
-            {
-                "model_config": {"global_dim": 64},
-                "settings": {"row_bytes": 99, "batch_rows": 3, **{f.name: getattr(TINY, f.name) for f in fields(TINY)}},
-            }
-        )
-    )
+    settings = {"row_bytes": 99, "batch_rows": 3, **asdict(TINY)}
+    RunRecord("blt", {"global_dim": 64}, settings, {"dataset": "sample", "sha256": None}).save(record)
     assert find_model(str(record), BenchConfig()) == (replace(TINY, global_dim=64), 99, 3)
 
 
@@ -343,7 +334,7 @@ def test_mistakes_are_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             BenchConfig(**change)
-    for name, message in (("llm:huge", "no preset 'huge'"), ("gpt", "'gpt'; it must be llm, llm_large")):
+    for name, message in (("llm:huge", "unknown preset 'huge'"), ("gpt", "'gpt'; it must be llm, llm_large")):
         with pytest.raises(ValueError, match=message):
             find_model(name, BenchConfig())
     with pytest.raises(FileNotFoundError, match="nowhere.json not found"):
@@ -434,4 +425,4 @@ def test_the_script(folder):
 
 def test_a_mistake_on_the_command_line_is_one_line(folder):
     done = run(folder, "--models", "llm:huge")
-    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "no preset 'huge'" in done.stderr
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "unknown preset 'huge'" in done.stderr

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import evaluate
-from blt.files import model_hash, save_weights, write_json
+from blt.files import model_hash
 from blt.metric import bits_per_byte, compressors_bpb
 from blt.patch_rules import PatchConfig
+from blt.records import RunRecord, save_model
 from blt.rows import evaluation_batches, target_positions
 from blt.tokens import BPEVocabulary, train_tokenizer
 from blt_model import BLTConfig, BLTModel
@@ -63,7 +64,7 @@ def tokenizer(tmp_path_factory):
 
 def entropy_model():
     torch.manual_seed(1)
-    return MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=1, max_seq_len=16, row_bytes=64)).eval()
+    return MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=1, max_seq_len=16)).eval()
 
 
 BLT = BLTConfig(
@@ -72,7 +73,7 @@ BLT = BLTConfig(
 
 
 @pytest.fixture
-def contestants(tokenizer):
+def models_under_test(tokenizer):
     torch.manual_seed(0)
     made = {
         "BLT": (BLTModel(BLT), EntropyPatcher(entropy_model(), threshold=5.2, method="global")),
@@ -93,11 +94,11 @@ def contestants(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["BLT", "flat byte transformer", "BPE transformer", "entropy model"])
-def test_the_number_is_bits_per_byte_and_parts_sum_to_it(contestants, kind):
-    contestant = contestants[kind]
-    starts = contestant.starts(DOCUMENTS)
-    costs = measure(contestant, DOCUMENTS, starts, batch_rows=2)
-    want = bits_per_byte(contestant.model, contestant.patcher, DOCUMENTS, 64, batch_rows=2)
+def test_the_number_is_bits_per_byte_and_parts_sum_to_it(models_under_test, kind):
+    under_test = models_under_test[kind]
+    starts = under_test.starts(DOCUMENTS)
+    costs = measure(under_test, DOCUMENTS, starts, batch_rows=2)
+    want = bits_per_byte(under_test.model, under_test.patcher, DOCUMENTS, 64, batch_rows=2)
     assert costs.totals["nats"] / math.log(2) / costs.totals["bytes"] == want  # to the last bit
     assert costs.totals["bytes"] == sum(map(len, DOCUMENTS))
     for parts in (costs.by_document_DC, costs.by_context_KC):
@@ -106,7 +107,7 @@ def test_the_number_is_bits_per_byte_and_parts_sum_to_it(contestants, kind):
     assert costs.by_document_DC[:, 3].tolist() == [len(document) for document in DOCUMENTS]
     # A document's part is what the document alone costs.
     for number in (0, 1, 3):
-        alone = bits_per_byte(contestant.model, contestant.patcher, DOCUMENTS[number : number + 1], 64)
+        alone = bits_per_byte(under_test.model, under_test.patcher, DOCUMENTS[number : number + 1], 64)
         assert part(costs.by_document_DC[number])["bpb"] == pytest.approx(alone, rel=1e-5)
     # Sources: groups of documents, weighted by their bytes, give the whole.
     groups = group_sources(SOURCES, DOCUMENTS, 2)
@@ -129,17 +130,17 @@ def test_context_of_each_target_by_hand():
     assert at[1] == [(100, 0), (101, 1), (102, 2), (103, 3), (104, 4), (105, 5), (106, 4), (107, 5), (256, 6)]
 
 
-def test_context_buckets(contestants):
+def test_context_buckets(models_under_test):
     assert [bucket_range(k) for k in range(6)] == [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16)]
-    costs = measure(contestants["flat byte transformer"], [text(60, 1)[:40]], None)
+    costs = measure(models_under_test["flat byte transformer"], [text(60, 1)[:40]], None)
     assert costs.by_context_KC[:8, 2].tolist() == [1, 1, 1, 2, 4, 8, 16, 8]  # 41 targets, with 0 to 40 bytes before
     assert costs.by_context_KC[:8, 3].tolist() == [1, 1, 1, 2, 4, 8, 16, 7]  # the last is the document's end
 
 
-def test_context_of_tokens_counts_bytes(contestants):
-    contestant = contestants["BPE transformer"]
+def test_context_of_tokens_counts_bytes(models_under_test):
+    under_test = models_under_test["BPE transformer"]
     document = raw(b"the cat sat on the mat")
-    vocabulary = contestant.model.vocabulary
+    vocabulary = under_test.model.vocabulary
     ids = vocabulary.encode(document)
     assert len(ids) < len(document)
     (batch,) = evaluation_batches([ids], None, 64, vocabulary=vocabulary)
@@ -201,21 +202,21 @@ def test_noises_have_their_rates():
     assert noised(raw(original), "Drop", 1).tobytes() != noised(raw(original), "Drop", 2).tobytes()
 
 
-def test_robustness_counts_original_bytes(contestants):
-    contestant = contestants["BLT"]
+def test_robustness_counts_original_bytes(models_under_test):
+    under_test = models_under_test["BLT"]
     documents = DOCUMENTS[:3]
-    record = robustness(contestant, documents, seed=5)
+    record = robustness(under_test, documents, seed=5)
     size = sum(map(len, documents))
     spoken = [noised(document, "AntSpeak") for document in documents]
-    want = bits_per_byte(contestant.model, contestant.patcher, spoken, 64) * sum(map(len, spoken)) / size
+    want = bits_per_byte(under_test.model, under_test.patcher, spoken, 64) * sum(map(len, spoken)) / size
     assert (
         record["AntSpeak"]["bpb"] == pytest.approx(want, rel=1e-9)
         and record["AntSpeak"]["bytes"] == sum(map(len, spoken)) == 2 * size - 3
     )
-    assert record["original"] == bits_per_byte(contestant.model, contestant.patcher, documents, 64)
+    assert record["original"] == bits_per_byte(under_test.model, under_test.patcher, documents, 64)
     assert all(record[name]["change"] == record[name]["bpb"] - record["original"] for name in evaluate.NOISES)
     dropped = next(seed for seed in range(200) if not len(noised(raw(b"x"), "Drop", (seed, 0))))
-    assert robustness(contestant, [raw(b"x")], dropped)["Drop"]["bpb"] is None
+    assert robustness(under_test, [raw(b"x")], dropped)["Drop"]["bpb"] is None
 
 
 def test_first_bytes():
@@ -266,19 +267,23 @@ def folder(tmp_path_factory, tokenizer):
     """A folder as the training scripts leave it, with a tiny random BLT, BPE baseline and entropy model, and texts."""
     folder = tmp_path_factory.mktemp("evaluate")
     torch.manual_seed(2)
-    save_entropy_model(entropy_model(), folder / "entropy_model.pth")
-    blt = BLTModel(BLT)
-    save_weights(folder / "checkpoints" / "best.pt", blt)
-    write_json(folder / "checkpoints" / "model.json", {
-        "model_config": asdict(BLT), "patch_config": asdict(PatchConfig(entropy_threshold=5.2)), "precision": "fp32",
-        "entropy_model_path": str(folder / "entropy_model.pth"), "entropy_model_sha256": model_hash(entropy_model()), "settings": {"row_bytes": 64},
-    })  # fmt: skip
-    config = BPEConfig(dim=32, n_layers=1, n_heads=2)
-    save_weights(folder / "bpe" / "best.pt", BPETransformer(config, BPEVocabulary(tokenizer)))
-    write_json(
-        folder / "bpe" / "model.json",
-        {"model": "bpe", "model_config": asdict(config), "bytes_per_token": 3.5, "settings": {"row_bytes": 64}},
+    facts = {"settings": {"row_bytes": 64}, "corpus": {"dataset": "sample", "sha256": None}}
+    save_entropy_model(entropy_model(), folder / "entropy_model.pth", **facts)
+    record = RunRecord(
+        kind="blt",
+        model_config=asdict(BLT),
+        patch_config=asdict(PatchConfig(entropy_threshold=5.2)),
+        precision="fp32",
+        entropy_model_path=str(folder / "entropy_model.pth"),
+        entropy_model_sha256=model_hash(entropy_model()),
+        **facts,
     )
+    checkpoints = folder / "checkpoints"
+    save_model(BLTModel(BLT), checkpoints / "best.pt", record, checkpoints / "model.json")
+    config = BPEConfig(dim=32, n_layers=1, n_heads=2)
+    baseline = BPETransformer(config, BPEVocabulary(tokenizer))
+    record = RunRecord(kind="bpe", model_config=asdict(config), bytes_per_token=3.5, **facts)
+    save_model(baseline, folder / "bpe" / "best.pt", record, folder / "bpe" / "model.json")
     tokenizer.save(str(folder / "bpe" / "tokenizer.json"))
     for language in ("en", "fr"):
         (folder / "corpus" / language).mkdir(parents=True)
@@ -328,9 +333,9 @@ def test_script_on_a_corpus_with_three_models(folder):
         card
     ) and card["settings"]["seed"] == 1337
     blt, bpe, entropy = card["models"]
-    contestant = evaluate.open_model(folder / "checkpoints")
-    assert blt["bpb"] == bits_per_byte(contestant.model, contestant.patcher, documents, 64)
-    assert blt["sha256"] == model_hash(contestant.model) and blt["entropy_model_sha256"] == entropy[
+    under_test = evaluate.open_model(folder / "checkpoints")
+    assert blt["bpb"] == bits_per_byte(under_test.model, under_test.patcher, documents, 64)
+    assert blt["sha256"] == model_hash(under_test.model) and blt["entropy_model_sha256"] == entropy[
         "sha256"
     ] == model_hash(entropy_model())
     assert (blt["row_ids"], blt["stride_ids"], bpe["row_ids"], bpe["stride_ids"], bpe["ids"]) == (
@@ -422,9 +427,9 @@ def test_on_files(folder, monkeypatch, capsys):
         and card["text"]["cut_to_val_bytes"] == ["code.py"]
         and "the first 250 bytes only of code.py" in capsys.readouterr().out
     )
-    contestant = evaluate.open_model("checkpoints")
+    under_test = evaluate.open_model("checkpoints")
     assert model["by_source"]["noise.bin"]["bpb"] == pytest.approx(
-        bits_per_byte(contestant.model, contestant.patcher, [Path("noise.bin").read_bytes()], 64), rel=1e-6
+        bits_per_byte(under_test.model, under_test.patcher, [Path("noise.bin").read_bytes()], 64), rel=1e-6
     )
     assert (
         model["by_source"]["noise.bin"]["standard_error"] is None
@@ -468,9 +473,9 @@ def test_bad_settings_name_the_field():
             EvaluateConfig(**{name: value})
 
 
-def test_a_model_that_sees_ahead_is_refused(folder, contestants, monkeypatch):
+def test_a_model_that_sees_ahead_is_refused(folder, models_under_test, monkeypatch):
     """The leak gate stands before every number."""
-    leaky = contestants["flat byte transformer"]
+    leaky = models_under_test["flat byte transformer"]
     honest = leaky.model.forward
     monkeypatch.setattr(
         leaky.model, "forward", lambda ids: honest(ids) + torch.nn.functional.one_hot(ids.roll(-1, 1), 257) * 5.0
