@@ -4,10 +4,10 @@ Reads   a corpus and entropy_model.pth (trained here first with --train_entropy)
 Writes  workflow/: comparison.json, comparison.png, comparison.md, and for each method its checkpoints and pictures
 Run     python complete_entropy_workflow.py --quick_demo --train_entropy [--methods global monotonic space static]
 
-Every method's threshold is set to the same average patch size, so that all models spend alike on the latent
-transformer; space patches are as long as the text makes them. Training bytes, steps, seed and model are the
-same for all. One seed says little about small differences: --seeds 3 repeats each run and prints the
-spread.
+Every method's threshold is set to the same average patch size, so that all models spend alike on
+the latent transformer; space patches are as long as the text makes them. Training bytes, steps,
+seed and model are the same for all. One seed says little about small differences: --seeds 3
+repeats each run and prints the spread.
 """
 
 from dataclasses import dataclass, field, fields

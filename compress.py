@@ -1,18 +1,29 @@
-"""Compress a file with a trained BLT, and restore it to the last bit: the proof that a number of bits per byte is honest.
+"""Compress a file with a trained BLT, and restore it exactly: the proof that the bits per byte are real.
 
 Reads   a file, any bytes; an output folder of llm.py or train_blt.py
 Writes  FILE.blt; with --decompress FILE.blt, the file it was made of
 Run     python compress.py FILE [--model checkpoints]
         python compress.py --decompress FILE.blt [--output FILE]
+Takes   10 minutes a megabyte, each way, with the demo's model in 64 streams on 2 cores of an AMD EPYC
 
-Arithmetic coding (the constriction library) with the model's own probabilities: a byte that the model gives probability p costs
--log2 p bits (20 at most: each id is given a millionth besides). What the model is worth is then the size of a file. Encoder and
-decoder read the text by the same steps of `incremental.IncrementalBLT` and so see the very same probabilities; that holds on one machine with the
-same libraries only, and the header says which (another machine may round otherwise in the last place, and a decoder would then go astray).
+Arithmetic coding (the constriction library) by the model's probabilities: a byte of probability p costs
+-log2 p bits, and at most 20, because every probability is raised by a millionth. The compressed size is
+the bits-per-byte figure; a model that saw the future could not be decoded.
 
-A large file is cut into streams that are coded side by side, a byte of each at a step: faster, but each begins without context. The cost of
-that is printed. Within a stream a full row of the model begins anew with its last half, as in `training.bits_per_byte`: the bits of one
-stream are the bits that function reports. On 2 CPU cores the demo's model codes 1.6 kB/s in 64 streams, which cost 0.017 bits per byte.
+Encoder and decoder read the text by the same steps of `IncrementalBLT`, so both compute the same
+probabilities to the last digit. This holds on one kind of machine with the same libraries only: another
+one may round differently, and its decoder would go astray. The header names the model and the kind of
+machine, and the script refuses a file of another one.
+
+A large file is split into streams that are coded side by side, one byte of each at a step. That is
+faster, but each stream begins without context; the script prints what that costs (120 kB in 64 streams
+with the demo's model: 0.017 bits per byte). Within a stream a full row of the model restarts with its
+last half, as in `metric.bits_per_byte`: a file in one stream has the bits that this function reports.
+
+A file that the model cannot predict (noise, a compressed file, another language) would have a code that
+is larger than the file. It is stored instead: its bytes as they are, after the header, so that no file
+grows by more than the header's 41 bytes. A stored file is checked in the same way, but it is restored
+without a model and on any machine.
 """
 
 import hashlib
@@ -25,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import constriction
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -38,11 +50,18 @@ from blt.incremental import IncrementalBLT
 from blt.metric import bits_per_byte
 from save_entropy_model import load_blt
 
-HEADER = struct.Struct(
-    "<4s Q H I H 8s 4s I I"
-)  # magic, bytes, streams, context_bytes, threads, model, machine, CRC-32 of the bytes, and of the header so far
-MAGIC = b"BLT1"
-LEAST = 2.0**-20  # what each id's probability is raised by: the coder works with multiples of 2 ** -24
+# The magic number, the fields of `Header` in their order, and the CRC-32 of all that.
+HEADER = struct.Struct("<4s ? Q I H I H 8s 4s I")
+MAGIC = b"BLT2"
+# The format that had no stored files.
+OLD_MAGIC = b"BLT1"
+
+# Every probability is raised by this. The coder works with multiples of 2 ** -24, and none may be zero.
+LEAST = 2.0**-20
+
+# The default: streams long enough that what they lose at their beginnings is little.
+STREAM_BYTES = 16384
+MAX_DEFAULT_STREAMS = 64
 
 
 @dataclass
@@ -51,8 +70,8 @@ class CompressConfig:
 
     file: str | None = None  # what to compress
     decompress: str | None = None  # a compressed file to restore
-    output: str | None = None  # where the result goes; None: FILE.blt, or what stands before .blt
-    model: str = "checkpoints"  # output folder of llm.py or train_blt.py
+    output: str | None = None  # where the result goes; None: FILE.blt, or the name without .blt
+    model: str = "checkpoints"  # output folder of llm.py or train_blt.py; stored files need none
     streams: int | None = None  # pieces that are coded side by side; None: one for every 16 kB, 64 at most
     context_bytes: int | None = None  # ids in a row of the model; None: as many as in training
     verify: bool = True  # restore the compressed file before it is written, and compare
@@ -66,89 +85,166 @@ class CompressConfig:
             raise ValueError("pass either a file to compress or --decompress with one to restore")
 
 
-def pieces(n_bytes, n_streams):
-    """Where each stream begins and ends: nearly equal pieces, the longer ones first. 10 bytes in 3: [0, 4), [4, 7), [7, 10)."""
+# ------------------------------------------------------------------------------- arithmetic coding
+
+
+def stream_count(n_bytes, n_streams=None):
+    """How many streams n_bytes bytes get: as many as asked for, but no empty one. None: the default."""
+    if n_streams is None:
+        n_streams = min(MAX_DEFAULT_STREAMS, math.ceil(n_bytes / STREAM_BYTES))
+    return max(1, min(n_streams, n_bytes))
+
+
+def stream_ranges(n_bytes, n_streams):
+    """Where each stream begins, and its length: nearly equal pieces, the longer ones first.
+
+    Example: 10 bytes in 3 streams give begins 0, 4, 7 and lengths 4, 3, 3.
+    """
     lengths = np.full(n_streams, n_bytes // n_streams)
+    # The longer ones first: the last stream is then one of the shortest, see `read_streams`.
     lengths[: n_bytes % n_streams] += 1
     return np.cumsum(lengths) - lengths, lengths
 
 
-def follow(model, patcher, lengths, context_bytes, code, progress=None):
-    """Let streams of these lengths be read side by side while `code` says what they hold.
+def probabilities(logits_BNV):
+    """The distribution after each row's last id, as it is coded: float64 [B, 257], nowhere zero."""
+    p_BV = logits_BNV[:, -1].cpu().double().softmax(-1).numpy() + LEAST
+    return p_BV / (1 + p_BV.shape[1] * LEAST)
 
-    code(probabilities float64 [n, 257], streams [n], place) returns the ids int32 [n] at this place of these streams: the encoder looks
-    them up, the decoder decodes them. After the last byte of the last stream its end (256) is coded. Used by both, so that both compute alike.
+
+def read_streams(model, patcher, lengths, context_bytes, code_ids, progress=None):
+    """Read streams of these lengths side by side, where `code_ids` says what they hold.
+
+    code_ids(p_SV, streams, position) gets the probabilities float64 [S, 257] of the ids at this position
+    of S streams, and the numbers of these streams. It returns the ids, int32 [S]: the encoder looks them
+    up and encodes them, the decoder decodes them. Both run this function, so that both compute alike.
     """
-    n = len(lengths)
-    reader = IncrementalBLT(model, patcher, n, context_bytes)
-    logits = reader.extend(np.full((n, 1), BOUNDARY, np.int64))
-    for place in range(int(lengths.max())):
-        streams = np.flatnonzero(lengths > place)
-        ids = np.zeros((n, 1), np.int64)
-        ids[streams, 0] = code(probabilities(logits)[streams], streams, place)
-        logits = reader.extend(ids, (lengths > place).astype(np.int64))
-        if place + 1 == lengths[-1]:
-            last = probabilities(logits)[-1:]  # the last stream is no longer than the others
+    n_streams = len(lengths)
+    reader = IncrementalBLT(model, patcher, n_streams, context_bytes)
+    # To the model each stream is a document of its own, so each begins with a boundary.
+    logits_BNV = reader.extend(np.full((n_streams, 1), BOUNDARY, np.int64))
+    for position in range(int(lengths.max())):
+        is_open_B = lengths > position
+        streams = np.flatnonzero(is_open_B)
+        ids_BN = np.zeros((n_streams, 1), np.int64)
+        ids_BN[streams, 0] = code_ids(probabilities(logits_BNV)[streams], streams, position)
+        logits_BNV = reader.extend(ids_BN, is_open_B.astype(np.int64))
+        # The last stream is one of the shortest. Others may have one more byte, so its end comes later.
+        if position + 1 == lengths[-1]:
+            end_p_SV = probabilities(logits_BNV)[-1:]
         if progress is not None:
             progress.update(len(streams))
-    code(last, np.array([n - 1]), int(lengths[-1]))
-
-
-def probabilities(logits_BNV):
-    """float64 [B, 257] of the last place of each row, as they are coded."""
-    p = logits_BNV[:, -1].cpu().double().softmax(-1).numpy() + LEAST
-    return p / (1 + p.shape[1] * LEAST)
+    # The decoder knows the lengths. The end of the last stream is coded nevertheless, because the bits
+    # per byte that the project reports include the document's end.
+    code_ids(end_p_SV, np.array([n_streams - 1]), int(lengths[-1]))
 
 
 def encode(model, patcher, data, n_streams, context_bytes, progress=None):
-    """Code bytes. Returns the code as bytes (a multiple of 4) and the bits that the model's probabilities add up to."""
-    import constriction
-
+    """Code bytes. Returns the code, in 4-byte words, and the bits that the probabilities add up to."""
+    # An empty file has no stream, and its header says all about it.
     if not data:
         return b"", 0.0
-    text, bits = np.frombuffer(data, np.uint8), 0.0
-    begins, lengths = pieces(len(text), n_streams)
-    encoder, family = constriction.stream.queue.RangeEncoder(), constriction.stream.model.Categorical(perfect=False)
+    text = np.frombuffer(data, np.uint8)
+    begins, lengths = stream_ranges(len(text), n_streams)
+    encoder = constriction.stream.queue.RangeEncoder()
+    # perfect=False: the fast approximation of the probabilities, which is the same for the decoder.
+    family = constriction.stream.model.Categorical(perfect=False)
+    bits = 0.0
 
-    def code(p, streams, place):
+    def encode_ids(p_SV, streams, position):
         nonlocal bits
-        ids = np.array([text[begins[s] + place] if place < lengths[s] else BOUNDARY for s in streams], np.int32)
-        encoder.encode(ids, family, p)
-        bits -= np.log2(p[np.arange(len(ids)), ids]).sum()
-        return ids
+        is_end = position == lengths[streams[0]]
+        if is_end:
+            ids_S = np.array([BOUNDARY], np.int32)
+        else:
+            ids_S = text[begins[streams] + position].astype(np.int32)
+        encoder.encode(ids_S, family, p_SV)
+        bits -= np.log2(p_SV[np.arange(len(ids_S)), ids_S]).sum()
+        return ids_S
 
-    follow(model, patcher, lengths, context_bytes, code, progress)
+    read_streams(model, patcher, lengths, context_bytes, encode_ids, progress)
     return encoder.get_compressed().astype("<u4").tobytes(), float(bits)
 
 
-def decode(model, patcher, code_bytes, n_bytes, n_streams, context_bytes, progress=None):
-    """The n_bytes bytes that `encode` coded with the same model, patcher and settings."""
-    import constriction
+def decode(model, patcher, code, n_bytes, n_streams, context_bytes, progress=None):
+    """The n_bytes bytes that `encode` has coded with the same model, patcher and settings.
 
-    if not n_bytes:
+    Raises ValueError for a code that comes from no text, or from another model.
+    """
+    if n_bytes == 0:
         return b""
     text = np.zeros(n_bytes, np.uint8)
-    begins, lengths = pieces(n_bytes, n_streams)
-    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(code_bytes, "<u4").astype(np.uint32))
+    begins, lengths = stream_ranges(n_bytes, n_streams)
+    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(code, "<u4").astype(np.uint32))
     family = constriction.stream.model.Categorical(perfect=False)
 
-    def code(p, streams, place):
+    def decode_ids(p_SV, streams, position):
         try:
-            ids = decoder.decode(family, p)
-        except AssertionError:  # how constriction says that no encoder has written this
-            raise ValueError("the compressed file is damaged: its code cannot come from any text") from None
-        if place < lengths[streams[0]]:
-            if (ids == BOUNDARY).any():
-                raise ValueError("the compressed file does not fit this model: an end comes before the end")
-            text[begins[streams] + place] = ids
-        return ids
+            ids_S = decoder.decode(family, p_SV)
+        except AssertionError:
+            # This is how constriction says that no encoder has written the code.
+            message = "the compressed file is damaged: its code cannot come from any text"
+            raise ValueError(message) from None
+        is_end = position == lengths[streams[0]]
+        if not is_end:
+            if (ids_S == BOUNDARY).any():
+                raise ValueError("the compressed file does not fit this model: a stream ends too early")
+            text[begins[streams] + position] = ids_S
+        return ids_S
 
-    follow(model, patcher, lengths, context_bytes, code, progress)
+    read_streams(model, patcher, lengths, context_bytes, decode_ids, progress)
     return text.tobytes()
+
+
+# -------------------------------------------------------------------------------- compressed files
+
+
+@dataclass
+class Header:
+    """What a compressed file says about itself. The fields from n_streams on are zero in a stored file."""
+
+    is_stored: bool  # the content is the file's bytes; else it is their code
+    n_bytes: int  # of the file
+    checksum: int  # CRC-32 of the file's bytes
+    n_streams: int = 0
+    context_bytes: int = 0
+    threads: int = 0  # CPU threads in use: another number of them may add in another order
+    model: bytes = bytes(8)  # fingerprint of the models and the patch rule
+    machine: bytes = bytes(4)  # fingerprint of what may round differently
+
+    def pack(self):
+        """The header as HEADER.size bytes."""
+        # vars() has the fields in their order, which is that of HEADER.
+        without_checksum = HEADER.pack(MAGIC, *vars(self).values(), 0)[:-4]
+        return without_checksum + struct.pack("<I", zlib.crc32(without_checksum))
+
+
+def read_header(compressed):
+    """The `Header` of a compressed file. Raises ValueError for other files, parts of one and damaged ones."""
+    packed = compressed[: HEADER.size]
+    if packed[:4] == OLD_MAGIC:
+        raise ValueError(
+            "an older compress.py wrote this file, in format BLT1; this one reads BLT2: "
+            "restore it with the version that wrote it, and compress it again"
+        )
+    damaged = ValueError("this is no file that compress.py wrote, or a part of one, or it is damaged")
+    if len(packed) < HEADER.size or packed[:4] != MAGIC:
+        raise damaged
+    _, *fields, header_checksum = HEADER.unpack(packed)
+    if header_checksum != zlib.crc32(packed[:-4]):
+        raise damaged
+    header = Header(*fields)
+    content_bytes = len(compressed) - HEADER.size
+    # The length of stored bytes is known. That of a code is not, but it consists of 4-byte words.
+    has_right_size = content_bytes == header.n_bytes if header.is_stored else content_bytes % 4 == 0
+    if not has_right_size:
+        raise damaged
+    return header
 
 
 def model_fingerprint(model, patcher):
     """8 bytes that depend on the weights of both models and on the patch rule."""
+    # By content and not by path: a copy of the model's folder restores the file as well.
     parts = [
         model_hash(model),
         json.dumps(asdict(model.config), sort_keys=True),
@@ -160,7 +256,7 @@ def model_fingerprint(model, patcher):
 
 
 def machine_fingerprint(device):
-    """(4 bytes that depend on what may round otherwise, the same in words): torch, the kind of processor, the device."""
+    """4 bytes for what may round differently (torch, processor, device), and the same in words."""
     words = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {device.type}"
     if device.type == "cuda":
         words += f" {torch.cuda.get_device_name(device)}"
@@ -168,117 +264,176 @@ def machine_fingerprint(device):
 
 
 def compress(data, model, patcher, n_streams, context_bytes, progress=None):
-    """Bytes -> a compressed file's bytes (a header of HEADER.size bytes and the code), and the bits the model accounts for."""
-    device = next(model.parameters()).device
+    """Compress bytes. Returns the compressed file's bytes, and the bits by the model's probabilities.
+
+    The file is a header of HEADER.size bytes and the code, or the bytes themselves if their code is not
+    smaller. So it has at most len(data) + HEADER.size bytes. In both cases the bits are those of the code.
+
+    n_streams: streams that are coded side by side; one a byte at most.
+    context_bytes: ids in a row of the model, see `IncrementalBLT`.
+    """
+    n_streams = stream_count(len(data), n_streams)
+    # The bytes are coded in any case: only that shows whether their code is smaller.
     with threads_for(n_streams):
         code, bits = encode(model, patcher, data, n_streams, context_bytes, progress)
         threads = torch.get_num_threads()
-    fields = (
-        MAGIC,
-        len(data),
-        n_streams,
-        context_bytes,
-        threads,
-        model_fingerprint(model, patcher),
-        machine_fingerprint(device)[0],
-        zlib.crc32(data),
-    )
-    return HEADER.pack(*fields, zlib.crc32(HEADER.pack(*fields, 0)[:-4])) + code, bits
-
-
-def read_header(compressed):
-    """(bytes, streams, context_bytes, threads, model's fingerprint, machine's, CRC-32 of the bytes) of a compressed file, or ValueError."""
-    header = compressed[: HEADER.size]
-    is_ours = (
-        len(header) == HEADER.size and header[:4] == MAGIC and zlib.crc32(header[:-4]) == HEADER.unpack(header)[-1]
-    )
-    if not is_ours or (len(compressed) - HEADER.size) % 4:
-        raise ValueError("this is no file that compress.py wrote, or a part of one, or it is damaged")
-    return HEADER.unpack(header)[1:-1]
+    header = Header(is_stored=len(code) >= len(data), n_bytes=len(data), checksum=zlib.crc32(data))
+    if header.is_stored:
+        return header.pack() + data, bits
+    header.n_streams = n_streams
+    header.context_bytes = context_bytes
+    header.threads = threads
+    header.model = model_fingerprint(model, patcher)
+    header.machine, _ = machine_fingerprint(next(model.parameters()).device)
+    return header.pack() + code, bits
 
 
 def decompress(compressed, model, patcher, progress=None):
-    """The bytes that `compress` was given. Raises ValueError for a file of another model or machine, or a damaged one."""
-    n_bytes, n_streams, context_bytes, threads, model_print, machine_print, checksum = read_header(compressed)
-    here, words = machine_fingerprint(next(model.parameters()).device)
-    if model_print != model_fingerprint(model, patcher):
+    """The bytes that `compress` was given.
+
+    A stored file needs no model: model and patcher may be None. Raises ValueError for a damaged file, and
+    for a coded file of another model or another kind of machine.
+    """
+    header = read_header(compressed)
+    content = compressed[HEADER.size :]
+    if header.is_stored:
+        data = bytes(content)
+        if progress is not None:
+            progress.update(len(data))
+    else:
+        data = decode_file(header, content, model, patcher, progress)
+    if zlib.crc32(data) != header.checksum:
         raise ValueError(
-            "the file was compressed with another model, entropy model or patch rule; pass the folder of that one as --model"
-        )
-    if machine_print != here:
-        raise ValueError(
-            f"the file was compressed on another kind of machine than this one ({words}), whose probabilities may differ in the last digit"
-        )
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)  # sums may be split otherwise among other numbers of threads
-    try:
-        data = decode(model, patcher, compressed[HEADER.size :], n_bytes, n_streams, context_bytes, progress)
-    finally:
-        torch.set_num_threads(before)
-    if zlib.crc32(data) != checksum:
-        raise ValueError(
-            "the restored bytes are not those that were compressed: the file is damaged, or this machine computes otherwise"
+            "the restored bytes are not those that were compressed: "
+            "the file is damaged, or this machine computes differently"
         )
     return data
 
 
-def read(path):
+def decode_file(header, code, model, patcher, progress=None):
+    """The bytes of a coded file. Raises ValueError if another model or kind of machine has coded it."""
+    machine, machine_words = machine_fingerprint(next(model.parameters()).device)
+    if header.model != model_fingerprint(model, patcher):
+        raise ValueError(
+            "the file was compressed with another model, entropy model or patch rule; "
+            "pass the folder of that one as --model"
+        )
+    if header.machine != machine:
+        raise ValueError(
+            f"the file was compressed on another kind of machine than this one ({machine_words}), "
+            "whose probabilities may differ in the last digit"
+        )
+    # The encoder's number of threads: sums over other parts could differ in the last digit.
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(header.threads)
+    try:
+        sizes = (header.n_bytes, header.n_streams, header.context_bytes)
+        return decode(model, patcher, code, *sizes, progress)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+def read_file(path):
+    """The bytes of a file. Raises FileNotFoundError if there is none."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass a file")
     return path.read_bytes()
 
 
-def bar(n_bytes, what):
+def write_file(path, data):
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(data))
+
+
+def progress_bar(n_bytes, what):
     return tqdm(total=n_bytes, unit="B", unit_scale=True, desc=what, disable=None, dynamic_ncols=True)
 
 
-def main(config):
-    device = choose_device(config.device)
-    data = read(config.file or config.decompress)
-    model, patcher, record = load_blt(config.model, device)
+def load_model(config):
+    """(BLT, patcher, record) of --model."""
+    model, patcher, record = load_blt(config.model, choose_device(config.device))
+    # In a lower precision, results would depend on the batch: on how many streams are still open.
     patcher.precision = "fp32"
-    if config.decompress:
-        name = config.decompress
-        output = config.output or (name.removesuffix(".blt") if name.endswith(".blt") else f"{name}.restored")
-        if Path(output).exists() and config.output is None:
-            raise ValueError(f"{output} exists; say with --output where the restored file is to go")
-        tick = time.perf_counter()
-        with bar(read_header(data)[0], "restoring") as progress:
-            restored = decompress(data, model, patcher, progress)
-        write_atomically(output, lambda temporary: Path(temporary).write_bytes(restored))
-        seconds = time.perf_counter() - tick
-        print(
-            f"restored {len(restored):,} bytes in {seconds:.1f} s, {len(restored) / seconds / 1e3:.2f} kB/s; checksum right"
-        )
-        print(f"wrote {output}")
-        return
-    context = config.context_bytes or record.settings["row_bytes"]
-    n_streams = min(config.streams or min(64, math.ceil(len(data) / 16384)), max(1, len(data)))
-    tick = time.perf_counter()
-    with bar(len(data), "compressing") as progress:
-        compressed, bits = compress(data, model, patcher, max(1, n_streams), context, progress)
-    seconds = time.perf_counter() - tick
+    return model, patcher, record
+
+
+def compress_file(config):
+    """Compress config.file, print sizes and bits per byte, and write the result."""
+    data = read_file(config.file)
+    model, patcher, record = load_model(config)
+    context_bytes = config.context_bytes or record.settings["row_bytes"]
+    n_streams = stream_count(len(data), config.streams)
+    started = time.perf_counter()
+    with progress_bar(len(data), "compressing") as progress:
+        compressed, bits = compress(data, model, patcher, n_streams, context_bytes, progress)
+    seconds = time.perf_counter() - started
+    # Before anything is written: a file that cannot be restored is worthless.
     if config.verify:
-        with bar(len(data), "verifying") as progress:
-            if decompress(compressed, model, patcher, progress) != data:
-                raise ValueError("the compressed file does not restore the bytes; nothing was written")
+        with progress_bar(len(data), "verifying") as progress:
+            restored = decompress(compressed, model, patcher, progress)
+        if restored != data:
+            raise ValueError("the compressed file does not restore the bytes; nothing was written")
     output = config.output or f"{config.file}.blt"
-    write_atomically(output, lambda temporary: Path(temporary).write_bytes(compressed))
-    n = max(1, len(data))
-    print(
-        f"{len(data):,} bytes to {len(compressed):,}, header {HEADER.size} | {8 * len(compressed) / n:.4f} bits per byte on disk, {bits / n:.4f} by the model's probabilities"
-    )
+    write_file(output, compressed)
+
+    print_sizes(data, compressed, bits)
     if n_streams > 1:
-        whole = bits_per_byte(model, patcher, [data], context)
-        print(
-            f"{n_streams} streams side by side cost {bits / n - whole:+.4f} bits per byte (in one stream {whole:.4f})"
-        )
-    print(
-        f"{seconds:.1f} s, {len(data) / seconds / 1e3:.2f} kB/s"
-        + ("; restored and compared" if config.verify else "; not restored (--no_verify)")
-    )
-    print(f"wrote {output}\nnext: python compress.py --decompress {output} --model {config.model}")
+        # The model may do better than the code shows, so this is printed for a stored file as well.
+        bpb = bits_per_byte(model, patcher, [data], context_bytes)
+        cost = bits / len(data) - bpb
+        print(f"{n_streams} streams side by side cost {cost:+.4f} bits per byte (in one stream {bpb:.4f})")
+    verified = "restored and compared" if config.verify else "not restored (--no_verify)"
+    print(f"{seconds:.1f} s, {len(data) / seconds / 1e3:.2f} kB/s; {verified}")
+    print(f"wrote {output}")
+    next_command = f"python compress.py --decompress {output}"
+    if not read_header(compressed).is_stored:
+        next_command += f" --model {config.model}"
+    print(f"next: {next_command}")
+
+
+def print_sizes(data, compressed, bits):
+    """Print the bits per byte on disk, and by the model's probabilities: they differ in a stored file."""
+    n_bytes = max(1, len(data))
+    sizes = f"{len(data):,} bytes to {len(compressed):,}, header {HEADER.size}"
+    on_disk = f"{8 * len(compressed) / n_bytes:.4f} bits per byte on disk"
+    print(f"{sizes} | {on_disk}, {bits / n_bytes:.4f} by the model's probabilities")
+    if read_header(compressed).is_stored:
+        code_bytes = f"{bits / 8:,.0f} bytes by the model's probabilities"
+        print(f"stored as it is, because its code would not be smaller: {code_bytes}")
+
+
+def decompress_file(config):
+    """Restore config.decompress, and write the result."""
+    name = config.decompress
+    compressed = read_file(name)
+    output = config.output
+    if output is None:
+        output = name.removesuffix(".blt") if name.endswith(".blt") else f"{name}.restored"
+    # Only a name that the user has given may replace a file.
+    if Path(output).exists() and config.output is None:
+        raise ValueError(f"{output} exists; say with --output where the restored file is to go")
+    header = read_header(compressed)
+    model, patcher = None, None
+    if not header.is_stored:
+        model, patcher, _ = load_model(config)
+    started = time.perf_counter()
+    with progress_bar(header.n_bytes, "restoring") as progress:
+        restored = decompress(compressed, model, patcher, progress)
+    write_file(output, restored)
+    seconds = time.perf_counter() - started
+    how = "stored, no model used" if header.is_stored else f"{len(restored) / seconds / 1e3:.2f} kB/s"
+    print(f"restored {len(restored):,} bytes in {seconds:.1f} s, {how}; checksum right")
+    print(f"wrote {output}")
+
+
+def main(config):
+    if config.decompress is not None:
+        decompress_file(config)
+    else:
+        compress_file(config)
 
 
 if __name__ == "__main__":

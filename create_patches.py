@@ -6,8 +6,9 @@ Writes  in patch_cache/: entropies-*/ (float16, one number a byte and one a docu
 Run     python create_patches.py [--preset MACHINE] [--method global --target_patch_size 4.5] [--field value ...]
 Next    python llm.py
 
-For another method, threshold or patch size run it again: that is a pass over the file of entropies, without
-the model. The methods are listed in docs/patching.md and written in blt/patch_rules.py.
+For another method, threshold or patch size run it again: that is a pass over the file of
+entropies, without the model. The methods are listed in docs/patching.md and written in
+blt/patch_rules.py.
 """
 
 import time

@@ -7,8 +7,9 @@ Run     python entropy_llm.py [--preset [SIZE] [MACHINE]] [--field value ...]
 Next    python create_patches.py
 Time    half a minute to a minute on 2 CPU cores
 
-SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200. What is
-not named is chosen by the machine that is found. The settings are in `EntropyRunConfig` below.
+SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200.
+What is not named is chosen by the machine that is found. The settings are in `EntropyRunConfig`
+below.
 """
 
 from dataclasses import asdict, dataclass
@@ -101,9 +102,9 @@ class EntropyRunConfig(RunConfig, EntropyConfig):
 class MinimalLLM(nn.Module):
     """A causal byte-level transformer with sliding-window attention: the entropy model.
 
-    Input ids 0..255 are bytes, 256 opens a document. Output t is the distribution of the byte after input
-    t. It depends on at most n_layers * (max_seq_len - 1) + 1 bytes, none of them before the document's
-    boundary.
+    Input ids 0..255 are bytes, 256 opens a document. Output t is the distribution of the byte
+    after input t. It depends on at most n_layers * (max_seq_len - 1) + 1 bytes, none of them
+    before the document's boundary.
     """
 
     n_classes = 256
@@ -140,9 +141,10 @@ class MinimalLLM(nn.Module):
     def stream(self, ids_BT, state=None):
         """Read the next chunk of a long stream: the same logits as `forward` over the whole, whatever the chunks.
 
-        state: what the previous call returned; None at the start. Returns logits [B, T, 256] and the new
-        state: document numbers of the last W positions [B, W], each layer's keys and values there [B, W, H,
-        K], and the last position's document number [B, 1]. W is `AttentionPlan.carry_length` of the window.
+        state: what the previous call returned; None at the start.
+        Returns logits [B, T, 256] and the new state: document numbers of the last W positions [B,
+        W], each layer's keys and values there [B, W, H, K], and the last position's document
+        number [B, 1]. W is `AttentionPlan.carry_length` of the window.
         """
         if state is None:
             state = self._empty_state(ids_BT)

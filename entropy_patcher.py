@@ -29,8 +29,9 @@ class EntropyPatcher:
     patch_config).
 
     entropy_model: `MinimalLLM`; None for the methods that need none (static, space, bpe).
-    precision: of the entropy model's matrix products: fp32, or bf16 or fp16 for speed, which moves
-    entropies by some 0.01 nats. Raises ValueError for a method that needs an entropy model and gets none.
+    precision: of the entropy model's matrix products: fp32, or bf16 or fp16 for speed, which
+    moves entropies by some 0.01 nats.
+    Raises ValueError for a method that needs an entropy model and gets none.
     """
 
     def __init__(self, entropy_model, patch_config=None, *, threshold=None, method=None, precision="fp32"):
@@ -57,7 +58,8 @@ class EntropyPatcher:
     def entropies(self, byte_sequence):
         """Entropy in nats of the distribution for byte t, given the boundary and the bytes before t: float32 [N].
 
-        byte_sequence: bytes, bytearray, list of ints, uint8 array or tensor, or str (encoded as UTF-8).
+        byte_sequence: bytes, bytearray, list of ints, uint8 array or tensor, or str (encoded as
+        UTF-8).
         """
         return self.entropies_with_end([to_bytes(byte_sequence)])[0][:-1]
 
@@ -75,8 +77,8 @@ class EntropyPatcher:
     def starts(self, byte_sequence, entropies=None):
         """Which positions start a patch, the document's end included: bool [N + 1].
 
-        entropies: float [N + 1] if they are known already; None: the entropy model computes them if the
-        method needs any.
+        entropies: float [N + 1] if they are known already; None: the entropy model computes them
+        if the method needs any.
         """
         document = to_bytes(byte_sequence)
         if self.config.needs_entropies and entropies is None:
@@ -94,9 +96,9 @@ class EntropyPatcher:
     def process_data(self, byte_sequences, cache_key=None):
         """Patch many sequences: (a list of patches for each sequence, statistics as from `patch_statistics`).
 
-        cache_key: name under which the entropies are kept in config.cache_dir; a second call with the same
-        key, model and sequences reads them. Raises ValueError if the kept entropies are of another model or
-        of other sequences.
+        cache_key: name under which the entropies are kept in config.cache_dir; a second call with
+        the same key, model and sequences reads them.
+        Raises ValueError if the kept entropies are of another model or of other sequences.
         """
         documents = [to_bytes(sequence) for sequence in byte_sequences]
         if self.entropy_model is None:

@@ -1,12 +1,17 @@
 """Continue texts, byte by byte, with a trained BLT.
 
 Reads   an output folder of llm.py or train_blt.py, and the entropy model it was trained with
-Run     python generate.py --model checkpoints --prompt "The history of" [--max_new_bytes 200] [--temperature 0.7] [--draft_bytes 8]
+Run     python generate.py --model checkpoints --prompt "The history of" [--max_new_bytes 200]
+                           [--temperature 0.7] [--draft_bytes 8]
         python generate.py --model checkpoints --interactive
-Prints  the prompt and its continuation as it comes; with several prompts, one after the other. Bytes a second go to stderr.
+Prints  the prompt and its continuation while it is being made; with several prompts, one text after
+        the other. The speed goes to stderr.
+Takes   8 ms a byte with the demo's model (15M parameters) on one core of an AMD EPYC
 
-Every byte costs the same: keys, values and patches are kept (`incremental.IncrementalBLT`). --draft_bytes proposes bytes by the entropy
-model, which reads them anyway, and lets one pass of the BLT check them: the same text, sooner (BLT-S, self-speculation).
+`IncrementalBLT` caches keys, values and patch states, so the cost of a byte does not grow with its
+position. --draft_bytes is self-speculation (BLT-S): the entropy model, which reads every byte anyway,
+drafts the next bytes, and one pass of the BLT checks them all. The text is the same, but takes fewer
+passes of the BLT.
 """
 
 import codecs
@@ -22,10 +27,12 @@ from blt.checks import check, check_positive
 from blt.config import run_script
 from blt.device import autocast, choose_device, threads_for
 from blt.ids import BOUNDARY, to_bytes
-from blt.incremental import CHUNK, IncrementalBLT
+from blt.incremental import MAX_STEP, IncrementalBLT
+from blt.patch_rules import refuse_lookahead
 from blt.rows import make_batch
 from blt.sampling import Sampler, SamplingConfig
 from entropy_patcher import EntropyPatcher
+from save_entropy_model import load_blt
 
 
 @dataclass
@@ -35,15 +42,16 @@ class GenerateConfig(SamplingConfig):
     prompt_file: str | None = None  # a file whose bytes are the prompt
     interactive: bool = False  # continue each line of the standard input
     max_new_bytes: int = 200  # bytes to add, fewer if the model ends the document
-    temperature: float = 0.7  # 0: always the likeliest byte
-    draft_bytes: int = 0  # bytes that the entropy model proposes for one pass of the BLT; 0: none
-    draft_confidence: float = 0.6  # probability below which a proposal is not made
+    temperature: float = 0.7  # 0: always the most likely byte
+    draft_bytes: int = 0  # the most bytes that the entropy model drafts for a pass of the BLT
+    draft_confidence: float = 0.6  # draft only bytes of at least this probability
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "max_new_bytes")
-        check(self, "draft_bytes", 0 <= self.draft_bytes < CHUNK, f"from 0 to {CHUNK - 1}")
+        # A pass of the BLT reads the byte that was chosen last and the drafts after it.
+        check(self, "draft_bytes", 0 <= self.draft_bytes < MAX_STEP, f"from 0 to {MAX_STEP - 1}")
         check(self, "draft_confidence", 0 <= self.draft_confidence <= 1, "from 0 to 1")
 
 
@@ -59,43 +67,56 @@ def generate(
     draft_confidence=0.6,
     **sampling,
 ):
-    """Continue a prompt by up to max_new_bytes bytes, until the model ends the document or a stop string comes. Returns the new bytes.
+    """Continue a prompt by up to max_new_bytes bytes. Returns the new bytes.
 
-    prompt: whatever `to_bytes` takes; or a list of such prompts, for a list of continuations, each as it would be alone.
-    sampling: fields of `SamplingConfig`. cached=False makes every byte by a full pass: slow, with the same greedy result in fp32.
-    draft_bytes: self-speculation as in `Generator`. Patches are made by the patcher from what stands before, as in training.
+    The text ends early where the model ends the document or a stop string comes. The patcher makes the
+    patches from the bytes so far, as in training.
+
+    prompt: whatever `to_bytes` takes; or a list of such prompts, for a list of continuations, each as it
+        would be alone.
+    cached: False makes every byte by a full pass: slow, with the same greedy result in fp32.
+    draft_bytes, draft_confidence: self-speculation, see `Generator`.
+    sampling: fields of `SamplingConfig`.
     """
-    is_batch = isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], (int, np.integer)))
+    is_list = isinstance(prompt, (list, tuple))
+    # A list of numbers is one prompt, given as its bytes.
+    is_batch = is_list and not (prompt and isinstance(prompt[0], (int, np.integer)))
     prompts = [to_bytes(p).tobytes() for p in (prompt if is_batch else [prompt])]
     if not prompts:
         return []
     was_training = model.training
     model.eval()
+    config = SamplingConfig(**sampling)
     generator = Generator(
-        model,
-        patcher,
-        prompts,
-        max_new_bytes,
-        SamplingConfig(**sampling),
-        precision,
-        cached,
-        draft_bytes,
-        draft_confidence,
+        model, patcher, prompts, max_new_bytes, config, precision, cached, draft_bytes, draft_confidence
     )
+    # With few rows one thread is as fast as several, and leaves the other cores free.
     with threads_for(len(prompts)):
+        # The samplers collect the text.
         for _ in generator.steps():
             pass
     model.train(was_training)
-    new = [sampler.final_bytes() for sampler in generator.samplers]
-    return new if is_batch else new[0]
+    texts = [sampler.final_bytes() for sampler in generator.samplers]
+    return texts if is_batch else texts[0]
 
 
 class Generator:
-    """Continues prompts side by side. `for _ in generator.steps()` lets each row grow by a byte, or with drafts by several.
+    """Continues prompts side by side. Each of its `steps` adds a byte to every row, or several with drafts.
 
-    samplers[row].final_bytes() is what row has so far. With drafts, the entropy model goes on alone for up to draft_bytes bytes, as
-    long as its likeliest byte has at least draft_confidence; one pass of the BLT over all of them then says how many it would have
-    chosen itself, and what comes next. drafted, accepted, passes: counts of proposals, of those kept and of the BLT's passes.
+    samplers[row].final_bytes() is the new text of a row so far.
+
+    Drafts (self-speculation): the entropy model continues the text alone, for up to draft_bytes bytes,
+    while its most likely byte has at least the probability draft_confidence. One pass of the BLT over all
+    drafts then gives the logits after each. The sampler chooses from them in order, as without drafts. A
+    draft is accepted if it is what the sampler chooses, and the first other choice ends the pass. So
+    drafts never change the text.
+
+        drafts           r   e   d   .        after "the "
+        sampler          r   e   a            its third choice differs
+        next             "re" is accepted, "d." is rolled back, and "a" is the first id of the next pass
+
+    drafted, accepted: how many bytes the entropy model has drafted, and how many of them are in the text.
+    passes: passes of the BLT after the prompt.
     """
 
     def __init__(
@@ -110,182 +131,268 @@ class Generator:
         draft_bytes=0,
         draft_confidence=0.6,
     ):
-        if not patcher.is_causal:
-            raise ValueError(f"patch method {patcher.config.method!r} looks ahead and cannot generate")
+        refuse_lookahead(patcher.config, "generate")
         reader_class = IncrementalBLT if cached else FullPass
         self.reader = reader_class(model, patcher, len(prompts), config.context_bytes, precision)
+        # A full pass cannot be drafted for, and static and space patches need no entropy model.
         if draft_bytes and (not cached or self.reader.entropy_model is None):
             raise ValueError(
-                "drafts come from the entropy model's cached steps; use draft_bytes=0 with cached=False or static or space patches"
+                "drafts come from the entropy model's cached steps; "
+                "use draft_bytes=0 with cached=False or static or space patches"
             )
-        self.samplers = [Sampler(prompt, max_new_bytes, config, row) for row, prompt in enumerate(prompts)]
-        self.prompts, self.draft_bytes, self.draft_confidence = prompts, draft_bytes, draft_confidence
-        self.drafted = self.accepted = self.passes = 0
+        self.prompts = prompts
+        self.samplers = []
+        for row, prompt in enumerate(prompts):
+            self.samplers.append(Sampler(prompt, max_new_bytes, config, row))
+        self.draft_bytes = draft_bytes
+        self.draft_confidence = draft_confidence
+        self.drafted = 0
+        self.accepted = 0
+        self.passes = 0
 
     def steps(self):
-        """Yields after each pass of the BLT, until all rows are over."""
-        ids = [
-            np.concatenate(([BOUNDARY], np.frombuffer(prompt, np.uint8))).astype(np.int64) for prompt in self.prompts
-        ]
-        logits = self.reader.prefill(ids).float().cpu().numpy()
-        nexts = np.array([sampler.choose(row_logits) for sampler, row_logits in zip(self.samplers, logits)])
+        """Read the prompts, then add bytes until all texts are over. Yields after each pass of the BLT."""
+        texts = [prompt_ids(prompt) for prompt in self.prompts]
+        logits_BV = self.reader.prefill(texts).float().cpu().numpy()
+        # The ids that the samplers have chosen, but that the models have not read yet.
+        next_ids_B = np.zeros(len(texts), np.int64)
+        for row, sampler in enumerate(self.samplers):
+            next_ids_B[row] = sampler.choose(logits_BV[row])
         yield
+        # A row that is over stays in the batch and reads nothing, so that every row keeps its number.
         while not all(sampler.is_over for sampler in self.samplers):
-            is_open = np.array([not sampler.is_over for sampler in self.samplers])
-            nexts = self._with_drafts(nexts, is_open) if self.draft_bytes else self._one_byte(nexts, is_open)
+            is_open_B = np.array([not sampler.is_over for sampler in self.samplers])
+            if self.draft_bytes:
+                next_ids_B = self._add_bytes_with_drafts(next_ids_B, is_open_B)
+            else:
+                next_ids_B = self._add_byte(next_ids_B, is_open_B)
             self.passes += 1
             yield
 
-    def _one_byte(self, nexts, is_open):
-        logits = (
-            self.reader.extend(np.where(is_open, nexts, 0)[:, None], is_open.astype(np.int64))[:, 0]
-            .float()
-            .cpu()
-            .numpy()
-        )
-        return np.array(
-            [sampler.choose(logits[row]) if is_open[row] else 0 for row, sampler in enumerate(self.samplers)]
-        )
+    def _add_byte(self, next_ids_B, is_open_B):
+        """Read one id in each open row and choose the next: int64 [B]."""
+        ids_BN = np.where(is_open_B, next_ids_B, 0)[:, None]
+        logits_BNV = self.reader.extend(ids_BN, is_open_B.astype(np.int64))
+        logits_BV = logits_BNV[:, 0].float().cpu().numpy()
+        chosen_B = np.zeros(len(next_ids_B), np.int64)
+        for row in np.flatnonzero(is_open_B):
+            chosen_B[row] = self.samplers[row].choose(logits_BV[row])
+        return chosen_B
 
-    def _with_drafts(self, nexts, is_open):
-        reader, before, rows = self.reader, self.reader.document_length, np.arange(len(nexts))
-        most = np.minimum(reader.room(), 1 + self.draft_bytes)
-        ids, closes, states = [np.where(is_open, nexts, 0)], [], []
-        drafting, counts = is_open, np.zeros(len(nexts), np.int64)
-        while drafting.any():
-            close, logits = reader.find_closes(ids[-1][:, None], drafting.astype(np.int64))
-            closes.append(close)
-            states.append(reader.rule.copy_state())
-            counts = counts + drafting
-            probability, draft = logits[:, 0].float().softmax(-1).max(-1)
-            drafting = drafting & (counts < most) & (probability.cpu().numpy() >= self.draft_confidence)
-            ids.append(draft.cpu().numpy())
-        ids, closes = np.stack(ids[: len(closes)], axis=1), np.concatenate(closes, axis=1)
-        logits = reader.advance(ids, closes, counts).float().cpu().numpy()
-        kept, chosen = counts.copy(), np.zeros(len(nexts), np.int64)
-        for row in np.flatnonzero(is_open):
-            for i in range(counts[row]):
-                chosen[row] = self.samplers[row].choose(logits[row, i])
-                if self.samplers[row].is_over or i + 1 == counts[row] or chosen[row] != ids[row, i + 1]:
-                    kept[row] = i + 1
+    def _add_bytes_with_drafts(self, next_ids_B, is_open_B):
+        """Draft, let the BLT read all drafts in one pass, and keep those that the samplers choose as well."""
+        ids_BN, is_end_BN, counts_B = self._draft(next_ids_B, is_open_B)
+        logits_BNV = self.reader.advance(ids_BN, is_end_BN, counts_B).float().cpu().numpy()
+        chosen_B, kept_B = self._choose(ids_BN, counts_B, logits_BNV)
+        self.reader.commit(kept_B)
+        # The first id of each row is not a draft.
+        self.drafted += int((counts_B - is_open_B).sum())
+        self.accepted += int((kept_B - is_open_B).sum())
+        return chosen_B
+
+    def _draft(self, next_ids_B, is_open_B):
+        """Let the entropy model read the next id of each open row, then its own most likely bytes.
+
+        Returns the ids [B, N], which of them end a patch [B, N], and how many of them each row has [B].
+        """
+        # A step must fit the row of the model, which may be nearly full.
+        limits_B = np.minimum(self.reader.step_limits(), 1 + self.draft_bytes)
+        ids_of_step = []
+        is_end_of_step = []
+        counts_B = np.zeros(len(next_ids_B), np.int64)
+        ids_B = np.where(is_open_B, next_ids_B, 0)
+        is_drafting_B = is_open_B
+        while is_drafting_B.any():
+            new_counts_B = is_drafting_B.astype(np.int64)
+            is_end_B1, logits_B1V = self.reader.find_patch_ends(ids_B[:, None], new_counts_B)
+            ids_of_step.append(ids_B)
+            is_end_of_step.append(is_end_B1)
+            counts_B = counts_B + new_counts_B
+            probability_B, draft_B = logits_B1V[:, 0].float().softmax(-1).max(-1)
+            is_sure_B = probability_B.cpu().numpy() >= self.draft_confidence
+            is_drafting_B = is_drafting_B & (counts_B < limits_B) & is_sure_B
+            ids_B = draft_B.cpu().numpy()
+        return np.stack(ids_of_step, axis=1), np.concatenate(is_end_of_step, axis=1), counts_B
+
+    def _choose(self, ids_BN, counts_B, logits_BNV):
+        """Choose bytes until one differs from the draft, the drafts are used up or the text is over.
+
+        Returns the last choice of each row, which no model has read yet, and how many of the row's ids to
+        keep: the first one and the accepted drafts.
+        """
+        chosen_B = np.zeros(len(counts_B), np.int64)
+        kept_B = np.zeros(len(counts_B), np.int64)
+        for row in np.flatnonzero(counts_B):
+            sampler = self.samplers[row]
+            for n in range(counts_B[row]):
+                kept_B[row] = n + 1
+                chosen_B[row] = sampler.choose(logits_BNV[row, n])
+                is_last = n + 1 == counts_B[row]
+                if sampler.is_over or is_last or chosen_B[row] != ids_BN[row, n + 1]:
                     break
-        reader.commit(kept)
-        states = {
-            name: np.stack([state[name] for state in states])[np.maximum(kept, 1) - 1, rows] for name in states[0]
-        }
-        reader.roll_back(before + kept, states)
-        self.drafted += int((counts - is_open).sum())
-        self.accepted += int((kept - is_open).sum())
-        return chosen
+        return chosen_B, kept_B
+
+
+def prompt_ids(prompt):
+    """A prompt as the models read it: int64, the document boundary and the bytes."""
+    return np.concatenate(([BOUNDARY], np.frombuffer(prompt, np.uint8))).astype(np.int64)
 
 
 class FullPass:
-    """Stands in for `IncrementalBLT`: every step is a full pass over each row. What the cached steps are tested against."""
+    """A stand-in for `IncrementalBLT` that makes a full pass over the whole text at every step.
+
+    It is slow and simple: the cached steps are tested against it.
+    """
 
     entropy_model = None
 
     def __init__(self, model, patcher, n_rows, context_bytes, precision):
-        self.model, self.context_bytes, self.precision = model, context_bytes, precision
-        self.patcher = EntropyPatcher(
-            patcher.entropy_model, patcher.config, precision=precision
-        )  # as the cached steps compute
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.context_bytes = context_bytes
+        self.precision = precision
+        # A trained model's patcher computes in the precision of its training, the cached steps in this one.
+        self.patcher = EntropyPatcher(patcher.entropy_model, patcher.config, precision=precision)
         self.texts = [bytearray() for _ in range(n_rows)]
 
     def prefill(self, texts):
+        """Read arrays of ids, a boundary and bytes each. Returns logits [B, 257] of what follows."""
         for row, ids in enumerate(texts):
             self.texts[row] += bytes(ids[1:].astype(np.uint8))
         return torch.stack([self._next_logits(row) for row in range(len(texts))])
 
     def extend(self, ids_BN, counts_B):
+        """Read a byte in the rows whose count is 1. Returns logits [B, 1, 257], zeros for the other rows."""
+        logits_BV = torch.zeros(len(self.texts), self.model.n_classes)
         for row in np.flatnonzero(counts_B):
             self.texts[row].append(int(ids_BN[row, 0]))
-        nothing = torch.zeros(self.model.n_classes)
-        return torch.stack([self._next_logits(row) if count else nothing for row, count in enumerate(counts_B)])[
-            :, None
-        ]
+            logits_BV[row] = self._next_logits(row)
+        return logits_BV[:, None]
 
     @torch.no_grad()
     def _next_logits(self, row):
-        """Logits [257] of what follows a row: one row of its ids, patched as the whole text is; a full one begins half a context later."""
-        document, device = np.frombuffer(bytes(self.texts[row]), dtype=np.uint8), next(self.model.parameters()).device
-        ids = np.concatenate(([BOUNDARY], document, [BOUNDARY]))  # the last id is a target, of which nothing is read
+        """Logits [257] of what follows a row's text. The model reads the row's last ids, as cached steps do."""
+        document = np.frombuffer(bytes(self.texts[row]), np.uint8)
+        # The last id is only a target. No input is computed from it, so any id will do.
+        ids = np.concatenate(([BOUNDARY], document, [BOUNDARY]))
         is_start = np.concatenate(([True], self.patcher.starts(document)))
-        begin, context = 0, self.context_bytes or len(ids)
-        while len(document) + 1 - begin > context:
-            begin += max(1, context // 2)
-        ids, is_start = ids[begin:], is_start[begin:].copy()
+        n_inputs = len(ids) - 1
+        context_bytes = self.context_bytes or n_inputs
+        # Patches are made over the whole document, but the model's row may begin inside it: a full row
+        # restarts half a context later.
+        begin = 0
+        while n_inputs - begin > context_bytes:
+            begin += max(1, context_bytes // 2)
+        ids = ids[begin:]
+        is_start = is_start[begin:].copy()
+        # Every row begins with a patch of one id, so that there is a complete patch to read.
         is_start[:2] = True
-        batch = make_batch([(ids, is_start, np.ones(len(ids) - 1, dtype=bool))], len(ids) - 1).to(device)
-        with autocast(device, self.precision):
-            return self.model(batch.ids[:, :-1], batch.patch_lengths)[0, -1].float().cpu()
+        is_scored = np.ones(len(ids) - 1, dtype=bool)
+        batch = make_batch([(ids, is_start, is_scored)], len(ids) - 1).to(self.device)
+        with autocast(self.device, self.precision):
+            logits_BTV = self.model(batch.ids[:, :-1], batch.patch_lengths)
+        return logits_BTV[0, -1].float().cpu()
 
 
 def continue_and_print(model, patcher, prompts, config, context_bytes):
-    """Write the continuations to the standard output, a single one while it is being made, and the speed to stderr."""
-    sampling = SamplingConfig(
-        **{f.name: getattr(config, f.name) for f in fields(SamplingConfig)} | {"context_bytes": context_bytes}
-    )
-    tick = time.perf_counter()
+    """Write prompts and continuations to the standard output, and the speed to stderr.
+
+    A single text is written while it is being made; several are written at the end.
+    """
+    # The config is a SamplingConfig with more fields, and its context may come from the model instead.
+    settings = {f.name: getattr(config, f.name) for f in fields(SamplingConfig)}
+    settings["context_bytes"] = context_bytes
+    started = time.perf_counter()
     generator = Generator(
         model,
         patcher,
         prompts,
         config.max_new_bytes,
-        sampling,
+        SamplingConfig(**settings),
         draft_bytes=config.draft_bytes,
         draft_confidence=config.draft_confidence,
     )
-    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
-    shown = [prompt.decode(errors="replace") for prompt in prompts]
-    if len(prompts) == 1:
-        sys.stdout.write(shown[0])
-    done = 0
+    shown_prompts = [prompt.decode(errors="replace") for prompt in prompts]
+    is_single = len(prompts) == 1
+    # Reading a long prompt takes time, so it is shown before.
+    if is_single:
+        sys.stdout.write(shown_prompts[0])
+        sys.stdout.flush()
     with threads_for(len(prompts)):
-        for number, _ in enumerate(generator.steps()):
-            if number == 0:
-                begin = time.perf_counter()
-            if len(prompts) == 1:
-                new = generator.samplers[0].final_bytes()
-                sys.stdout.write(decoders[0].decode(new[done:]))
-                sys.stdout.flush()
-                done = len(new)
-    for sampler, decoder, prompt in zip(generator.samplers, decoders, shown):
-        if len(prompts) == 1:
-            sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+        steps = generator.steps()
+        # The first step reads the prompts; the others add bytes. Their times are reported apart.
+        next(steps)
+        prompt_seconds = time.perf_counter() - started
+        if is_single:
+            stream_text(generator.samplers[0], steps)
         else:
-            sys.stdout.write(prompt + decoder.decode(sampler.final_bytes(), final=True) + "\n\n")
-    new_bytes, seconds = sum(len(sampler.final_bytes()) for sampler in generator.samplers), time.perf_counter() - begin
-    drafts = ""
-    if config.draft_bytes:
-        drafts = f" | {generator.accepted / max(1, generator.drafted):.0%} of {generator.drafted} drafts accepted, {new_bytes / max(1, generator.passes):.2f} bytes a pass"
-    print(
-        f"{new_bytes} bytes, {new_bytes / max(seconds, 1e-9):.0f} a second after {begin - tick:.2f} s for the prompt{drafts}",
-        file=sys.stderr,
-    )
+            for _ in steps:
+                pass
+    if not is_single:
+        for prompt, sampler in zip(shown_prompts, generator.samplers):
+            sys.stdout.write(prompt + sampler.final_bytes().decode(errors="replace") + "\n\n")
+    print_speed(generator, prompt_seconds, time.perf_counter() - started - prompt_seconds)
+
+
+def stream_text(sampler, steps):
+    """Write a text's new bytes as soon as they are final, while `steps` makes more; then end the line."""
+    # A character may have several bytes: the decoder waits until all of them are there.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    n_shown = 0
+    is_over = False
+    while not is_over:
+        new = sampler.final_bytes()
+        sys.stdout.write(decoder.decode(new[n_shown:]))
+        sys.stdout.flush()
+        n_shown = len(new)
+        is_over = sampler.is_over
+        next(steps, None)
+    sys.stdout.write(decoder.decode(b"", final=True) + "\n")
+
+
+def print_speed(generator, prompt_seconds, seconds):
+    """Print to stderr, so that the standard output holds the texts only."""
+    new_bytes = sum(len(sampler.final_bytes()) for sampler in generator.samplers)
+    bytes_per_second = new_bytes / max(seconds, 1e-9)
+    line = f"{new_bytes} bytes, {bytes_per_second:.0f} a second after {prompt_seconds:.2f} s for the prompt"
+    if generator.draft_bytes:
+        accepted = generator.accepted / max(1, generator.drafted)
+        bytes_per_pass = new_bytes / max(1, generator.passes)
+        line += f" | {accepted:.0%} of {generator.drafted} drafts accepted"
+        line += f", {bytes_per_pass:.2f} bytes a pass"
+    print(line, file=sys.stderr)
+
+
+def read_prompts(config):
+    """The prompts that the command line names, as bytes."""
+    if config.prompt_file is None:
+        return [command_line_bytes(prompt) for prompt in config.prompt]
+    path = Path(config.prompt_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: --prompt_file takes a file to continue")
+    return [path.read_bytes()]
+
+
+def command_line_bytes(text):
+    """The bytes that were typed."""
+    # Python reads bytes that are not UTF-8 as surrogates; this undoes it.
+    return text.encode("utf-8", "surrogateescape")
 
 
 def main(config):
-    # Imported here, because train_blt prints a continuation with this module.
-    from save_entropy_model import load_blt
-
     device = choose_device(config.device)
     model, patcher, record = load_blt(config.model, device)
-    context_bytes = config.context_bytes or record.settings["row_bytes"]  # no longer rows than those it was trained on
-    if config.interactive:
-        print("a line is a prompt; an empty one ends", file=sys.stderr)
-        for line in sys.stdin:
-            if not line.strip("\n"):
-                return
-            continue_and_print(
-                model, patcher, [line.rstrip("\n").encode("utf-8", "surrogateescape")], config, context_bytes
-            )
+    # The model has not been trained on longer rows than these.
+    context_bytes = config.context_bytes or record.settings["row_bytes"]
+    if not config.interactive:
+        continue_and_print(model, patcher, read_prompts(config), config, context_bytes)
         return
-    prompts = [prompt.encode("utf-8", "surrogateescape") for prompt in config.prompt]
-    if config.prompt_file is not None:
-        if not Path(config.prompt_file).is_file():
-            raise FileNotFoundError(f"{config.prompt_file} not found: --prompt_file takes a file to continue")
-        prompts = [Path(config.prompt_file).read_bytes()]
-    continue_and_print(model, patcher, prompts, config, context_bytes)
+    print("a line is a prompt; an empty one ends", file=sys.stderr)
+    for line in sys.stdin:
+        prompt = line.removesuffix("\n")
+        if not prompt:
+            return
+        continue_and_print(model, patcher, [command_line_bytes(prompt)], config, context_bytes)
 
 
 if __name__ == "__main__":

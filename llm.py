@@ -6,13 +6,13 @@ Run     python llm.py [--preset [SIZE] [MACHINE]] [--field value ...]
 Next    python generate.py --model checkpoints
 Time    2 to 5 minutes on 2 CPU cores (size nano)
 
-SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200. What is
-not named is chosen by the machine that is found: nano on a CPU, medium on a GPU. Sizes, machines and
-settings follow below; --help lists all settings.
+SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200.
+What is not named is chosen by the machine that is found: nano on a CPU, medium on a GPU. Sizes,
+machines and settings follow below; --help lists all settings.
 
 Fine-tuning: --init_from FOLDER starts from the weights in an output folder of these scripts or of
-convert_hf.py. Its sizes replace the presets' and the file's, and a flag that names another size is an
-error. Its patch rule and entropy model are used unless --patch_method names others.
+convert_hf.py. Its sizes replace the presets' and the file's, and a flag that names another size
+is an error. Its patch rule and entropy model are used unless --patch_method names others.
 """
 
 import json
@@ -32,8 +32,9 @@ from entropy_patcher import EntropyPatcher
 from generate import generate
 from save_entropy_model import entropy_model_path, load_entropy_model
 
-# What the model is. Parameters of the latent transformer, local layers and head, beside those in hash tables:
-# nano 5.5M + 9.4M, tiny 4.6M + 12.6M, small 13.3M + 18.9M, medium 32.3M + 25.2M, large 285.5M + 25.2M.
+# What the model is. Parameters of the latent transformer, local layers and head, beside those in
+# hash tables: nano 5.5M + 9.4M, tiny 4.6M + 12.6M, small 13.3M + 18.9M, medium 32.3M + 25.2M,
+# large 285.5M + 25.2M.
 SIZES = {
     "nano": dict(
         global_dim=256, global_layers=4, encoder_dim=192, decoder_dim=192, decoder_layers=2, window=128, hash_rows=8192
@@ -53,8 +54,8 @@ SIZES = {
     ),
 }  # fmt: skip
 
-# How it is trained. What a machine leaves out has the default of RunConfig (blt/loop.py): lr 0.005, adam_lr
-# 0.003, ...
+# How it is trained. What a machine leaves out has the default of RunConfig (blt/loop.py): lr
+# 0.005, adam_lr 0.003, ...
 MACHINES = {
     "cpu": dict(
         row_bytes=2048, batch_rows=4, steps=270, lr=0.01, adam_lr=0.01, max_bytes=2_200_000, val_bytes=200_000,
@@ -66,7 +67,8 @@ MACHINES = {
     "h200": dict(batch_rows=32, steps=3000),
 }  # fmt: skip
 
-# The large model needs smaller batches than the others on the same machine, lower rates and more updates.
+# The large model needs smaller batches than the others on the same machine, lower rates and more
+# updates.
 LARGE = dict(row_bytes=8192, steps=10000, lr=0.003, adam_lr=0.001)
 PAIRS = {
     ("large", "colab_t4"): LARGE | dict(row_bytes=4096, batch_rows=1, accumulate=32),
@@ -131,12 +133,12 @@ def run(config, make_patches=False):
     start = None
     if config.init_from is not None:
         config, start = take_over_start(config)
-    run = start_run(config)
-    patcher, cache = open_patches(config, run, make_patches, start)
+    context = start_run(config)
+    patcher, cache = open_patches(config, context, make_patches, start)
     print("patches: " + patcher.config.describe())
-    data = PatchedDataset.from_corpus(run.corpus, patcher, config, cache)
+    data = PatchedDataset.from_corpus(context.corpus, patcher, config, cache)
     model_config = part_of(config, BLTConfig)
-    model = make_model(model_config, run.device, config.init_from)
+    model = make_model(model_config, context.device, config.init_from)
     print_model("BLT", model.parameters_by_part(), config, data.train_rows.stream.total_bytes)
 
     output = Path(config.output)
@@ -144,14 +146,14 @@ def run(config, make_patches=False):
         kind="blt",
         model_config=asdict(model_config),
         settings=asdict(config),
-        corpus={"dataset": config.dataset, "sha256": run.corpus.hash},
+        corpus={"dataset": config.dataset, "sha256": context.corpus.hash},
         patch_config=asdict(patcher.config),
         precision=patcher.precision,
         entropy_model_path=config.entropy_model_path,
         entropy_model_sha256=None if cache is None else cache.manifest["entropy_model_sha256"],
     )
     if start is not None:
-        record.init_from = origin_of(model, data, config, run, start)
+        record.init_from = origin_of(model, data, config, context, start)
     # Written before training, so that an interrupted run can be used too.
     record.save(output / "model.json")
     result = train_blt(model, data, config)
@@ -177,17 +179,19 @@ def make_model(model_config, device, init_from=None):
 # Patches
 
 
-def open_patches(config, run, make=False, start=None):
+def open_patches(config, context, make=False, start=None):
     """The patcher and the cached entropies of a run: (EntropyPatcher, EntropyCache or None).
 
-    run: `runs.Run`. make: fill the cache where it is missing; otherwise a missing cache is an error that
-    says what to run. start: the `RunRecord` of the folder config.init_from, whose rule is used unless
+    context: `runs.Run`.
+    make: fill the cache where it is missing; otherwise a missing cache is an error that says what
+    to run.
+    start: the `RunRecord` of the folder config.init_from, whose rule is used unless
     config.patch_method names one.
     """
     patch_config = chosen_patches(config, make, start)
     if not RULES[patch_config.method].needs_entropies:
         return EntropyPatcher(None, patch_config), None
-    model, record = load_entropy_model(config.entropy_model_path, run.device)
+    model, record = load_entropy_model(config.entropy_model_path, context.device)
     uses_start = start is not None and config.patch_method is None
     if uses_start and record.weights_sha256 != start.entropy_model_sha256:
         raise ValueError(
@@ -195,10 +199,12 @@ def open_patches(config, run, make=False, start=None):
             "--entropy_model_path out, or choose new patches by name: --patch_method global --target_patch_size 4.5"
         )
     if make:
-        validation = run.corpus.documents("validation", config.val_bytes)
-        cache = make_entropies(config.patch_cache, run.corpus, model, record, run.train, validation, run.precision)
+        validation = context.corpus.documents("validation", config.val_bytes)
+        cache = make_entropies(
+            config.patch_cache, context.corpus, model, record, context.train, validation, context.precision
+        )
     else:
-        cache = open_entropies(config.patch_cache, run.corpus, record, config.entropy_model_path)
+        cache = open_entropies(config.patch_cache, context.corpus, record, config.entropy_model_path)
     needs_threshold = not uses_start and config.entropy_threshold is None
     if needs_threshold and (config.patch_method is not None or make):
         target = config.target_patch_size or DEFAULT_PATCH_SIZE
@@ -209,8 +215,8 @@ def open_patches(config, run, make=False, start=None):
 def chosen_patches(config, make=False, start=None):
     """The `PatchConfig` that a run asks for; its threshold may still have to be calibrated.
 
-    config.patch_method names one, else the folder that training starts from has one, else create_patches.py
-    has chosen one (with make: the global rule).
+    config.patch_method names one, else the folder that training starts from has one, else
+    create_patches.py has chosen one (with make: the global rule).
     """
     if config.patch_method is not None:
         return named_patches(config)
@@ -244,8 +250,8 @@ def named_patches(config):
 def take_over_start(config):
     """(config, RunRecord) of a run that starts from an output folder: the config then has its sizes and entropy model.
 
-    Raises ValueError if a flag names another size than the folder has. dropout is the folder's unless
-    given, and recompute is this run's.
+    Raises ValueError if a flag names another size than the folder has. dropout is the folder's
+    unless given, and recompute is this run's.
     """
     folder = config.init_from
     record = read_record(folder, "blt")
@@ -267,7 +273,7 @@ def take_over_start(config):
     return replace(config, **changes), record
 
 
-def origin_of(model, data, config, run, start):
+def origin_of(model, data, config, context, start):
     """What the record says about the folder that training starts from, with its bits per byte before the first step.
 
     A resumed run takes what it wrote when it began.
@@ -275,7 +281,7 @@ def origin_of(model, data, config, run, start):
     record_path = Path(config.output) / "model.json"
     if config.resume and record_path.exists():
         return RunRecord.load(record_path).init_from
-    before = evaluate(model, data.validation_batches, run.device, run.precision)
+    before = evaluate(model, data.validation_batches, context.device, context.precision)
     print(
         f"start: {config.init_from}, val {before['val_bpb']:.4f} bpb over {before['val_bytes']:,} bytes "
         "before the first step"

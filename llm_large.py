@@ -5,7 +5,8 @@ Writes  checkpoints_large/: best.pt, model.json, last.pt, metrics.jsonl, curves.
 Run     python llm_large.py --dataset HuggingFaceTB/smollm-corpus:cosmopedia-v2 --corpus_bytes 4000000000
         [--preset MACHINE] [--field value ...]
 
-On a CPU it trains llm.py's nano size in its place: that shows that the script works, not how good the model is.
+On a CPU it trains llm.py's nano size in its place: that shows that the script works, not how good
+the model is.
 """
 
 from dataclasses import dataclass, replace

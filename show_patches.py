@@ -1,12 +1,13 @@
-"""Show how a text is split into patches: a picture to share, and a page in which the rule and its threshold can be moved.
+"""Show how a text is split into patches: a picture, and a page in which the rule and its threshold can be moved.
 
 Reads   a text (--text, --file, or standard input) and entropy_model.pth; with --model also a trained BLT
 Writes  in pictures/: patches.html (one file that opens anywhere, without network) and patches.png
 Run     python show_patches.py --text "Hello, patches." | --file book.txt [--model checkpoints] [--field value ...]
 Time    18 s on 2 CPU cores for 100 kB of text with --model and models of size nano
 
-The page shows the entropy of each byte and what the models predicted there, and applies every patching method itself.
-With --model the text is split by that model's rule, and the BLT's predictions are shown beside the entropy model's.
+The page shows the entropy of each byte and what the models predicted there, and applies every
+patching method itself. With --model the text is split by that model's rule, and the BLT's
+predictions are shown beside the entropy model's.
 """
 
 import sys
@@ -109,7 +110,8 @@ def read_text(config):
 def blt_predictions(model, starts, document, k=5, context_bytes=2048, precision="fp32", progress=None):
     """What a BLT predicted for each byte of a document: `TopPredictions`, from windows as in evaluation.
 
-    starts: bool [N + 1], which positions of the document start a patch. Short documents are read whole.
+    starts: bool [N + 1], which positions of the document start a patch. Short documents are read
+    whole.
     """
     device = next(model.parameters()).device
     row_bytes = min(context_bytes, len(document) + 1)
@@ -118,7 +120,8 @@ def blt_predictions(model, starts, document, k=5, context_bytes=2048, precision=
         batch = batch.to(device)
         with autocast(device, precision):
             logits_BTV = row_logits(model, batch)
-        # The windows follow each other, so scored logits are in order: each byte once, then the document's end.
+        # The windows follow each other, so scored logits are in order: each byte once, then the
+        # document's end.
         logits_NV = logits_BTV[batch.is_scored]
         piece = TopPredictions.of_logits(logits_NV, document[done : done + len(logits_NV)], k)
         pieces.append(piece)
@@ -180,7 +183,9 @@ def main(config):
 def write_outputs(config, text, entropies, is_start, rule, predicted):
     """Write the page and the picture, and print what they show.
 
-    entropies, is_start: [N] of each byte. rule: `PatchConfig`. predicted: {model's name: `TopPredictions`}.
+    entropies, is_start: [N] of each byte.
+    rule: `PatchConfig`.
+    predicted: {model's name: `TopPredictions`}.
     """
     folder = Path(config.output)
     title = config.title or (Path(config.file).name if config.file else "Patches")

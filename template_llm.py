@@ -1,8 +1,8 @@
 """Train a baseline for the Byte Latent Transformer: a flat byte transformer or a BPE transformer, in llm.py's harness.
 
-flat: one causal transformer over bytes, without patches. bpe: the same over the tokens of a byte-level BPE
-that is trained here. Both are scored in bits per byte of the same held-out bytes by the same functions as
-the BLT. No entropy model is needed.
+flat: one causal transformer over bytes, without patches.
+bpe: the same over the tokens of a byte-level BPE that is trained here. Both are scored in bits
+per byte of the same held-out bytes by the same functions as the BLT. No entropy model is needed.
 
 Reads   a corpus (the bundled sample by default)
 Writes  checkpoints_flat/ or checkpoints_bpe/: best.pt (weights), model.json (what made it), tokenizer.json (bpe),
@@ -10,8 +10,8 @@ Writes  checkpoints_flat/ or checkpoints_bpe/: best.pt (weights), model.json (wh
 Run     python template_llm.py --model flat | bpe [--preset [SIZE] [MACHINE]] [--field value ...]
 Time    2 to 4 minutes on 2 CPU cores (size nano), for either model
 
-Sizes and machines are llm.py's. A training byte costs as much computation as in llm.py of the same size
-(`SHAPES`), and rows, updates, rates and data are llm.py's too.
+Sizes and machines are llm.py's. A training byte costs as much computation as in llm.py of the
+same size (`SHAPES`), and rows, updates, rates and data are llm.py's too.
 """
 
 import tempfile
@@ -133,8 +133,8 @@ class TemplateConfig(RunConfig, FlatConfig):
 class PlainTransformer(nn.Module):
     """A causal transformer over ids: embedding, blocks, norm, head. Attention keeps documents apart, as in the BLT.
 
-    vocabulary: what the ids mean (`ids.Vocabulary`). Its boundary opens a document as input and ends it as
-    target, so there is one class for each id and one for the document's end.
+    vocabulary: what the ids mean (`ids.Vocabulary`). Its boundary opens a document as input and
+    ends it as target, so there is one class for each id and one for the document's end.
     """
 
     def __init__(self, config, vocabulary):
@@ -175,8 +175,8 @@ class PlainTransformer(nn.Module):
 class FlatByteTransformer(PlainTransformer):
     """A plain causal transformer over bytes with windowed attention: `forward(ids_BT)` gives logits [B, T, 257].
 
-    Ids 0..255 are bytes, 256 is the document boundary. Every byte costs the same: what patches must beat at
-    equal cost.
+    Ids 0..255 are bytes, 256 is the document boundary. Every byte costs the same: what patches
+    must beat at equal cost.
     """
 
     def __init__(self, config):
@@ -186,11 +186,11 @@ class FlatByteTransformer(PlainTransformer):
 class BPETransformer(PlainTransformer):
     """A plain causal transformer over BPE tokens: `forward(ids_BT)` gives logits [B, T, tokens + 1].
 
-    vocabulary: `BPEVocabulary`; the model carries it, so that `bits_per_byte(model, None, documents)` takes
-    raw bytes as it does for every other model. That number counts the nats of all tokens and document ends
-    over the raw bytes. It is the cost of one tokenisation of each document: an upper bound on what the
-    model's distribution over texts costs, since other token sequences that spell the same bytes have some
-    probability too.
+    vocabulary: `BPEVocabulary`; the model carries it, so that `bits_per_byte(model, None,
+    documents)` takes raw bytes as it does for every other model. That number counts the nats of
+    all tokens and document ends over the raw bytes. It is the cost of one tokenisation of each
+    document: an upper bound on what the model's distribution over texts costs, since other token
+    sequences that spell the same bytes have some probability too.
 
     The paper compares with transformers over the tokens of Llama 2 and Llama 3, 32 and 128 thousand,
     learned elsewhere. Here the tokens are few and learned from the training text, so that the number
@@ -213,10 +213,12 @@ def make_model(config, vocabulary):
 def train_template(model, stream, validation, config):
     """Train a `PlainTransformer`. The leak gate runs first and stops a model that sees ahead.
 
-    stream: `DocumentStream` of the training documents in the model's ids. validation: list of uint8
-    documents. config: a `RunConfig` with an `output` folder. Returns `fit`'s dict and byte_padding.
-    val_loss is in nats per target and val_accuracy is of targets, which are tokens for BPE. The best
-    weights are in output/best.pt, and in the model afterwards.
+    stream: `DocumentStream` of the training documents in the model's ids.
+    validation: list of uint8 documents.
+    config: a `RunConfig` with an `output` folder.
+    Returns `fit`'s dict and byte_padding. val_loss is in nats per target and val_accuracy is of
+    targets, which are tokens for BPE. The best weights are in output/best.pt, and in the model
+    afterwards.
     """
     vocabulary = model.vocabulary
     if stream.vocabulary is not vocabulary:
@@ -271,8 +273,8 @@ def read_tokenizer(folder, advice):
 def load_template(folder, device="cpu"):
     """Read a trained baseline from its output folder: (FlatByteTransformer or BPETransformer, RunRecord).
 
-    `bits_per_byte(model, None, documents, record.settings["row_bytes"])` scores it. Raises FileNotFoundError or
-    ValueError saying what to do.
+    `bits_per_byte(model, None, documents, record.settings["row_bytes"])` scores it.
+    Raises FileNotFoundError or ValueError saying what to do.
     """
     folder = Path(folder)
     record = read_record(folder, "flat", "bpe")
@@ -301,7 +303,8 @@ def main(config):
         vocabulary.bytes_per_id = train_bytes / int(stream.lengths.sum())
         print(
             f"tokens: {vocabulary.boundary:,} in the vocabulary, {vocabulary.bytes_per_id:.3f} bytes a token "
-            f"in training text ({time.perf_counter() - began:.1f} s); loss and accuracy below are per token, bpb per byte"
+            f"in training text ({time.perf_counter() - began:.1f} s); "
+            "loss and accuracy below are per token, bpb per byte"
         )
     model, model_config = make_model(config, vocabulary)
     model = model.to(run.device)

@@ -1,7 +1,7 @@
 """Settings of a script: a dataclass, presets and the command line; errors in one line; what is printed first.
 
-A config is a dataclass with one field a line, and the comment at the end of the line is the field's --help
-text. What decides a field's value, the strongest first:
+A config is a dataclass with one field a line, and the comment at the end of the line is the
+field's --help text. What decides a field's value, the strongest first:
 
     a flag                     --steps 500
     the file                   steps: int = 500
@@ -40,17 +40,21 @@ class ByPreset:
 
 
 BY_PRESET = ByPreset()
-SIZES = ("nano", "tiny", "small", "medium", "large")  # names of model sizes; each script has its own numbers for them
+# Names of model sizes; each script has its own numbers for them.
+SIZES = ("nano", "tiny", "small", "medium", "large")
 
 
 @dataclass(frozen=True)
 class Presets:
     """Named values for the fields that are BY_PRESET: sizes say what the model is, machines how it is trained.
 
-    sizes, machines: {name: {field: value}}. A size and a machine never set the same field, so they combine
-    freely. pairs: {(size, machine): {field: value}} for what one size needs otherwise on one machine; it
-    beats both. size_of_machine: {machine: size} for a run that names no size; other machines get
-    default_size. alone: {name: {field: value}}, presets that set everything and combine with no other.
+    sizes, machines: {name: {field: value}}. A size and a machine never set the same field, so
+    they combine freely.
+    pairs: {(size, machine): {field: value}} for what one size needs otherwise on one machine; it
+    beats both.
+    size_of_machine: {machine: size} for a run that names no size; other machines get
+    default_size.
+    alone: {name: {field: value}}, presets that set everything and combine with no other.
     """
 
     sizes: dict
@@ -66,8 +70,8 @@ class Presets:
     def choose(self, names, device="auto"):
         """The full list of presets for the names that a user gave: [size, machine], or [the one that stands alone].
 
-        A machine that is not named, or is named auto, is detected. Raises ValueError for unknown names, and
-        for two that set the same fields.
+        A machine that is not named, or is named auto, is detected.
+        Raises ValueError for unknown names, and for two that set the same fields.
         """
         for name in names:
             if name not in self.names():
@@ -75,7 +79,8 @@ class Presets:
         alone = [name for name in names if name in self.alone]
         if alone and len(names) > 1:
             raise ValueError(
-                f"preset {alone[0]!r} sets the model and the run; it combines with no other, and there are {', '.join(names)}"
+                f"preset {alone[0]!r} sets the model and the run; it combines with no other, "
+                f"and there are {', '.join(names)}"
             )
         if alone:
             return alone
@@ -104,6 +109,7 @@ def apply_presets(config):
     presets = getattr(config, "PRESETS", None)
     if presets is None:
         return
+    # --quick_demo is short for --preset quick_demo.
     names = ["quick_demo"] if getattr(config, "quick_demo", False) else []
     config.preset = presets.choose(list(dict.fromkeys([*names, *config.preset])), config.device)
     values = presets.values(config.preset)
@@ -115,6 +121,7 @@ def apply_presets(config):
 
 def library_default(config_class, name):
     """The default of a field in the nearest base class where it is not BY_PRESET."""
+    # The nearest class first, as Python looks up attributes.
     for base in config_class.__mro__:
         base_field = base.__dict__.get("__dataclass_fields__", {}).get(name)
         if base_field is not None and base_field.default is not BY_PRESET:
@@ -131,14 +138,15 @@ def library_default(config_class, name):
 def parse_config(config_class, description, argv=None):
     """Read a config from the command line, where every field of the dataclass is a flag.
 
-    The config's `given_flags` says which flags were given. The field that a config class names as its
-    POSITIONAL may be given first, without its flag. CHOICES, {field: function}, limits a field to the words
-    that the function returns.
+    The config's `given_flags` says which flags were given. The field that a config class names as
+    its POSITIONAL may be given first, without its flag. CHOICES, {field: function}, limits a
+    field to the words that the function returns.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if hasattr(config_class, "POSITIONAL") and argv and not argv[0].startswith("-"):
         argv = [f"--{config_class.POSITIONAL}", *argv]
     parser = make_parser(config_class, description)
+    # parse_known_args, because argparse's own message for unknown flags suggests nothing.
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}{_did_you_mean(unknown, config_class)}")
@@ -146,6 +154,7 @@ def parse_config(config_class, description, argv=None):
         config = config_class(**vars(given))
     except ValueError as error:
         parser.error(str(error))
+    # Not a field: it says how this run was asked for, and is not a setting to save.
     config.given_flags = set(vars(given))
     return config
 
@@ -153,9 +162,9 @@ def parse_config(config_class, description, argv=None):
 def given_fields(config):
     """Names of the settings that were chosen for this run.
 
-    On the command line these are the flags; in a config made in Python, what differs from the class's
-    values. Presets and the values in a file are not among them: they give way, for instance to the sizes of
-    a model that is read.
+    On the command line these are the flags; in a config made in Python, what differs from the
+    class's values. Presets and the values in a file are not among them: they give way, for
+    instance to the sizes of a model that is read.
     """
     if hasattr(config, "given_flags"):
         return config.given_flags
@@ -167,9 +176,12 @@ def make_parser(config_class, description):
     """An argparse parser with a flag for each field; flags that are not given leave no trace in what it returns."""
     parser = argparse.ArgumentParser(
         description=description,
+        # argparse's own usage would list sixty flags.
         usage="%(prog)s [--field value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # A flag that is not given leaves no trace, so that the dataclass decides.
         argument_default=argparse.SUPPRESS,
+        # --step would silently mean --steps until a flag --step_size is added.
         allow_abbrev=False,
     )
     types_of_fields = get_type_hints(config_class)
@@ -177,6 +189,7 @@ def make_parser(config_class, description):
     choices_of_fields = {name: names() for name, names in getattr(config_class, "CHOICES", {}).items()}
     for f in dataclasses.fields(config_class):
         options = _argparse_options(types_of_fields[f.name], choices_of_fields.get(f.name))
+        # A "%" in a help text would be a format to argparse.
         text = f.metadata.get("help", comments.get(f.name, "")) + _describe_default(config_class, f)
         parser.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **options)
         if types_of_fields[f.name] is bool:
@@ -187,6 +200,7 @@ def make_parser(config_class, description):
 def _argparse_options(field_type, choices=None):
     """argparse's keyword arguments for a field's type: int, float, str, bool, Literal, list[...] and X | None."""
     arguments = get_args(field_type)
+    # X | None: as X, and the word None stands for None.
     if get_origin(field_type) in (Union, types.UnionType):
         (inner,) = [argument for argument in arguments if argument is not type(None)]
         options = _argparse_options(inner, choices)
@@ -197,6 +211,7 @@ def _argparse_options(field_type, choices=None):
         return {**_argparse_options(arguments[0], choices), "nargs": "*"}
     if get_origin(field_type) is Literal:
         return {"type": str, "choices": arguments, "metavar": "{" + ",".join(arguments) + "}"}
+    # --flag, --flag True and --flag False; make_parser adds --no_flag.
     if field_type is bool:
         return {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
     if choices is not None:
@@ -258,6 +273,7 @@ def field_comments(config_class):
             source = textwrap.dedent(inspect.getsource(base))
         except OSError:  # a class that was made by code has no source
             continue
+        # The comments of the class body by line. ast drops comments, so tokenize finds them.
         comment_of_line = {
             token.start[0]: token.string.lstrip("# ")
             for token in tokenize.generate_tokens(io.StringIO(source).readline)
@@ -274,6 +290,7 @@ def run_script(main, config_class, description):
 
     Set BLT_TRACEBACK=1 to see where an error came from.
     """
+    # Lines appear at once in a file or pipe too, and text that the terminal cannot show is replaced.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     config = parse_config(config_class, description)
     try:
@@ -282,6 +299,7 @@ def run_script(main, config_class, description):
         if os.environ.get("BLT_TRACEBACK"):
             raise
         message = str(error)
+        # Such a message names neither the file nor what to do; ours do.
         raised_by_system = isinstance(error, OSError) and error.strerror and error.filename
         if raised_by_system:
             message = f"{error.filename}: {error.strerror}; check the path and its permissions, or pass another one"

@@ -1,8 +1,8 @@
 """Entropies of texts and corpora: the pass of the entropy model, and its results on disk (BLT section 2.3).
 
-A corpus's entropies are computed once and stored as float16, one number a position. Another patching
-method, threshold or patch size is then a vectorised pass over that file; the entropy model does not run
-again.
+A corpus's entropies are computed once and stored as float16, one number a position. Another
+patching method, threshold or patch size is then a vectorised pass over that file; the entropy
+model does not run again.
 """
 
 import json
@@ -22,12 +22,15 @@ from blt.ids import to_bytes
 from blt.patch_rules import patch_starts
 from blt.rows import BitArray, DocumentStream
 
-BLOCK = 1 << 22  # positions that are patched at once: tens of megabytes in memory
-SAMPLE_POSITIONS = 2_000_000  # of training text, from which a threshold is calibrated
+# Positions that are patched at once: tens of megabytes in memory.
+BLOCK = 1 << 22
+# Positions of training text from which a threshold is calibrated.
+SAMPLE_POSITIONS = 2_000_000
 
 
 def entropy_of(logits_BTV):
     """Entropy of each distribution in nats, float32 [B, T]: the paper's equation 1."""
+    # In fp32: bf16 would round entropies to steps of 0.01 nats.
     log_p = logits_BTV.float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
@@ -38,22 +41,26 @@ def stream_entropies(
 ):
     """Entropies of every position of a `DocumentStream` but its last boundary: N + 1 numbers a document, in its order.
 
-    The stream is divided into n_streams equal shares, which are read side by side in chunks; the model
-    hands the keys and values of its window on from chunk to chunk. Each share is read from one receptive
-    field before its beginning, so results equal a single pass, whatever n_streams and chunk_bytes are.
-    Short streams get fewer shares, so that little is read twice.
+    The stream is divided into n_streams equal shares, which are read side by side in chunks; the
+    model hands the keys and values of its window on from chunk to chunk. Each share is read from
+    one receptive field before its beginning, so results equal a single pass, whatever n_streams
+    and chunk_bytes are. Short streams get fewer shares, so that little is read twice.
 
-    out: array to write to; None: a new float32 array. visit: called with (first, end, logits [n, V]) of
-    every piece, for whatever else is to be read from the logits. progress: a tqdm bar to update. Returns
-    out.
+    out: array to write to; None: a new float32 array.
+    visit: called with (first, end, logits [n, V]) of every piece, for whatever else is to be read
+    from the logits.
+    progress: a tqdm bar to update.
+    Returns out.
     """
     device = next(model.parameters()).device
     total = len(stream) - 1
     out = np.empty(total, dtype=np.float32) if out is None else out
-    # How many bytes before a byte its entropy depends on: one window less the byte itself, for each layer.
+    # How many bytes before a byte its entropy depends on: one window less the byte itself, for
+    # each layer.
     receptive_field = model.config.n_layers * (model.config.max_seq_len - 1)
     n_streams = max(1, min(n_streams, total // (4 * receptive_field + 1)))
 
+    # Stream i answers for positions share_first[i] to share_end[i], and reads from read_from[i] on.
     shares = np.linspace(0, total, n_streams + 1).astype(np.int64)
     share_first = shares[:-1]
     share_end = shares[1:]
@@ -153,9 +160,11 @@ def entropy_distribution(entropies):
 class EntropyCache:
     """Entropies of a corpus's documents on disk: N + 1 float16 numbers a document, in nats (its bytes and its end).
 
-    manifest: what made them (corpus and entropy model by hash, precision, dtype) and which documents they
-    cover. train, validation: the document numbers covered. numbers: both, in the order of the file. Raises
-    ValueError if the file's length is not what the manifest implies.
+    manifest: what made them (corpus and entropy model by hash, precision, dtype) and which
+    documents they cover.
+    train, validation: the document numbers covered.
+    numbers: both, in the order of the file.
+    Raises ValueError if the file's length is not what the manifest implies.
     """
 
     def __init__(self, folder, corpus):
@@ -167,6 +176,7 @@ class EntropyCache:
         self.lengths = np.diff(corpus.offsets)[self.numbers] + 1
         self.ends = np.cumsum(self.lengths)
         self.entropies = np.memmap(self.folder / "entropies.f16", dtype=np.float16, mode="r")
+        # A cut file would shift every document after the cut.
         if len(self.entropies) != self.ends[-1]:
             raise ValueError(
                 f"{self.folder} is damaged: {len(self.entropies):,} entropies, not {self.ends[-1]:,}; "
@@ -184,14 +194,10 @@ class EntropyCache:
         end = int(self.ends[place])
         return self.entropies[end - int(self.lengths[place]) : end].astype(np.float32)
 
-    def of_training(self, count, block=BLOCK):
-        """Entropies of the first `count` training documents in blocks of whole documents.
-
-        Yields (first document, end, float32 array of about `block` positions).
-        """
-        for first, end in document_blocks(self.ends[:count], block):
-            begin = int(self.ends[first - 1]) if first else 0
-            yield first, end, self.entropies[begin : int(self.ends[end - 1])].astype(np.float32)
+    def of_documents(self, first, end):
+        """Entropies of the documents numbers[first:end], one after the other: float32."""
+        begin = int(self.ends[first - 1]) if first else 0
+        return self.entropies[begin : int(self.ends[end - 1])].astype(np.float32)
 
 
 def document_blocks(ends, block=BLOCK):
@@ -199,6 +205,7 @@ def document_blocks(ends, block=BLOCK):
     first = 0
     while first < len(ends):
         begin = ends[first - 1] if first else 0
+        # At least one document, however long it is.
         end = int(np.searchsorted(ends, begin + block, side="right"))
         end = min(len(ends), max(first + 1, end))
         yield first, end
@@ -228,6 +235,7 @@ def open_entropies(cache_dir, corpus, model_record, entropy_model_path):
         made_by = (cache.manifest["corpus_sha256"], cache.manifest["entropy_model_sha256"])
         if made_by == (corpus.hash, model_record.weights_sha256):
             return cache
+    # Say what is there: most often another model was trained, or another dataset named.
     found = []
     for other in sorted(Path(cache_dir).glob("entropies-*")):
         manifest = json.loads((other / "manifest.json").read_text())
@@ -244,8 +252,9 @@ def open_entropies(cache_dir, corpus, model_record, entropy_model_path):
 def make_entropies(cache_dir, corpus, model, model_record, train, validation, precision, n_streams=4, chunk_bytes=1024):
     """Compute and store the entropies of these documents; open them if they are there already.
 
-    train, validation: document numbers. Returns an `EntropyCache`. It is built aside and renamed: an
-    interrupted pass is never taken for a cache.
+    train, validation: document numbers.
+    Returns an `EntropyCache`. It is built aside and renamed: an interrupted pass is never taken
+    for a cache.
     """
     folder = cache_folder(cache_dir, corpus, model_record)
     if folder.exists():
@@ -253,9 +262,11 @@ def make_entropies(cache_dir, corpus, model, model_record, train, validation, pr
         if cache.covers(train, validation) and cache.manifest["precision"] == precision:
             print(f"entropies: {folder} is there already ({len(cache.entropies):,} numbers)")
             return cache
+    # In the same folder, because a rename is atomic only within one file system.
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name, suffix=".tmp"))
     try:
+        # mkdtemp lets only the owner in.
         aside.chmod(0o755)
         numbers = np.concatenate((train, validation))
         stream = DocumentStream.of_corpus(corpus, numbers)
@@ -280,9 +291,11 @@ def make_entropies(cache_dir, corpus, model, model_record, train, validation, pr
             "layout": "for each document: one number for each byte, about that byte, then one for the document's end",
         }
         write_json(aside / "manifest.json", manifest)
+        # A cache of fewer documents, or of another precision, gives way.
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)
+    # On Ctrl-C too, which is no Exception.
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -296,18 +309,24 @@ def make_entropies(cache_dir, corpus, model, model_record, train, validation, pr
 def training_starts(corpus, train, patch_config, cache=None):
     """Patch starts of the training stream (`DocumentStream` of these documents) as a `BitArray`: one vectorised pass.
 
-    Position 0 is the first boundary; then each document has a position for each byte and one for its end.
+    Position 0 is the first boundary; then each document has a position for each byte and one for
+    its end.
     cache: `EntropyCache`, for methods that need entropies.
     """
     lengths = np.diff(corpus.offsets)[train] + 1
     stream = DocumentStream.of_corpus(corpus, train)
     is_start = BitArray()
+    # The boundary before the first document is a patch of its own.
     is_start.append(np.ones(1, dtype=bool))
-    for first, end, entropies, byte_values in _training_blocks(stream, lengths, patch_config, cache):
+    for first, end in document_blocks(np.cumsum(lengths)):
+        # Position 0 of the stream is the boundary before the first document. At a document's end is a
+        # boundary too, which becomes 0 as a uint8: the byte value there is arbitrary.
+        begin = 1 + (int(stream.ends[first - 1]) if first else 0)
+        positions = int(lengths[first:end].sum())
         starts = patch_starts(
-            entropies,
+            cache.of_documents(first, end) if patch_config.needs_entropies else None,
             **patch_config.arguments(),
-            byte_values=byte_values,
+            byte_values=stream.ids(begin, begin + positions).astype(np.uint8),
             document_starts=document_starts(lengths[first:end]),
         )
         is_start.append(starts)
@@ -315,27 +334,11 @@ def training_starts(corpus, train, patch_config, cache=None):
     return is_start
 
 
-def _training_blocks(stream, lengths, patch_config, cache):
-    """Blocks of whole training documents: yields (first, end, entropies or None, byte values or None)."""
-    if patch_config.needs_entropies:
-        for first, end, entropies in cache.of_training(len(lengths)):
-            yield first, end, entropies, None
-        return
-    for first, end in document_blocks(np.cumsum(lengths)):
-        # Position 0 of the stream is the boundary before the first document. At a document's end stands a
-        # boundary too, which becomes 0 as a uint8: the byte value there is arbitrary.
-        begin = 1 + (int(stream.ends[first - 1]) if first else 0)
-        positions = int(lengths[first:end].sum())
-        yield first, end, None, stream.ids(begin, begin + positions).astype(np.uint8)
-
-
 def training_sample(cache, positions=SAMPLE_POSITIONS):
     """(entropies, is_document_start) of the first training documents, about this many positions."""
     lengths = cache.lengths[: len(cache.train)]
-    count = int(np.searchsorted(np.cumsum(lengths), positions)) + 1
-    count = min(count, len(lengths))
-    _, end, entropies = next(cache.of_training(count, block=max(positions, int(lengths[0]))))
-    return entropies, document_starts(lengths[:end])
+    count = max(1, int(np.searchsorted(np.cumsum(lengths), positions, side="right")))
+    return cache.of_documents(0, count), document_starts(lengths[:count])
 
 
 def training_patch_sizes(is_start, corpus, train):
@@ -352,11 +355,13 @@ def training_patch_sizes(is_start, corpus, train):
         flags = is_start.read(begin, min(begin + block, len(is_start)))
         first_end = np.searchsorted(document_ends, begin)
         ends_here = document_ends[first_end : np.searchsorted(document_ends, begin + len(flags))]
-        # A patch also ends with its document. The end's own position then looks like a patch and is left out.
+        # A patch also ends with its document. The end's own position then looks like a patch and
+        # is left out.
         flags[ends_here - begin] = True
         start_positions = np.concatenate((unfinished, np.flatnonzero(flags) + begin))
         is_end = np.zeros(len(start_positions), dtype=bool)
         is_end[np.searchsorted(start_positions, ends_here)] = True
         sizes.append(np.diff(start_positions)[~is_end[:-1]])
+        # The last patch of the block ends in the next one.
         unfinished = start_positions[-1:]
     return np.concatenate(sizes)

@@ -1,17 +1,39 @@
-"""A trained BLT read byte by byte: each step costs what its new bytes cost, and gives the logits of the full pass.
+"""Read text step by step with a trained BLT: caches make each new byte cost the same at every position.
 
-What is kept of each row of text (a document that is being written or read):
+The logits equal those of a full pass over the text (`BLTModel.forward`), up to rounding. This is not a
+script; generate.py and compress.py use it.
+
+A batch has B rows, each row is one text, and the reader caches for each row:
+
     entropy model, encoder, decoder   keys and values of the last window of bytes (`LayerCaches`)
-    latent transformer                keys and values of all patches of the row; it runs only when a patch is complete
-    the open patch                    its bytes' encoder states
-    the newest patch                  its latent state, which the decoder reads
-    the patch rule                    `OnlineStarts`
+    latent transformer                keys and values of all patches
+    open patch                        the encoder states of its bytes
+    newest complete patch             its latent state, which the decoder reads
+    patch rule                        the state of `OnlineStarts`
 
-Rows keep their own pace: in one step each may read another number of bytes. Not a script; generate.py and compress.py use it.
+A step reads up to MAX_STEP ids of each row. It has three parts:
+
+    find_patch_ends   The entropy model and the patch rule read the ids and mark those that end a patch.
+    advance           The encoder reads the ids. The latent transformer reads the patches that they
+                      complete. The decoder returns the logits after each id.
+    commit            The first ids of the step, all or fewer, become part of the row. The reader
+                      forgets the others: they were drafts that the BLT has rejected.
+
+Example with the patch rule `space`. The row holds "^The c", where "^" is the document boundary, which is
+always a patch of its own. So "^" and "The " are complete patches, and "c" is the open patch. A step
+reads "at s":
+
+    new id                 a      t      ' '    s
+    does it end a patch?   no     no     yes    no     the latent transformer reads the patch "cat "
+    the decoder reads      The    The    cat    cat    the newest patch that is complete at this id
+    open patch             ca     cat    -      s      the step leaves "s" open
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from blt.attention import apply_rotary, rotary_cos_sin
 from blt.device import autocast
@@ -20,315 +42,520 @@ from blt.ids import BOUNDARY
 from blt.patch_rules import OnlineStarts
 from blt.segments import Segments
 
-CHUNK = 128  # ids that a row reads in one step, at most
+MAX_STEP = 128  # ids that a row reads in one step, at most
 
 
 class LayerCaches:
-    """Keys (rotated) and values of a stack's layers for B rows, each layer two [B, H, S, K]; position p stands in slot p % S.
+    """Keys and values of one stack's layers for B rows. The keys have their rotary embedding already.
 
-    window: positions that a query sees, itself included; S is then window + CHUNK, so that nothing a later query may need is overwritten
-    by the ids of one step, not even by those that are taken back. None: all positions; S grows, doubling.
+    A layer holds two tensors [B, H, S, K], keys and values. Position p is in slot p % S. With a window
+    the slots are a ring: new positions overwrite the oldest. Without one S grows by doubling.
+
+    window: positions that a query sees, itself included; None: all positions before it as well.
     """
 
     def __init__(self, n_layers, n_rows, n_heads, head_dim, theta, window=None):
-        self.n_rows, self.n_heads, self.head_dim, self.theta, self.window = n_rows, n_heads, head_dim, theta, window
-        self.slots = 64 if window is None else window + CHUNK
+        self.n_rows = n_rows
+        self.n_heads = n_heads
+        self.head_dim = head_dim
+        self.theta = theta
+        self.window = window
+        # A step writes up to MAX_STEP positions, and may roll them back. With MAX_STEP slots beyond the
+        # window they overwrite nothing that a later query still needs.
+        self.n_slots = 64 if window is None else window + MAX_STEP
         self.cos_sin = None
-        self.layers = [None] * n_layers  # made at their first use, in the precision of what they are to hold
+        # A layer is allocated at its first use, in the precision of its first keys and values.
+        self.layers = [None] * n_layers
 
-    def plan(self, begins_B, N, rows, device):
-        """A `CachedAttentionPlan` for N new positions, from begins_B on, of these rows (int64 array; None: all)."""
-        if self.window is None and int(begins_B.max()) + N > self.slots:
-            more = max(self.slots, int(begins_B.max()) + N - self.slots)
-            self.layers = [
-                layer and tuple(torch.nn.functional.pad(x, (0, 0, 0, more)) for x in layer) for layer in self.layers
-            ]
-            self.slots += more
-        return CachedAttentionPlan(self, begins_B, N, rows, device)
+    def plan(self, begin_B, N, rows, device):
+        """A `CachedAttentionPlan` for N new positions of each row, the first of them at begin_B.
+
+        rows: int array, the rows that take part (begin_B is about these); None: all rows.
+        """
+        if self.window is None:
+            self._grow_to(int(begin_B.max()) + N)
+        return CachedAttentionPlan(self, begin_B, N, rows, device)
+
+    def _grow_to(self, n_needed):
+        """Double the slots, or more, if there are fewer than n_needed."""
+        if n_needed <= self.n_slots:
+            return
+        n_more = max(self.n_slots, n_needed - self.n_slots)
+        for number, keys_values in enumerate(self.layers):
+            if keys_values is not None:
+                self.layers[number] = [F.pad(x_BHSK, (0, 0, 0, n_more)) for x_BHSK in keys_values]
+        self.n_slots += n_more
 
     def cos_sin_at(self, positions_BN, device):
-        """`rotary_cos_sin` of these positions, [B, N, 1, K / 2, 2], out of a table that grows by doubling."""
-        if self.cos_sin is None or positions_BN.max() >= len(self.cos_sin):
-            n = 1 << max(8, int(positions_BN.max()).bit_length())
-            self.cos_sin = rotary_cos_sin(torch.arange(n, device=device), self.head_dim, self.theta)
+        """`rotary_cos_sin` of these positions, [B, N, 1, K / 2, 2], from a table that doubles."""
+        newest = int(positions_BN.max())
+        if self.cos_sin is None or newest >= len(self.cos_sin):
+            n_positions = 1 << max(8, newest.bit_length())
+            positions_T = torch.arange(n_positions, device=device)
+            self.cos_sin = rotary_cos_sin(positions_T, self.head_dim, self.theta)
         return self.cos_sin[torch.from_numpy(positions_BN).to(device)]
+
+    def layer(self, number, k_BNHK, v_BNHK):
+        """The cached [keys, values] of a layer, allocated like these new ones at the first use."""
+        if self.layers[number] is None:
+            shape = (self.n_rows, self.n_heads, self.n_slots, self.head_dim)
+            self.layers[number] = [k_BNHK.new_zeros(shape), v_BNHK.new_zeros(shape)]
+        return self.layers[number]
 
 
 class CachedAttentionPlan:
-    """Stands in for `layers.AttentionPlan` where new positions attend to cached ones. `past` is the number of the layer."""
+    """An `AttentionPlan` for new positions that attend to cached ones and to each other.
 
-    def __init__(self, caches, begins_B, N, rows, device):
-        # NumPy, because these are many operations on few numbers.
-        positions_BN, S = begins_B[:, None] + np.arange(N), caches.slots
-        numbers = np.arange(len(begins_B)) if rows is None else rows
-        places_BNH = (numbers[:, None, None] * caches.n_heads + np.arange(caches.n_heads)) * S + (positions_BN % S)[
-            ..., None
-        ]
-        # The newest position that each slot may hold; slots of positions that were taken back count as long past.
-        self.used = S if caches.window is not None else int(begins_B.max()) + N
-        newest = positions_BN[:, -1:]
-        held_BS = newest - (newest - np.arange(self.used)) % S
-        visible_BNS = (held_BS[:, None] >= 0) & (held_BS[:, None] <= positions_BN[..., None])
-        if caches.window is not None:
-            visible_BNS &= held_BS[:, None] > positions_BN[..., None] - caches.window
-        self.caches, self.cos_sin = caches, caches.cos_sin_at(positions_BN, device)
+    It is made once a step and stack, and shared by the layers of the stack.
+    """
+
+    def __init__(self, caches, begin_B, N, rows, device):
+        # NumPy instead of torch here: these are many operations on few numbers.
+        positions_BN = begin_B[:, None] + np.arange(N)
+        row_numbers = np.arange(len(begin_B)) if rows is None else rows
+        # A cache that grows is used from slot 0 to the newest position; a ring is used as a whole.
+        self.n_used = int(begin_B.max()) + N if caches.window is None else caches.n_slots
+        slots_BNH = self._slots_to_write(caches, positions_BN, row_numbers)
+        is_visible_BNS = self._visible_slots(caches, positions_BN)
+        self.caches = caches
+        self.cos_sin = caches.cos_sin_at(positions_BN, device)
         self.rows = None if rows is None else torch.from_numpy(rows).to(device)
-        self.places, self.visible = (
-            torch.from_numpy(places_BNH.ravel()).to(device),
-            torch.from_numpy(visible_BNS[:, None]).to(device),
-        )
+        self.slots = torch.from_numpy(slots_BNH.ravel()).to(device)
+        self.is_visible = torch.from_numpy(is_visible_BNS[:, None]).to(device)
+
+    def _slots_to_write(self, caches, positions_BN, row_numbers):
+        """Where the new positions go in a cache that is viewed as [B * H * S, K]: int64 [B, N, H]."""
+        head_BH = row_numbers[:, None] * caches.n_heads + np.arange(caches.n_heads)
+        slot_BN = positions_BN % caches.n_slots
+        return head_BH[:, None, :] * caches.n_slots + slot_BN[:, :, None]
+
+    def _visible_slots(self, caches, positions_BN):
+        """Which slots each new position attends to: bool [B, N, S]."""
+        newest_B1 = positions_BN[:, -1:]
+        # The position that each slot holds, if it was written in order. A slot past the newest position
+        # counts as one of the previous round of the ring, or as negative: so positions that were rolled
+        # back, and those of an earlier document, are invisible.
+        held_BS = newest_B1 - (newest_B1 - np.arange(self.n_used)) % caches.n_slots
+        held_B1S = held_BS[:, None, :]
+        query_BN1 = positions_BN[:, :, None]
+        is_visible_BNS = (held_B1S >= 0) & (held_B1S <= query_BN1)
+        if caches.window is not None:
+            is_visible_BNS &= held_B1S > query_BN1 - caches.window
+        return is_visible_BNS
 
     def attend(self, q_BNHK, k_BNHK, v_BNHK, past, dropout=0.0):
-        """Keep the new keys and values and attend to all that is visible. Nothing is dropped: this is not for training."""
-        q, k = apply_rotary(q_BNHK, self.cos_sin), apply_rotary(k_BNHK, self.cos_sin)
-        caches = self.caches
-        if caches.layers[past] is None:
-            shape = (caches.n_rows, caches.n_heads, caches.slots, caches.head_dim)
-            caches.layers[past] = (k.new_zeros(shape), v_BNHK.new_zeros(shape))
+        """Cache the new keys and values, then attend to all visible ones. Returns [B, N, H, K].
+
+        past: the number of the layer. dropout is ignored: this is not for training.
+        """
+        q_BNHK = apply_rotary(q_BNHK, self.cos_sin)
+        k_BNHK = apply_rotary(k_BNHK, self.cos_sin)
         keys_values = []
-        for cached, new in zip(caches.layers[past], (k, v_BNHK)):
-            cached.view(-1, caches.head_dim).index_copy_(0, self.places, new.to(cached.dtype).flatten(0, 2))
-            keys_values.append((cached if self.rows is None else cached[self.rows])[:, :, : self.used])
-        return torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(1, 2), *keys_values, attn_mask=self.visible
-        ).transpose(1, 2)
+        for cached_BHSK, new_BNHK in zip(self.caches.layer(past, k_BNHK, v_BNHK), (k_BNHK, v_BNHK)):
+            new_MK = new_BNHK.to(cached_BHSK.dtype).flatten(0, 2)
+            cached_BHSK.view(-1, self.caches.head_dim).index_copy_(0, self.slots, new_MK)
+            of_rows = cached_BHSK if self.rows is None else cached_BHSK[self.rows]
+            keys_values.append(of_rows[:, :, : self.n_used])
+        q_BHNK = q_BNHK.transpose(1, 2)
+        out_BHNK = F.scaled_dot_product_attention(q_BHNK, *keys_values, attn_mask=self.is_visible)
+        return out_BHNK.transpose(1, 2)
+
+
+def caches_of_stack(config, part, n_rows):
+    """`LayerCaches` for one stack of a `BLTConfig`: "encoder", "global" (latent transformer) or "decoder"."""
+    n_layers = getattr(config, f"{part}_layers")
+    n_heads = config.heads(part)
+    head_dim = getattr(config, f"{part}_dim") // n_heads
+    window = None if part == "global" else config.window
+    return LayerCaches(n_layers, n_rows, n_heads, head_dim, config.rope_theta, window)
+
+
+def caches_of_entropy_model(config, n_rows):
+    """`LayerCaches` for an `EntropyConfig`."""
+    head_dim = config.d_model // config.n_heads
+    return LayerCaches(config.n_layers, n_rows, config.n_heads, head_dim, config.rope_theta, config.max_seq_len)
+
+
+def is_counted(counts_B, N):
+    """bool [B, N]: the first counts_B of N columns. Counts 2 and 0 of 3 give [1, 1, 0] and [0, 0, 0]."""
+    return np.arange(N) < counts_B[:, None]
+
+
+def last_true(flags_BN):
+    """Column of the last True of each row, -1 where there is none. 0, 1, 1, 0 gives 2."""
+    last_B = flags_BN.shape[1] - 1 - flags_BN[:, ::-1].argmax(axis=1)
+    return np.where(flags_BN.any(axis=1), last_B, -1)
+
+
+@dataclass
+class Step:
+    """What `advance` has computed and `commit` needs."""
+
+    ids_BN: np.ndarray  # the new ids
+    ids_on_device_BN: torch.Tensor  # the same
+    is_end_BN: np.ndarray  # bool, the ids that end a patch
+    latents_BPG: torch.Tensor  # patch 0: the newest before the step; then those that it completes
 
 
 class IncrementalBLT:
     """B rows of text, read step by step by a BLT and its entropy model.
 
-    extend(ids)             read ids, get the logits of what follows each
-    find_closes, advance, commit   the same in three parts, for ids that may be taken back (self-speculation)
+    extend(ids)                        read ids and get the logits of what follows each
+    find_patch_ends, advance, commit   the same in three parts, for ids that may be rejected (drafts)
 
-    The logits are those of `BLTModel` over the whole row, with patches made by the patcher, but for rounding. A boundary (256) may only
-    be a row's first id in a step; it begins a new document, for which nothing before matters.
+    A boundary (256) must be a row's first id in a step. It begins a new document, for which nothing
+    before it matters. Rows are independent: in one step each may read a different number of ids.
 
-    context_bytes: ids in a row of the model, None for no limit. When so many are read, the row begins anew with the last half of
-    them, as `rows.evaluation_batches` reads long documents; the entropies see the whole document all the same.
-    precision: fp32, or bf16/fp16; equal results for other batches and step sizes can be had in fp32 only.
+    context_bytes: the most ids in a row of the model, None for no limit. A full row restarts with the
+        last half of its ids, as `rows.evaluation_batches` reads long documents. The entropy model and
+        the patch rule do not restart: they see the whole document.
+    precision: fp32, or bf16/fp16. Only in fp32 are results equal for all batch and step sizes.
     """
 
     def __init__(self, model, patcher, n_rows=1, context_bytes=None, precision="fp32"):
         if context_bytes is not None and context_bytes < 2:
             raise ValueError(f"context_bytes is {context_bytes}; it must be 2 or more, or None")
-        c, e = model.config, patcher.entropy_model if patcher.config.needs_entropies else None
-        self.model, self.entropy_model, self.context_bytes, self.precision = model.eval(), e, context_bytes, precision
-        self.n_rows, self.device = n_rows, next(model.parameters()).device
+        config = model.config
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+        self.n_rows = n_rows
+        self.context_bytes = context_bytes
+        self.precision = precision
         self.rule = OnlineStarts(patcher.config, n_rows)
-        self.caches = {
-            part: LayerCaches(
-                getattr(c, f"{part}_layers"), n_rows, c.heads(part), getattr(c, f"{part}_dim") // c.heads(part),
-                c.rope_theta, None if part == "global" else c.window,
-            )
-            for part in ("encoder", "global", "decoder")
-        }  # fmt: skip
-        if e is not None:
-            e.eval()
-            c_e = e.config
-            self.caches["entropy"] = LayerCaches(
-                c_e.n_layers, n_rows, c_e.n_heads, c_e.d_model // c_e.n_heads, c_e.rope_theta, c_e.max_seq_len
-            )
-        self.document_length = np.zeros(n_rows, np.int64)  # ids that the entropy model has read of the document
-        self.length = np.zeros(n_rows, np.int64)  # ids in the model's row
-        self.patches = np.zeros(n_rows, np.int64)  # complete ones in the row
-        self.open_length = np.zeros(n_rows, np.int64)  # bytes of the open patch
-        longest = max(c.ngram_sizes, default=1)
-        self.recent = torch.zeros(
-            n_rows, longest - 1, dtype=torch.int64, device=self.device
-        )  # the last ids, for the n-grams
-        self.latent_BG = None  # of the newest complete patch
-        self.open_states = None  # the open patch's encoder states, for each cross-attention [B, room, D]
+        self.caches = {}
+        for part in ("encoder", "global", "decoder"):
+            self.caches[part] = caches_of_stack(config, part, n_rows)
+        self.entropy_model = patcher.entropy_model if patcher.config.needs_entropies else None
+        if self.entropy_model is not None:
+            self.entropy_model.eval()
+            self.caches["entropy"] = caches_of_entropy_model(self.entropy_model.config, n_rows)
+
+        # The document: what the entropy model and the patch rule read. Drafts let them read n_ahead ids
+        # before these are committed. rule_states has the rule's state before and after each of them.
+        self.document_length = np.zeros(n_rows, np.int64)
+        self.n_ahead = np.zeros(n_rows, np.int64)
+        self.rule_states = []
+
+        # The row: what the BLT reads. It is the whole document until it is full and restarts.
+        self.row_length = np.zeros(n_rows, np.int64)
+        self.n_patches = np.zeros(n_rows, np.int64)
+        self.newest_latent_BG = torch.zeros(n_rows, config.global_dim, device=self.device)
         if context_bytes is not None:
-            self.row_ids, self.row_closes = (
-                np.zeros((n_rows, context_bytes), np.int64),
-                np.zeros((n_rows, context_bytes), bool),
-            )
+            self.row_ids = np.zeros((n_rows, context_bytes), np.int64)
+            self.row_is_end = np.zeros((n_rows, context_bytes), bool)
+            self.restart_length = context_bytes - max(1, context_bytes // 2)
 
-    def room(self):
-        """How many ids each row can read in the next step: int64 [B], at least 1."""
+        # The open patch: its bytes, and for each cross-attention their states [B, capacity, D].
+        self.open_length = np.zeros(n_rows, np.int64)
+        self.open_states = None
+
+        # The last ids of the row, as far back as the longest n-gram of the next byte reaches.
+        n_recent = max(config.ngram_sizes, default=1) - 1
+        self.recent_ids = torch.zeros(n_rows, n_recent, dtype=torch.int64, device=self.device)
+        self.step = None
+
+    def step_limits(self):
+        """How many ids each row can read in the next step: int64 [B], from 1 to MAX_STEP."""
         if self.context_bytes is None:
-            return np.full(self.n_rows, CHUNK)
-        left = self.context_bytes - self.length
-        return np.minimum(CHUNK, np.where(left > 0, left, self.context_bytes - self._kept_context()))
-
-    def _kept_context(self):
-        return self.context_bytes - max(1, self.context_bytes // 2)
+            return np.full(self.n_rows, MAX_STEP)
+        n_left_B = self.context_bytes - self.row_length
+        # A full row restarts before it reads on, and then has room again.
+        n_left_B = np.where(n_left_B > 0, n_left_B, self.context_bytes - self.restart_length)
+        return np.minimum(MAX_STEP, n_left_B)
 
     def prefill(self, texts):
-        """Read arrays of ids of any length, one a row. Returns float32 logits [B, 257] of what follows each (zeros for an empty one)."""
-        done, logits_BV = (
-            np.zeros(self.n_rows, np.int64),
-            torch.zeros(self.n_rows, self.model.n_classes, device=self.device),
-        )
-        lengths = np.array([len(text) for text in texts])
-        while (done < lengths).any():
-            counts = np.minimum(lengths - done, self.room())
-            ids = np.zeros((self.n_rows, counts.max()), np.int64)
-            for row, (text, begin, count) in enumerate(zip(texts, done, counts)):
-                ids[row, :count] = text[begin : begin + count]
-            new = self.extend(ids, counts)
-            rows = np.flatnonzero(counts)
-            logits_BV[rows] = new[rows, counts[rows] - 1].float()
-            done += counts
+        """Read arrays of ids of any length, one for each row, in as many steps as they need.
+
+        Returns float32 logits [B, 257] of what follows each text; zeros for an empty one.
+        """
+        n_done_B = np.zeros(self.n_rows, np.int64)
+        logits_BV = torch.zeros(self.n_rows, self.model.n_classes, device=self.device)
+        lengths_B = np.array([len(text) for text in texts])
+        while (n_done_B < lengths_B).any():
+            counts_B = np.minimum(lengths_B - n_done_B, self.step_limits())
+            ids_BN = np.zeros((self.n_rows, counts_B.max()), np.int64)
+            for row, text in enumerate(texts):
+                begin = n_done_B[row]
+                count = counts_B[row]
+                ids_BN[row, :count] = text[begin : begin + count]
+            new_logits_BNV = self.extend(ids_BN, counts_B)
+            rows = np.flatnonzero(counts_B)
+            logits_BV[rows] = new_logits_BNV[rows, counts_B[rows] - 1].float()
+            n_done_B += counts_B
         return logits_BV
 
     def extend(self, ids_BN, counts_B=None):
-        """Read the first counts_B ids of each row (None: all N; at most `room`). Returns logits [B, N, 257]; those beyond the counts mean nothing."""
-        counts_B = np.full(self.n_rows, ids_BN.shape[1]) if counts_B is None else counts_B
-        closes_BN, _ = self.find_closes(ids_BN, counts_B)
-        logits_BNV = self.advance(ids_BN, closes_BN, counts_B)
+        """Read the first counts_B ids of each row (None: all N) in one step.
+
+        Counts must not exceed `step_limits`. Returns logits [B, N, 257], undefined beyond the counts.
+        """
+        if counts_B is None:
+            counts_B = np.full(self.n_rows, ids_BN.shape[1])
+        is_end_BN, _ = self.find_patch_ends(ids_BN, counts_B)
+        logits_BNV = self.advance(ids_BN, is_end_BN, counts_B)
         self.commit(counts_B)
         return logits_BNV
 
-    @torch.no_grad()
-    def find_closes(self, ids_BN, counts_B):
-        """Let the entropy model and the patch rule read ids: bool [B, N], which of them complete a patch; and logits [B, N, 256] or None."""
-        B, N = ids_BN.shape
-        is_read = np.arange(N) < counts_B[:, None]
-        if B != self.n_rows or not N or (counts_B > self.room()).any():
-            raise ValueError(
-                f"ids of {list(ids_BN.shape)} do not fit {self.n_rows} rows with room for {self.room().tolist()} ids"
-            )
-        if ((ids_BN == BOUNDARY) & is_read)[:, 1:].any():
-            raise ValueError("a boundary begins a document: it must be the first id of its row in a step")
-        self._begin_documents((ids_BN[:, 0] == BOUNDARY) & (counts_B > 0))
-        if ((self.document_length == 0) & (ids_BN[:, 0] != BOUNDARY) & (counts_B > 0)).any():
-            raise ValueError("a document begins with a boundary (256)")
-        logits_BNV, H = None, None
-        if self.entropy_model is not None:
-            plan = self.caches["entropy"].plan(self.document_length, N, None, self.device)
-            with autocast(self.device, self.precision):
-                logits_BNV = self.entropy_model.read(
-                    torch.from_numpy(ids_BN).to(self.device), plan, range(len(self.entropy_model.blocks))
-                )
-            H = entropy_of(logits_BNV).cpu().numpy()
-        closes = np.stack(
-            [self.rule.step(None if H is None else H[:, i], ids_BN[:, i], is_read[:, i]) for i in range(N)], axis=1
-        )
-        self.document_length = self.document_length + counts_B
-        return closes, logits_BNV
+    # --------------------------------------------------- first part of a step: where patches end
 
-    def _begin_documents(self, is_new_B):
-        for values in (self.document_length, self.length, self.patches, self.open_length):
-            values[is_new_B] = 0
+    @torch.no_grad()
+    def find_patch_ends(self, ids_BN, counts_B):
+        """Read the first counts_B ids of each row with the entropy model and the patch rule.
+
+        A patch ends where the next byte starts a new one. The rule decides that from the bytes before
+        that next byte, so the end is known as soon as the patch's last byte has been read. This method
+        may be called several times in one step, to draft byte by byte.
+
+        Returns is_end, bool [B, N], False beyond the counts; and the entropy model's logits [B, N, 256],
+        None without one. Raises ValueError for more ids than `step_limits`, and for a document that
+        does not begin with a boundary.
+        """
+        self._check_ids(ids_BN, counts_B)
+        self._start_documents((ids_BN[:, 0] == BOUNDARY) & (counts_B > 0))
+        logits_BNV, entropies_BN = None, None
+        if self.entropy_model is not None:
+            logits_BNV, entropies_BN = self._read_with_entropy_model(ids_BN)
+
+        if not self.rule_states:
+            self.rule_states.append(self.rule.copy_state())
+        is_read_BN = is_counted(counts_B, ids_BN.shape[1])
+        is_end_BN = np.zeros(ids_BN.shape, bool)
+        for n in range(ids_BN.shape[1]):
+            entropies_B = None if entropies_BN is None else entropies_BN[:, n]
+            is_end_BN[:, n] = self.rule.step(entropies_B, ids_BN[:, n], is_read_BN[:, n])
+            self.rule_states.append(self.rule.copy_state())
+        self.n_ahead = self.n_ahead + counts_B
+        return is_end_BN, logits_BNV
+
+    def _check_ids(self, ids_BN, counts_B):
+        """Raise ValueError for ids that this step cannot read."""
+        B, N = ids_BN.shape
+        if B != self.n_rows or N == 0 or (self.n_ahead + counts_B > self.step_limits()).any():
+            room = f"{self.n_rows} rows with room for {self.step_limits().tolist()} ids"
+            raise ValueError(f"ids of {list(ids_BN.shape)} do not fit {room}")
+        is_boundary_BN = (ids_BN == BOUNDARY) & is_counted(counts_B, N)
+        if is_boundary_BN[:, 1:].any() or (is_boundary_BN[:, 0] & (self.n_ahead > 0)).any():
+            raise ValueError("a boundary begins a document: it must be the first id of its row in a step")
+        begins_document_B = (self.document_length + self.n_ahead == 0) & (counts_B > 0)
+        if (begins_document_B & ~is_boundary_BN[:, 0]).any():
+            raise ValueError("a document begins with a boundary (256)")
+
+    def _start_documents(self, is_new_B):
+        """Forget the text of these rows."""
+        # The caches need no clearing: from position 0 on, what they hold is invisible.
+        for values_B in (self.document_length, self.row_length, self.n_patches, self.open_length):
+            values_B[is_new_B] = 0
         self.rule.reset(is_new_B)
 
-    @torch.no_grad()
-    def advance(self, ids_BN, closes_BN, counts_B):
-        """Logits [B, N, 257] after each id. Nothing counts as read before `commit`."""
-        if self.context_bytes is not None:
-            self._begin_rows_anew(self.length + counts_B > self.context_bytes)
+    def _read_with_entropy_model(self, ids_BN):
+        """Of the byte after each id: logits [B, N, 256], and entropies [B, N] in nats as a NumPy array."""
+        begin_B = self.document_length + self.n_ahead
+        plan = self.caches["entropy"].plan(begin_B, ids_BN.shape[1], None, self.device)
+        ids_on_device_BN = torch.from_numpy(ids_BN).to(self.device)
         with autocast(self.device, self.precision):
-            return self._advance(ids_BN, closes_BN & (np.arange(ids_BN.shape[1]) < counts_B[:, None]))
+            logits_BNV = self.entropy_model.read(ids_on_device_BN, plan, self._layer_numbers("entropy"))
+        return logits_BNV, entropy_of(logits_BNV).cpu().numpy()
 
-    def _advance(self, ids_BN, closes_BN):
+    def _layer_numbers(self, part):
+        """What each layer of a stack hands to `CachedAttentionPlan.attend` as its past: its number."""
+        return range(len(self.caches[part].layers))
+
+    # ------------------------------------------------------ second part: the logits after each id
+
+    @torch.no_grad()
+    def advance(self, ids_BN, is_end_BN, counts_B):
+        """Read all ids of the step with the BLT, once. Returns logits [B, N, 257] after each id.
+
+        is_end_BN: from `find_patch_ends`. The ids are part of the row only after `commit`.
+        """
+        # Padding ids, those beyond the counts, are computed as well. They must not end patches. All else
+        # that they write is overwritten by the next step before it becomes visible.
+        is_end_BN = is_end_BN & is_counted(counts_B, ids_BN.shape[1])
+        with autocast(self.device, self.precision):
+            if self.context_bytes is not None:
+                self._restart_rows(self.row_length + counts_B > self.context_bytes)
+            logits_BNV, self.step = self._read_with_blt(ids_BN, is_end_BN)
+        return logits_BNV
+
+    def _read_with_blt(self, ids_BN, is_end_BN):
+        """One pass of the BLT over new ids: logits [B, N, 257] and the `Step`. The order of `BLTModel.forward`."""
         B, N = ids_BN.shape
-        model, encoder, device = self.model, self.model.encoder, self.device
-        layers = {part: range(len(caches.layers)) for part, caches in self.caches.items()}
-        ids = torch.from_numpy(ids_BN).to(device)
-        ngrams = None
-        if encoder.hash_embedding is not None:
-            before = self.recent.shape[1]
-            is_in_row = torch.from_numpy(np.arange(-before, N) + self.length[:, None] >= 0).to(device)
-            ngrams = encoder.hash_embedding(torch.cat((self.recent, ids), dim=1), is_in_row.long())[:, before:]
-        states = encoder.byte_states(
-            ids, ngrams, self.caches["encoder"].plan(self.length, N, None, device), layers["encoder"]
-        )
-        self._keep_open(states)
+        ids_on_device_BN = torch.from_numpy(ids_BN).to(self.device)
+        ngrams_BND = self._ngram_embeddings(ids_on_device_BN)
+        plan = self.caches["encoder"].plan(self.row_length, N, None, self.device)
+        layers = self._layer_numbers("encoder")
+        states = self.model.encoder.byte_states(ids_on_device_BN, ngrams_BND, plan, layers)
+        self._append_open_states(states)
+        latents_BPG = self._read_complete_patches(is_end_BN)
 
-        closed = closes_BN.sum(1)
-        rows = np.flatnonzero(closed)
-        P = int(closed.max(initial=0))
-        if self.latent_BG is None:
-            self.latent_BG = torch.zeros(B, model.config.global_dim, device=device)
-        latents_BPG = self.latent_BG[:, None]
-        if P:
-            last = N - 1 - closes_BN[rows, ::-1].argmax(1)
-            width = int((self.open_length[rows] + last).max()) + 1
-            place = np.arange(width) - self.open_length[rows, None]  # in this step's ids; below 0: read before
-            patch = np.cumsum(closes_BN[rows], axis=1) - closes_BN[rows]
-            into = np.where(place < 0, 0, np.take_along_axis(patch, place.clip(0, N - 1), 1))
-            into = np.where((into < closed[rows, None]) & (place < N), into, P)
-            of_rows = None if len(rows) == B else rows
-            open_states = [x[:, :width] if of_rows is None else x[of_rows, :width] for x in self.open_states]
-            vectors = encoder.patch_vectors(open_states, Segments(torch.from_numpy(into).to(device), P))
-            new = model.latent(
-                vectors, self.caches["global"].plan(self.patches[rows], P, of_rows, device), layers["global"]
-            )
-            latents_BPG = torch.cat((latents_BPG, new.new_zeros(B, P, new.shape[2]).to(latents_BPG.dtype)), dim=1)
-            latents_BPG[slice(None) if of_rows is None else of_rows, 1:] = new.to(latents_BPG.dtype)
-        reads = np.cumsum(closes_BN, axis=1) + np.arange(B)[:, None] * (P + 1)
-        plan = self.caches["decoder"].plan(self.length, N, None, device)
-        out = model.head(
-            model.decoder(
-                states[-1], latents_BPG, plan, torch.from_numpy(reads.flatten()).to(device), layers["decoder"]
-            )
-        )
-        self.step = (ids_BN, ids, closes_BN, latents_BPG)
-        return out
+        # Patch 0 of latents_BPG is the newest one before the step. So an id reads the patch whose number
+        # is the count of patch ends up to it. An id that ends a patch reads that very patch.
+        newest_patch_BN = np.cumsum(is_end_BN, axis=1)
+        first_of_row_B1 = np.arange(B)[:, None] * latents_BPG.shape[1]
+        read_N = torch.from_numpy((newest_patch_BN + first_of_row_B1).flatten()).to(self.device)
+        plan = self.caches["decoder"].plan(self.row_length, N, None, self.device)
+        layers = self._layer_numbers("decoder")
+        out_BND = self.model.decoder(states[-1], latents_BPG, plan, read_N, layers)
+        return self.model.head(out_BND), Step(ids_BN, ids_on_device_BN, is_end_BN, latents_BPG)
 
-    def _keep_open(self, states):
-        """Put the new bytes' states behind those of the open patches."""
+    def _ngram_embeddings(self, ids_BN):
+        """N-gram hash embeddings [B, N, D] of new ids, or None for a model without them."""
+        hash_embedding = self.model.encoder.hash_embedding
+        if hash_embedding is None:
+            return None
+        n_recent = self.recent_ids.shape[1]
+        # Ids before the row's first are another document to the hash, as in a full pass over the row.
+        positions_BT = np.arange(-n_recent, ids_BN.shape[1]) + self.row_length[:, None]
+        is_in_row_BT = torch.from_numpy(positions_BT >= 0).to(self.device)
+        ids_BT = torch.cat((self.recent_ids, ids_BN), dim=1)
+        return hash_embedding(ids_BT, is_in_row_BT.long())[:, n_recent:]
+
+    def _append_open_states(self, states):
+        """Write the new bytes' encoder states behind those of the open patches."""
         B, N = states[0].shape[:2]
-        needed = int(self.open_length.max()) + N
+        n_needed = int(self.open_length.max()) + N
         if self.open_states is None:
-            self.open_states = [x.new_zeros(B, 2 * needed, x.shape[2]) for x in states]
-        room = self.open_states[0].shape[1]
-        if needed > room:
-            self.open_states = [
-                torch.nn.functional.pad(x, (0, 0, 0, max(room, needed - room))) for x in self.open_states
-            ]
-            room = self.open_states[0].shape[1]
-        places = torch.from_numpy(
-            (np.arange(B)[:, None] * room + self.open_length[:, None] + np.arange(N)).flatten()
-        ).to(self.device)
-        for kept, new in zip(self.open_states, states):
-            kept.view(B * room, -1).index_copy_(0, places, new.flatten(0, 1).to(kept.dtype))
+            # Twice what is needed now: the patch will grow, and growing copies.
+            self.open_states = [x_BND.new_zeros(B, 2 * n_needed, x_BND.shape[2]) for x_BND in states]
+        capacity = self.open_states[0].shape[1]
+        if n_needed > capacity:
+            n_more = max(capacity, n_needed - capacity)
+            self.open_states = [F.pad(kept_BCD, (0, 0, 0, n_more)) for kept_BCD in self.open_states]
+            capacity += n_more
+        columns_BN = self.open_length[:, None] + np.arange(N)
+        slots_BN = np.arange(B)[:, None] * capacity + columns_BN
+        slots_M = torch.from_numpy(slots_BN.flatten()).to(self.device)
+        for kept_BCD, new_BND in zip(self.open_states, states):
+            new_MD = new_BND.flatten(0, 1).to(kept_BCD.dtype)
+            kept_BCD.view(B * capacity, -1).index_copy_(0, slots_M, new_MD)
+
+    def _read_complete_patches(self, is_end_BN):
+        """Latent states [B, 1 + P, G] of the newest patch before the step and of those that it completes.
+
+        P is the most patches that a row completes. A row with fewer has undefined states at its end.
+        """
+        n_complete_B = is_end_BN.sum(axis=1)
+        P = int(n_complete_B.max(initial=0))
+        old_BPG = self.newest_latent_BG[:, None]
+        if P == 0:
+            return old_BPG
+        rows = np.flatnonzero(n_complete_B)
+        # Rows that complete no patch stay out of the latent transformer, the most expensive part. With all
+        # rows in it, None instead of their numbers saves a copy of the cached keys and values.
+        chosen = None if len(rows) == self.n_rows else rows
+        index = slice(None) if chosen is None else chosen
+
+        patch_of_column, n_columns = self._patches_of_open_states(is_end_BN, rows, P)
+        segments = Segments(torch.from_numpy(patch_of_column).to(self.device), P)
+        open_states = [kept_BCD[index, :n_columns] for kept_BCD in self.open_states]
+        vectors_BPkD = self.model.encoder.patch_vectors(open_states, segments)
+        plan = self.caches["global"].plan(self.n_patches[rows], P, chosen, self.device)
+        new_BPG = self.model.latent(vectors_BPkD, plan, self._layer_numbers("global"))
+
+        empty_BPG = new_BPG.new_zeros(self.n_rows, P, new_BPG.shape[2]).to(old_BPG.dtype)
+        latents_BPG = torch.cat((old_BPG, empty_BPG), dim=1)
+        latents_BPG[index, 1:] = new_BPG.to(latents_BPG.dtype)
+        return latents_BPG
+
+    def _patches_of_open_states(self, is_end_BN, rows, P):
+        """The patch of the step, 0 to P - 1, that each open state belongs to; P: to none that is complete.
+
+        Returns int64 [rows, n_columns] and n_columns, which is enough for the complete patches of every
+        row. Example: an open patch of 2 bytes, then 4 new ids, of which 1 and 2 end patches: 0 0 0 0 1.
+        """
+        N = is_end_BN.shape[1]
+        is_end_RN = is_end_BN[rows]
+        open_length_R1 = self.open_length[rows, None]
+        n_columns = int((self.open_length[rows] + last_true(is_end_RN)).max()) + 1
+        # The first columns are bytes of earlier steps (below 0 here), the others are ids of this step.
+        new_id_RC = np.arange(n_columns) - open_length_R1
+        patch_of_id_RN = np.cumsum(is_end_RN, axis=1) - is_end_RN
+        patch_RC = np.take_along_axis(patch_of_id_RN, new_id_RC.clip(0, N - 1), axis=1)
+        patch_RC = np.where(new_id_RC < 0, 0, patch_RC)
+        n_complete_R1 = is_end_RN.sum(axis=1)[:, None]
+        is_complete_RC = (patch_RC < n_complete_R1) & (new_id_RC < N)
+        return np.where(is_complete_RC, patch_RC, P), n_columns
+
+    def _restart_rows(self, is_full_B):
+        """Let these full rows restart with the last half of their ids.
+
+        Example: context_bytes is 8, and the next id is "i".
+            abcdefgh     the row is full
+                efgh     it restarts: the BLT reads these ids again, at positions 0 to 3
+                efghi    the row goes on
+
+        Patches stay as they were, but the first id becomes a patch of its own, as in every row.
+        """
+        if not is_full_B.any():
+            return
+        ids_BT = self.row_ids[:, -self.restart_length :].copy()
+        is_end_BT = self.row_is_end[:, -self.restart_length :].copy()
+        is_end_BT[:, 0] = True
+        is_end_BT &= is_full_B[:, None]
+        for values_B in (self.row_length, self.n_patches, self.open_length):
+            values_B[is_full_B] = 0
+        # The entropy model and the rule take no part: they have read these ids and go on after them.
+        for begin in range(0, self.restart_length, MAX_STEP):
+            end = min(begin + MAX_STEP, self.restart_length)
+            _, step = self._read_with_blt(ids_BT[:, begin:end], is_end_BT[:, begin:end])
+            # The other rows read these ids as padding: none of them counts.
+            self._append_to_rows(step, np.where(is_full_B, end - begin, 0))
+
+    # ------------------------------------------------------- third part: which ids become text
 
     @torch.no_grad()
     def commit(self, counts_B):
-        """Count the first counts_B ids of the last `advance` as read, and forget the others."""
-        ids_BN, ids, closes_BN, latents_BPG = self.step
-        B, N = ids_BN.shape
-        closes = closes_BN & (np.arange(N) < counts_B[:, None])
-        closed = closes.sum(1)
-        self.latent_BG = latents_BPG[torch.arange(B, device=self.device), torch.from_numpy(closed).to(self.device)]
-        last = np.where(closed > 0, N - 1 - closes[:, ::-1].argmax(1), -1)
-        begin = np.where(closed > 0, self.open_length + last + 1, 0)  # of what stays open
-        open_length = np.where(closed > 0, counts_B - last - 1, self.open_length + counts_B)
-        if ((begin > 0) & (open_length > 0)).any():
-            width = int(open_length.max())
-            source = torch.from_numpy(begin[:, None] + np.arange(width)).to(self.device)
-            for x in self.open_states:
-                source_places = source.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2])
-                x[:, :width] = x.gather(1, source_places)
+        """Make the first counts_B ids of the step part of the rows, and forget the others."""
+        # The caches need no roll back: they hold positions, and the next step writes the same ones.
+        if (self.n_ahead != counts_B).any():
+            self._roll_back_rule(counts_B)
+        self.document_length = self.document_length + counts_B
+        self.n_ahead = np.zeros(self.n_rows, np.int64)
+        self.rule_states = []
+        self._append_to_rows(self.step, counts_B)
+
+    def _roll_back_rule(self, counts_B):
+        """Give each row of the patch rule the state that it had after counts_B ids of the step."""
+        rows = np.arange(self.n_rows)
+        for name in self.rule.state:
+            states_NB = np.stack([state[name] for state in self.rule_states])
+            self.rule.state[name] = states_NB[counts_B, rows]
+
+    def _append_to_rows(self, step, counts_B):
+        """Make the first counts_B ids of a step part of the model's rows."""
+        B, N = step.ids_BN.shape
+        is_end_BN = step.is_end_BN & is_counted(counts_B, N)
+        n_complete_B = is_end_BN.sum(axis=1)
+        every_row = torch.arange(B, device=self.device)
+        newest_patch_B = torch.from_numpy(n_complete_B).to(self.device)
+        self.newest_latent_BG = step.latents_BPG[every_row, newest_patch_B]
+        self._drop_complete_patches(is_end_BN, counts_B)
         if self.context_bytes is not None:
-            rows, places = np.nonzero(np.arange(N) < counts_B[:, None])
-            self.row_ids[rows, self.length[rows] + places] = ids_BN[rows, places]
-            self.row_closes[rows, self.length[rows] + places] = closes[rows, places]
-        if self.recent.shape[1]:
-            source = torch.from_numpy(counts_B[:, None] + np.arange(self.recent.shape[1])).to(self.device)
-            self.recent = torch.cat((self.recent, ids), dim=1).gather(1, source)
-        self.open_length = open_length
-        self.length = self.length + counts_B
-        self.patches = self.patches + closed
+            # For the restart of a full row, which reads its last half again.
+            rows, columns = np.nonzero(is_counted(counts_B, N))
+            positions = self.row_length[rows] + columns
+            self.row_ids[rows, positions] = step.ids_BN[rows, columns]
+            self.row_is_end[rows, positions] = is_end_BN[rows, columns]
+        n_recent = self.recent_ids.shape[1]
+        if n_recent > 0:
+            last_BR = torch.from_numpy(counts_B[:, None] + np.arange(n_recent)).to(self.device)
+            ids_BT = torch.cat((self.recent_ids, step.ids_on_device_BN), dim=1)
+            self.recent_ids = ids_BT.gather(1, last_BR)
+        self.row_length = self.row_length + counts_B
+        self.n_patches = self.n_patches + n_complete_B
 
-    def _begin_rows_anew(self, is_full_B):
-        """Let these rows of the model begin with the last half of what they hold; the first id then is a patch of its own."""
-        if not is_full_B.any():
+    def _drop_complete_patches(self, is_end_BN, counts_B):
+        """Move the states of the bytes after each row's last patch end to the front: the new open patch."""
+        last_end_B = last_true(is_end_BN)
+        has_end_B = last_end_B >= 0
+        begin_B = np.where(has_end_B, self.open_length + last_end_B + 1, 0)
+        self.open_length = np.where(has_end_B, counts_B - last_end_B - 1, self.open_length + counts_B)
+        if not ((begin_B > 0) & (self.open_length > 0)).any():
             return
-        rows, kept = np.flatnonzero(is_full_B), self._kept_context()
-        ids, closes = self.row_ids[:, -kept:].copy(), self.row_closes[:, -kept:].copy()
-        closes[:, 0] = True
-        for values in (self.length, self.patches, self.open_length):
-            values[rows] = 0
-        for begin in range(0, kept, CHUNK):
-            counts = np.where(is_full_B, min(CHUNK, kept - begin), 0)
-            piece = slice(begin, begin + CHUNK)
-            self._advance(ids[:, piece], closes[:, piece] & is_full_B[:, None])
-            self.commit(counts)
-
-    def roll_back(self, document_length_B, rule_state):
-        """Let the entropy model and the patch rule forget the ids after these: for drafts that were not kept."""
-        self.document_length = document_length_B
-        self.rule.state = rule_state
+        n_columns = int(self.open_length.max())
+        source_BC = torch.from_numpy(begin_B[:, None] + np.arange(n_columns)).to(self.device)
+        for kept_BCD in self.open_states:
+            _, capacity, D = kept_BCD.shape
+            # Rows with a shorter open patch copy columns that nobody reads, but that must exist.
+            index_BC1 = source_BC.clamp(max=capacity - 1)[..., None]
+            kept_BCD[:, :n_columns] = kept_BCD.gather(1, index_BC1.expand(-1, -1, D))

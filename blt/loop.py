@@ -63,17 +63,21 @@ class RunConfig(DataConfig):
 def fit(model, config, train_rows, validation_batches, out_dir):
     """Train a model. Returns the best evaluation (that of best.pt), last_val_bpb, bytes_per_second and train_seconds.
 
-    train_rows: `TrainingRows`. validation_batches: list of `RowBatch`, scored every eval_every updates and
-    at the end. Writes to out_dir: last.pt (everything to go on from), best.pt (weights of the best
-    evaluation), metrics.jsonl. Stopped and resumed gives the weights of a run straight through: a batch
-    depends on its number only.
+    train_rows: `TrainingRows`.
+    validation_batches: list of `RowBatch`, scored every eval_every updates and at the end.
+    Writes to out_dir: last.pt (everything to go on from), best.pt (weights of the best
+    evaluation), metrics.jsonl. Stopped and resumed gives the weights of a run straight through: a
+    batch depends on its number only.
     """
     device = next(model.parameters()).device
     precision = choose_precision(config.precision, device)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    # Every parameter is in exactly one optimizer: matrices in Muon, hash tables in row-wise Adam, the
+    # rest in AdamW.
     optimizers = make_optimizers(model, config)
-    # fp16 gradients underflow, so their loss is scaled; for other precisions the scaler does nothing.
+    # fp16 gradients underflow, so their loss is scaled; for other precisions the scaler does
+    # nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     start, best, trained_bytes = 0, None, 0
     if config.resume:
@@ -86,17 +90,21 @@ def fit(model, config, train_rows, validation_batches, out_dir):
 
     for step, batches in batches_of_steps(train_rows, config, start, device):
         learning_rate = set_learning_rates(optimizers, learning_rate_scale(step, config))
+        # The loss is a mean over all scored targets of the update, so passes with more padding weigh
+        # less, and accumulating gradients gives the same update as one large batch.
         targets = sum(batch.targets for batch in batches)
         loss_nats = torch.zeros((), device=device)
         for batch in batches:
             with autocast(device, precision):
-                nats_BT, _ = target_losses(step_model, batch.to(device))  # the forward pass
+                # The forward pass.
+                nats_BT, _ = target_losses(step_model, batch.to(device))
                 loss = nats_BT.sum() / targets
             backward(model, loss, scaler)
             loss_nats += loss.detach()
         gradient_norm = clip_gradients(model, optimizers, scaler, config.clip)
         step_optimizers(optimizers, scaler)
 
+        # What follows is the record of the step: log lines, evaluations, checkpoints.
         done = step + 1
         evaluate_now = done % config.eval_every == 0 or done == config.steps
         progress.count(batches)
@@ -109,6 +117,7 @@ def fit(model, config, train_rows, validation_batches, out_dir):
                 if best is None or last["val_bpb"] < best["val_bpb"]:
                     best = last
                     save_weights(out_dir / "best.pt", model)
+                # After the evaluation, so that a resumed run knows the best one.
                 state = {"step": done, "best": best, "bytes": progress.trained_bytes}
                 save_checkpoint(out_dir / "last.pt", model, optimizers, scaler, config, state)
     progress.close()
@@ -119,11 +128,13 @@ def batches_of_steps(train_rows, config, start, device):
     """Yield (step, its batches: one a pass); the next step's rows are made in a thread while the device computes."""
 
     def make(step):
+        # A batch is a pure function of its number and the seed: a resumed run reads the same rows.
         first = step * config.accumulate
         batches = [
             train_rows.shuffled_batch(position, config.batch_rows, config.seed)
             for position in range(first, first + config.accumulate)
         ]
+        # Copies from pinned memory run beside the computation.
         return [batch.pin() for batch in batches] if device.type == "cuda" else batches
 
     with ThreadPoolExecutor(1) as loader:
@@ -139,6 +150,7 @@ def set_learning_rates(optimizers, scale):
     """Set every group's learning rate to this share of its peak; returns the first group's, for the log."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            # Kept in the group, so that a resumed run knows the peak and not only the present rate.
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
     return optimizers[0].param_groups[0]["lr"]
 
@@ -146,8 +158,10 @@ def set_learning_rates(optimizers, scale):
 def compile_model(model, config, train_rows, device, precision):
     """torch.compile(model) where the config wants it, else the model itself.
 
-    The forward and backward pass are compiled here, before the clock of the training speed starts. Raises
-    ValueError if compiled and eager losses disagree: the leak gate has tested the eager model only.
+    The forward and backward pass are compiled here, before the clock of the training speed
+    starts.
+    Raises ValueError if compiled and eager losses disagree: the leak gate has tested the eager
+    model only.
     """
     if config.compile == "no" or (config.compile == "auto" and device.type != "cuda"):
         return model
@@ -155,15 +169,19 @@ def compile_model(model, config, train_rows, device, precision):
     batch = train_rows.shuffled_batch(0, config.batch_rows, config.seed).to(device)
     has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
     if has_dropout:
-        # Two passes drop different channels, so there is nothing to compare; the first step compiles.
+        # Two passes drop different channels, so there is nothing to compare; the first step
+        # compiles.
         return compiled
     with autocast(device, precision):
         compiled_nats, _ = target_losses(compiled, batch)
+        # Only so that the backward pass is compiled as well; its gradients are thrown away.
         compiled_nats.sum().backward()
         with torch.no_grad():
             eager_nats, _ = target_losses(model, batch)
     model.zero_grad(set_to_none=True)
     difference = (eager_nats - compiled_nats.detach()).abs().mean().item()
+    # bf16 rounds differently in fused kernels, so the bound is loose; a wrong kernel is far off. The
+    # comparison is written so that a difference that is not a number fails too.
     if not difference < 0.02:
         raise ValueError(
             f"the compiled model is wrong here: its losses differ by {difference:.2g} nats on average; "
@@ -254,7 +272,9 @@ class Metrics:
 
     def __init__(self, out_dir, tensorboard=False, start=0):
         path = Path(out_dir) / "metrics.jsonl"
+        # A run that died after its last checkpoint has logged steps that the resumed run does again.
         kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
+        # Line buffering below: a killed run loses no finished line.
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(path, lambda temporary: Path(temporary).write_text(text))
         self.file = open(path, "a", buffering=1)
@@ -299,7 +319,9 @@ def save_checkpoint(path, model, optimizers, scaler, config, state):
         "settings": dataclasses.asdict(config),
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        # The loss scale of fp16 adapts during training.
         "scaler": scaler.state_dict(),
+        # Dropout draws from these.
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -309,14 +331,17 @@ def save_checkpoint(path, model, optimizers, scaler, config, state):
 def load_checkpoint(path, model, optimizers, scaler, config):
     """Restore a `save_checkpoint` file into model, optimizers, scaler and random state.
 
-    Returns (step, best evaluation so far, bytes trained on). Raises FileNotFoundError, or ValueError if the
-    settings of the stopped run differ from the config's.
+    Returns (step, best evaluation so far, bytes trained on).
+    Raises FileNotFoundError, or ValueError if the settings of the stopped run differ from the
+    config's.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} not found: nothing to resume; run without --resume")
+    # weights_only: a checkpoint from elsewhere cannot run code.
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     then = checkpoint["settings"]
+    # Half a run with one setting and half with another would be a run that no command repeats.
     differing = [
         f"{name}: {then.get(name)!r} then, {value!r} now"
         for name, value in dataclasses.asdict(config).items()
@@ -339,7 +364,8 @@ def load_checkpoint(path, model, optimizers, scaler, config):
 def training_curves(path, out_dir, bytes_per_id=1.0):
     """Draw metrics.jsonl: loss of the logged batches and of validation, in bits per byte, against bytes seen.
 
-    bytes_per_id: mean bytes that a target stands for; it turns a loss in nats per BPE token into bits per byte.
+    bytes_per_id: mean bytes that a target stands for; it turns a loss in nats per BPE token into
+    bits per byte.
     """
     # matplotlib takes half a second to import, for which --help should not wait.
     from blt.pictures import draw_curves

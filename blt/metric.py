@@ -17,17 +17,19 @@ from blt.ids import BYTES
 from blt.patch_rules import refuse_lookahead
 from blt.rows import evaluation_batches
 
-IGNORED = -100  # the target that cross_entropy leaves out
+# The target that cross_entropy leaves out.
+IGNORED = -100
 
 
 def target_losses(model, batch):
     """Cross-entropy of each target of a `RowBatch`: (nats float32 [B, T], logits [B, T, V]).
 
-    A target that is not scored costs 0 nats. The training loss is the sum of nats over the number of scored
-    targets.
+    A target that is not scored costs 0 nats. The training loss is the sum of nats over the number
+    of scored targets.
     """
     targets_BT = batch.ids[:, 1:].masked_fill(~batch.is_scored, IGNORED)
     logits_BTV = row_logits(model, batch)
+    # In fp32 whatever the precision of the model: a sum of many small numbers follows.
     nats = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -44,9 +46,11 @@ def row_logits(model, batch):
 def score_batches(model, batches, device, precision="fp32"):
     """Score `RowBatch`es one by one: yields (batch, nats float32 [B, T], is_right bool [B, T]).
 
-    is_right: whether the most likely id is the target. Targets that are not scored have 0 nats and False.
+    is_right: whether the most likely id is the target. Targets that are not scored have 0 nats
+    and False.
     """
     was_training = model.training
+    # Dropout off.
     model.eval()
     for batch in batches:
         batch = batch.to(device)
@@ -61,6 +65,7 @@ def add_up(scored_batches):
     """Totals of what `score_batches` yields: {"nats", "right", "targets", "bytes"}."""
     totals = {"nats": 0.0, "right": 0, "targets": 0, "bytes": 0}
     for batch, nats_BT, is_right_BT in scored_batches:
+        # In float64, so that the order of the batches does not matter to the digits that are printed.
         totals["nats"] += nats_BT.sum(dtype=torch.float64).item()
         totals["right"] += int(is_right_BT.sum())
         totals["targets"] += batch.targets
@@ -71,6 +76,7 @@ def add_up(scored_batches):
 def rates(totals):
     """`add_up`'s totals as {"val_bpb", "val_loss" (nats per target), "val_accuracy", "val_bytes"}."""
     return {
+        # Nats of document ends are in the numerator; ends stand for no byte of the denominator.
         "val_bpb": totals["nats"] / math.log(2) / totals["bytes"],
         "val_loss": totals["nats"] / totals["targets"],
         "val_accuracy": totals["right"] / totals["targets"],
@@ -86,14 +92,16 @@ def evaluate(model, batches, device, precision="fp32"):
 def bits_per_byte(model, patcher, documents, row_bytes=4096, batch_rows=8, precision="fp32"):
     """Bits per byte of whole documents: the nats of every byte and every document's end, / ln 2, / number of raw bytes.
 
-    patcher: makes each document's patches from what is before each byte; None for a model without patches.
-    documents: bytes-like objects or uint8 arrays, each scored from its boundary on. A document longer than
-    row_bytes - 1 bytes is read in windows of row_bytes ids, half a window apart
+    patcher: makes each document's patches from what is before each byte; None for a model without
+    patches.
+    documents: bytes-like objects or uint8 arrays, each scored from its boundary on. A document
+    longer than row_bytes - 1 bytes is read in windows of row_bytes ids, half a window apart
     (`rows.evaluation_batches`).
 
-    A model with 256 classes (the entropy model) cannot end a document: its ends are left out, the bytes are
-    not. A model over other ids (`.vocabulary`, BPE tokens) pays for the ids that its vocabulary makes of a
-    document, in rows of about row_bytes bytes; the bytes counted are still the raw ones.
+    A model with 256 classes (the entropy model) cannot end a document: its ends are left out, the
+    bytes are not. A model over other ids (`.vocabulary`, BPE tokens) pays for the ids that its
+    vocabulary makes of a document, in rows of about row_bytes bytes; the bytes counted are still
+    the raw ones.
     """
     documents = [np.frombuffer(bytes(document), dtype=np.uint8) for document in documents]
     is_start = None if patcher is None else [patcher.starts(document) for document in documents]
@@ -104,11 +112,13 @@ def bits_per_byte(model, patcher, documents, row_bytes=4096, batch_rows=8, preci
 def scoring_batches(model, documents, is_start, row_bytes=4096, batch_rows=8):
     """The rows from which `bits_per_byte` scores uint8 documents: yields `RowBatch`es.
 
-    is_start: bool [N + 1] of each document, its patches already made; None for a model without patches.
+    is_start: bool [N + 1] of each document, its patches already made; None for a model without
+    patches.
     """
     if not sum(len(document) for document in documents):
         raise ValueError("bits per byte need at least one byte of text")
     vocabulary = vocabulary_of(model)
+    # For a BPE model these are tokens, for all others the bytes themselves.
     ids = [vocabulary.encode(document) for document in documents]
     row_ids = vocabulary.row_ids(row_bytes)
     return evaluation_batches(ids, is_start, row_ids, batch_rows, predicts_document_ends(model), vocabulary)
@@ -131,22 +141,24 @@ def _uncompiled(model):
 
 # The leak gate
 
-LEAK_TOLERANCE = 1e-3  # nats; rounding stays below it, a leak does not
+# In nats. Rounding stays below it; a leak does not.
+LEAK_TOLERANCE = 1e-3
 
 
 @torch.no_grad()
 def leak_gate(model, patcher, text, positions=6):
-    """Raise ValueError if the model or its patches see bytes that they must predict (docs/design.md, invariants 1 and 2).
+    """Raise ValueError if the model or its patches see bytes that they must predict (docs/design.md, invariants 1, 2).
 
-    At some positions t of the first 512 bytes of the text: (1) changing the bytes from t on must not change
-    the logits of bytes 0 to t, and (2) cutting the text off at t must not change the last logits. The
-    patcher makes the patches again each time. patcher None: a model without patches. Returns the largest
-    difference seen, in nats.
+    At some positions t of the first 512 bytes of the text: (1) changing the bytes from t on must
+    not change the logits of bytes 0 to t, and (2) cutting the text off at t must not change the
+    last logits. The patcher makes the patches again each time. patcher None: a model without
+    patches.
+    Returns the largest difference seen, in nats.
 
-    A model over BPE tokens is tested with tokens in place of bytes: the text is tokenised once, and tokens
-    are changed and cut. Bytes cannot be, because other bytes from t on may change a token that began before
-    t. There the tokenizer looks ahead, not the model; the tokens still restore the text, so their cost is
-    honest.
+    A model over BPE tokens is tested with tokens in place of bytes: the text is tokenised once,
+    and tokens are changed and cut. Bytes cannot be, because other bytes from t on may change a
+    token that began before t. There the tokenizer looks ahead, not the model; the tokens still
+    restore the text, so their cost is honest.
     """
     if patcher is not None:
         refuse_lookahead(patcher.config, "train or be scored as a model")
@@ -158,6 +170,7 @@ def leak_gate(model, patcher, text, positions=6):
     model.eval()
 
     whole = _log_probabilities(model, patcher, text, vocabulary)
+    # Always the same changes: a gate that fails must fail again.
     generator = np.random.default_rng(0)
     worst = 0.0
     for t in np.unique(np.linspace(1, len(text) - 1, positions).astype(int)):
@@ -180,6 +193,7 @@ def leak_gate(model, patcher, text, positions=6):
 
 def _log_probabilities(model, patcher, document, vocabulary):
     """Log-probabilities [N + 1, V] of one document in a row of its own, with patches made from scratch."""
+    # Here, and not once outside: a patch rule that looks ahead is a leak as well.
     is_start = None if patcher is None else [patcher.starts(document)]
     (batch,) = evaluation_batches([document], is_start, len(document) + 1, batch_rows=1, vocabulary=vocabulary)
     logits_BTV = row_logits(model, batch.to(next(model.parameters()).device))
@@ -194,6 +208,7 @@ def compressors_bpb(documents):
     from pyarrow import Codec  # slow to import
 
     raw = b"".join(document.tobytes() for document in documents)
+    # Joined, because a compressor that starts again at every document would look worse than it is.
     compressed = {
         "gzip -9": gzip.compress(raw, 9),
         "xz -9": lzma.compress(raw, preset=9),

@@ -1,20 +1,22 @@
 """The patching methods (BLT sections 2.1 to 2.3): each is one small class with its two forms side by side.
 
-Index t always means "about byte t, from what is before t": entropies[t] is the entropy, in nats, of the
-entropy model's distribution for byte t given the bytes before it, and is_start[t] says whether byte t
-starts a patch. Every causal method can therefore be followed while text is generated. `bpe` looks ahead and
-serves comparisons only.
+Index t always means "about byte t, from what is before t": entropies[t] is the entropy, in nats,
+of the entropy model's distribution for byte t given the bytes before it, and is_start[t] says
+whether byte t starts a patch. Every causal method can therefore be followed while text is
+generated. `bpe` looks ahead and serves comparisons only.
 
-A document of N bytes has N + 1 positions: one for each byte and one for its end. The end is a position like
-any other: if it always started a patch, the patches would tell the model that the text is over.
+A document of N bytes has N + 1 positions: one for each byte and one for its end. The end is a
+position like any other: if it always started a patch, the patches would tell the model that the
+text is over.
 
-To add a method, write a subclass of `PatchRule` with `register` above it, here or in your own script. It needs
+To add a method, write a subclass of `PatchRule` with `register` above it, here or in your own
+script. It needs
 
     wants_start           the vectorised form: all positions of a text at once, for training and evaluation
     wants_start_online    the same decision for one position of many texts, for generation and compression
 
-Command lines, messages, the table in docs/patching.md, tests and the interactive page take their lists from
-`RULES`. Everything here is NumPy.
+Command lines, messages, the table in docs/patching.md, tests and the interactive page take their
+lists from `RULES`. Everything here is NumPy.
 """
 
 import math
@@ -26,8 +28,8 @@ from blt.checks import check
 
 # Bytes a patch where neither a threshold nor a size is given: about that of the released models.
 DEFAULT_PATCH_SIZE = 4.5
-# What is before a document's first byte. `blt.ids.BOUNDARY` is the same number, but this module imports
-# NumPy only.
+# What is before a document's first byte. `blt.ids.BOUNDARY` is the same number, but this module
+# imports NumPy only.
 BOUNDARY = 256
 
 RULES = {}  # {name: PatchRule}, in the order in which the methods are listed everywhere
@@ -77,7 +79,8 @@ class PatchRule:
     def next_start(self, texts, threshold, rise):
         """A function (begin, low) -> the first start at or after `low` of a patch that began at `begin`.
 
-        begin, low: int arrays of equal shape. The result is N or more where no later position starts one.
+        begin, low: int arrays of equal shape. The result is N or more where no later position
+        starts one.
         """
         first_true = _first_true_at_or_after(self.wants_start(texts, threshold, rise))
         return lambda begin, low: first_true[np.minimum(low, len(first_true) - 1)]
@@ -94,6 +97,7 @@ def register(rule_class):
     parts = ["name", "condition", vectorised]
     if rule_class.is_causal:
         parts.append("wants_start_online")
+    # An attribute that is still the base class's own has not been written.
     missing = [part for part in parts if getattr(rule_class, part) is getattr(PatchRule, part)]
     if missing:
         raise TypeError(f"patching method {name or rule_class.__name__!r} has no {' and no '.join(missing)}")
@@ -119,6 +123,7 @@ class GlobalRule(PatchRule):
     condition = "its entropy is above the threshold"
 
     def wants_start(self, texts, threshold, rise):
+        # Above, not at: as the released code compares.
         return texts.entropies > threshold
 
     def wants_start_online(self, rows, threshold, rise):
@@ -139,6 +144,7 @@ class MonotonicRule(PatchRule):
         return rows.entropies_B - rows.previous_entropies_B > threshold
 
     def threshold_range(self, entropies):
+        # The first position has no rise.
         rises = entropy_rise(entropies)[1:]
         return float(rises.min(initial=np.inf)) - 1e-3, float(rises.max(initial=-np.inf)) + 1e-3
 
@@ -166,11 +172,12 @@ class CumulativeRule(PatchRule):
     depends_on_patch = True
 
     def next_start(self, texts, threshold, rise):
+        # In float64: the sums run over whole corpora.
         total = np.concatenate(([0.0], np.cumsum(texts.entropies, dtype=np.float64)))
 
         def first_above(begin, low):
-            # total[t + 1] - total[begin] is the sum from `begin` to t; it rises with t, so a binary search
-            # finds t.
+            # total[t + 1] - total[begin] is the sum from `begin` to t; it rises with t, so a
+            # binary search finds t.
             return np.maximum(np.searchsorted(total, total[begin] + threshold, side="right") - 1, low)
 
         return first_above
@@ -202,6 +209,7 @@ class StaticRule(PatchRule):
     def _is_multiple(position, size):
         if size == int(size):
             return position % int(size) == 0
+        # A fractional size: a multiple of it lies between this position and the one before.
         return position // size > (position - 1) // size
 
 
@@ -214,17 +222,19 @@ class SpaceRule(PatchRule):
     unit = None
     needs_entropies = False
 
-    # Space-like: not an ASCII letter or digit, and not a UTF-8 continuation byte. The boundary (256) is
-    # space-like.
+    # Space-like: not an ASCII letter or digit, and not a UTF-8 continuation byte. The boundary
+    # (256) is space-like.
     is_space_like = np.ones(257, dtype=bool)
     for _first, _last in (("0", "9"), ("A", "Z"), ("a", "z"), ("\x80", "\xbf")):
         is_space_like[ord(_first) : ord(_last) + 1] = False
 
     def wants_start(self, texts, threshold, rise):
         is_space = self.is_space_like[np.asarray(texts.byte_values)]
+        # At each byte: is the byte before it space-like? Before a document's first byte is the boundary.
         space_before = np.roll(is_space, 1)
         space_before[texts.is_document_start] = True
         ends_word = is_space & ~space_before
+        # The patch starts one byte later, after the space-like byte.
         starts = np.roll(ends_word, 1)
         starts[0] = False
         return starts
@@ -347,7 +357,8 @@ def patch_starts(
 
     Worked example (threshold 1.335): H = 3.0 2.5 2.0 1.0 .5 .4 2.4 gives starts at 0, 1, 2 and 6.
 
-    entropies: float [N], nats; None for methods without entropies when byte_values or token_starts give N.
+    entropies: float [N], nats; None for methods without entropies when byte_values or
+    token_starts give N.
     document_starts: bool [N], where documents begin when several are concatenated.
     Raises ValueError for an unknown method and for a missing input.
     """
@@ -363,14 +374,17 @@ def patch_starts(
     if N == 0:
         return np.zeros(0, dtype=bool)
     is_document_start = np.zeros(N, dtype=bool) if document_starts is None else np.array(document_starts, dtype=bool)
+    # No patch crosses a document boundary: every document starts one.
     is_document_start[0] = True
     texts = Texts(_as_float32(entropies), byte_values, token_starts, is_document_start)
 
+    # With a minimum size a start depends on where the patch before it began, so the chain is followed.
     if rule.depends_on_patch or min_patch_size > 1:
         next_start = rule.next_start(texts, threshold, monotonic_threshold)
         return _follow_chain(next_start, is_document_start, min_patch_size, max_patch_size)
     is_start = rule.wants_start(texts, threshold, monotonic_threshold) | is_document_start
     if max_patch_size is not None:
+        # A long patch is divided from its beginning into pieces of the maximum size.
         bytes_since_start = np.arange(N) - _last_true_at_or_before(is_start)
         is_start |= bytes_since_start % max_patch_size == 0
     return is_start
@@ -400,6 +414,7 @@ def _last_true_at_or_before(flags):
 def _first_true_at_or_after(flags):
     """For each position 0..N, the index of the first True at or after it; N where there is none."""
     N = len(flags)
+    # A running minimum from the right end.
     reversed_minimum = np.minimum.accumulate(np.where(flags, np.arange(N), N)[::-1])
     return np.append(reversed_minimum[::-1], N)
 
@@ -407,8 +422,9 @@ def _first_true_at_or_after(flags):
 def _follow_chain(next_start, is_document_start, min_patch_size, max_patch_size, block=1 << 20):
     """Patch starts where each one depends on where the patch before it began: bool [N].
 
-    For all positions s of a block at once, work out where a patch that begins at s would end; then follow
-    the chain of ends from position 0. Only the following is a Python loop, and it takes one step a patch.
+    For all positions s of a block at once, work out where a patch that begins at s would end;
+    then follow the chain of ends from position 0. Only the following is a Python loop, and it
+    takes one step a patch.
     """
     N = len(is_document_start)
     is_start = np.zeros(N, dtype=bool)
@@ -417,6 +433,7 @@ def _follow_chain(next_start, is_document_start, min_patch_size, max_patch_size,
     for first in range(0, N, block):
         begin = np.arange(first, min(first + block, N))
         end = next_start(begin, begin + min_patch_size)
+        # A patch ends early at its maximum size, and where its document ends.
         if max_patch_size is not None:
             end = np.minimum(end, begin + max_patch_size)
         end = np.minimum(end, next_document[begin + 1]).tolist()
@@ -431,8 +448,8 @@ def _follow_chain(next_start, is_document_start, min_patch_size, max_patch_size,
 class OnlineStarts:
     """The decisions of `patch_starts` position by position, for B texts that are still being written.
 
-    config: `PatchConfig` of a causal method. `state` has one value a text in each array; `reset` begins
-    texts again. Gives the same starts as `patch_starts` over the whole text.
+    config: `PatchConfig` of a causal method. `state` has one value a text in each array; `reset`
+    begins texts again. Gives the same starts as `patch_starts` over the whole text.
     """
 
     def __init__(self, config, n_texts):
@@ -458,10 +475,11 @@ class OnlineStarts:
     def step(self, entropies_B, last_bytes_B, is_active_B):
         """Whether the next position of each text starts a patch: bool [B], False for texts that are not active.
 
-        entropies_B: float32, nats, of that position; None for methods without entropies. last_bytes_B: the byte
-        before it; for a document's first position any value.
+        entropies_B: float32, nats, of that position; None for methods without entropies.
+        last_bytes_B: the byte before it; for a document's first position any value.
         """
         config, state = self.config, self.state
+        # What is before a document is its boundary, whatever the caller passes.
         is_first = state["position"] == 0
         last_byte_B = np.where(is_first, BOUNDARY, last_bytes_B)
         rows = NextPositions(
@@ -479,6 +497,7 @@ class OnlineStarts:
             is_start |= state["patch_size"] >= config.max_patch_size
         is_start |= is_first
 
+        # The state after this position, which is now decided: a start begins a patch of one byte.
         after = {
             "position": state["position"] + 1,
             "patch_size": np.where(is_start, 1, state["patch_size"] + 1),
@@ -487,6 +506,7 @@ class OnlineStarts:
         if entropies_B is not None:
             after["entropy_sum"] = np.where(is_start, 0.0, state["entropy_sum"]) + entropies_B
             after["previous_entropy"] = entropies_B
+        # Texts that read nothing in this step keep their state.
         for name, values in after.items():
             np.copyto(state[name], values, where=is_active_B)
         return is_start & is_active_B
@@ -498,9 +518,9 @@ class OnlineStarts:
 def threshold_for_patch_size(entropies, method, target, document_starts=None, **options):
     """The threshold that gives patches of `target` bytes on average, as near as there is one.
 
-    options: further arguments of `patch_starts`. Raises ValueError for a method without a threshold.
-    Example: entropies 1 2 3 4 5 6, global, target 3 gives a threshold between 4 and 5: starts at 0 and
-    where the entropy is above it.
+    options: further arguments of `patch_starts`.
+    Raises ValueError for a method without a threshold. Example: entropies 1 2 3 4 5 6, global,
+    target 3 gives a threshold between 4 and 5: starts at 0 and where the entropy is above it.
     """
     if target < 1:
         raise ValueError(f"target patch size is {target}; it must be at least 1 byte")
@@ -517,6 +537,7 @@ def threshold_for_patch_size(entropies, method, target, document_starts=None, **
         # A single entropy has no rise, so every threshold gives the same patch.
         return 0.0
     wanted_patches = len(H) / target
+    # A higher threshold gives fewer patches, so bisection finds it.
     for _ in range(40):
         middle = (low + high) / 2
         patches = patch_starts(H, method, middle, document_starts=document_starts, **options).sum()

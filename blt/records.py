@@ -3,8 +3,8 @@
     checkpoints/best.pt, checkpoints/model.json        a BLT or a baseline, in its output folder
     entropy_model.pth, entropy_model.json              an entropy model
 
-`RunRecord` is what the JSON holds. `save_model` and `load_model` are the only code that writes and reads
-such pairs.
+`RunRecord` is what the JSON holds. `save_model` and `load_model` are the only code that writes
+and reads such pairs.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blt.files import load_weights, model_hash, save_weights, state_hash, write_json
 
+# Which script trains a kind of model, and what it is called in messages.
 SCRIPTS = {"blt": "llm.py", "flat": "template_llm.py --model flat", "bpe": "template_llm.py --model bpe"}
 NAMES = {"blt": "BLT", "flat": "flat byte transformer", "bpe": "BPE transformer", "entropy": "entropy model"}
 
@@ -55,18 +56,20 @@ class RunRecord:
             values = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}; restore the file, or train the model again") from None
+        # Strict in both directions: a file with other keys was written by other code.
         known = {field.name for field in dataclasses.fields(cls)}
         needed = {"kind", "model_config", "settings", "corpus"}
         if not isinstance(values, dict) or not needed <= set(values) or not set(values) <= known:
             raise ValueError(
-                f"{path} is not the record of a trained model: it needs {', '.join(sorted(needed))}; if an older version "
-                "of these scripts wrote it, train the model again"
+                f"{path} is not the record of a trained model: it needs {', '.join(sorted(needed))}; "
+                "if an older version of these scripts wrote it, train the model again"
             )
         return cls(**values)
 
 
 def save_model(model, weights_path, record, record_path):
     """Write a model's weights and, with their hash in it, its record."""
+    # The hash ties the two files together: `load_model` refuses a pair that does not belong together.
     record.weights_sha256 = model_hash(model)
     save_weights(weights_path, model)
     record.save(record_path)
@@ -90,7 +93,8 @@ def read_record(folder, *kinds):
 def load_model(make_model, weights_path, record, retrain):
     """Make a model and read its weights, which must be those that the record describes.
 
-    make_model: called without arguments. retrain: the command that makes such a file, for the error message.
+    make_model: called without arguments.
+    retrain: the command that makes such a file, for the error message.
     Raises FileNotFoundError or ValueError.
     """
     if not Path(weights_path).exists():

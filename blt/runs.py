@@ -27,10 +27,12 @@ class Run:
 
 def start_run(config):
     """Seed everything, print the header, and open the corpus. config: a `RunConfig`."""
+    # Before anything is drawn at random: weights are made after this.
     set_seed(config.seed)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
+    # Documents are held out by their hash before anything else is done with them.
     corpus = config.corpus()
     train = corpus.documents("train", config.max_bytes)
     validation = [corpus.document(number) for number in corpus.documents("validation", config.val_bytes)]
@@ -46,11 +48,15 @@ def print_model(name, parts, config, train_bytes):
 
 
 def finish_run(model, record, result, validation, run_dir, weights_path, record_path, bytes_per_id=1.0):
-    """Save the best weights with their record, draw the curves, and print the result beside compressors on the same bytes.
+    """Save the best weights with their record, draw the curves, and print the result beside compressors.
 
-    model: with its best weights. record: its `RunRecord`. result: what `loop.fit` returned. run_dir: where
-    metrics.jsonl is. bytes_per_id: mean bytes of an id, for the curves of a BPE model.
+    model: with its best weights.
+    record: its `RunRecord`.
+    result: what `loop.fit` returned.
+    run_dir: where metrics.jsonl is.
+    bytes_per_id: mean bytes of an id, for the curves of a BPE model.
     """
+    # Until now the record on disk had no result and no hash of the weights.
     record.result = result
     save_model(model, weights_path, record, record_path)
     training_curves(Path(run_dir) / "curves.png", run_dir, bytes_per_id)

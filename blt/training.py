@@ -50,9 +50,10 @@ class TrainingConfig(RunConfig):
 class PatchedDataset:
     """What `train_blt` trains on: rows of patched training text, rows that score the validation text, and the patcher.
 
-    train_rows: `TrainingRows`. validation: list of uint8 documents. validation_starts: bool [N + 1] each,
-    which positions start a patch. patcher: the `EntropyPatcher` that made the patches; the leak gate makes
-    them again with it.
+    train_rows: `TrainingRows`.
+    validation: list of uint8 documents.
+    validation_starts: bool [N + 1] each, which positions start a patch.
+    patcher: the `EntropyPatcher` that made the patches; the leak gate makes them again with it.
     """
 
     def __init__(self, train_rows, validation, validation_starts, patcher, batch_rows=8):
@@ -82,7 +83,8 @@ class PatchedDataset:
     def from_corpus(cls, corpus, patcher, config, cache=None):
         """Patch a corpus by its cached entropies.
 
-        config: `TrainingConfig`. cache: `entropies.EntropyCache`; None for methods without entropies.
+        config: `TrainingConfig`.
+        cache: `entropies.EntropyCache`; None for methods without entropies.
         Raises ValueError if the cache does not cover the documents that the config wants.
         """
         train = corpus.documents("train", config.max_bytes)
@@ -91,13 +93,15 @@ class PatchedDataset:
             limits = {"max_bytes": config.max_bytes, "val_bytes": config.val_bytes}
             flags = " ".join(f"--{name} {value}" for name, value in limits.items() if value)
             raise ValueError(
-                f"{cache.folder} covers {len(cache.train):,} training and {len(cache.validation):,} validation documents, "
-                f"but {len(train):,} and {len(numbers):,} are wanted; run: python create_patches.py {flags}, "
-                "or lower max_bytes"
+                f"{cache.folder} covers {len(cache.train):,} training and {len(cache.validation):,} validation "
+                f"documents, but {len(train):,} and {len(numbers):,} are wanted; "
+                f"run: python create_patches.py {flags}, or lower max_bytes"
             )
+        # One vectorised pass over the cached entropies; the entropy model does not run.
         is_start = training_starts(corpus, train, patcher.config, cache)
         rows = TrainingRows(DocumentStream.of_corpus(corpus, train), config.row_bytes, is_start, config.patch_slots)
         validation = [corpus.document(number) for number in numbers]
+        # In the cache, the validation documents come after the training documents.
         validation_starts = []
         for place, document in enumerate(validation):
             entropies = None if cache is None else cache.document(len(cache.train) + place)
@@ -106,6 +110,7 @@ class PatchedDataset:
 
     def bytes_per_patch(self):
         """Mean patch size of the validation text, and its number of patches; prints a warning for an extreme rule."""
+        # The document's end is a position, but no byte.
         patches = sum(int(is_start[:-1].sum()) for is_start in self.validation_starts)
         total_bytes = sum(len(document) for document in self.validation)
         warn_about_sizes(patches, total_bytes, len(self.validation), self.patcher.config.entropy_threshold)
@@ -115,25 +120,29 @@ class PatchedDataset:
 def train_blt(model, patched_dataset, training_config):
     """Train a `BLTModel` on a `PatchedDataset`. The leak gate runs first and stops a model that sees ahead.
 
-    training_config: `TrainingConfig`, or any `RunConfig` with an `output` folder. Returns a dict with
-    val_bpb, val_loss (nats per target) and val_accuracy of the best weights, last_val_bpb,
-    bytes_per_second, train_seconds, avg_patch_size and, of the padding in the training rows, byte_padding
-    and patch_padding. The best weights are in output/best.pt, and in the model afterwards.
+    training_config: `TrainingConfig`, or any `RunConfig` with an `output` folder.
+    Returns a dict with val_bpb, val_loss (nats per target) and val_accuracy of the best weights,
+    last_val_bpb, bytes_per_second, train_seconds, avg_patch_size and, of the padding in the
+    training rows, byte_padding and patch_padding. The best weights are in output/best.pt, and in
+    the model afterwards.
     """
     if not isinstance(patched_dataset, PatchedDataset):
         kind = type(patched_dataset).__name__
         raise ValueError(f"train_blt needs a PatchedDataset (see PatchedDataset.from_documents), not {kind}")
     data = patched_dataset
+    # The gate comes before the first step: losses of a model that sees ahead mean nothing.
     text = np.concatenate(data.validation[:8])[:512]
     print(f"leak gate passed: largest difference {leak_gate(model, data.patcher, text):.1e} nats")
     bytes_per_patch = data.bytes_per_patch()
     byte_padding, patch_padding = data.train_rows.padding()
     print(
-        f"rows: {len(data.train_rows):,} of {data.train_rows.row_bytes:,} bytes and {data.train_rows.patch_slots} patches | "
+        f"rows: {len(data.train_rows):,} of {data.train_rows.row_bytes:,} bytes "
+        f"and {data.train_rows.patch_slots} patches | "
         f"padding {byte_padding:.1%} of bytes, {patch_padding:.1%} of patches | "
         f"{bytes_per_patch:.2f} bytes a patch in validation"
     )
     result = fit(model, training_config, data.train_rows, data.validation_batches, training_config.output)
+    # The last weights need not be the best.
     load_weights(Path(training_config.output) / "best.pt", model)
     return {
         **result,

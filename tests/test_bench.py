@@ -1,4 +1,4 @@
-"""bench.py and flops.py: FLOPs against torch's counter, the textbook model against the fast one, the script as its user runs it."""
+"""bench.py and flops.py: FLOPs against torch's counter, the textbook model against the fast one, the script."""
 
 import json
 import multiprocessing

@@ -1,6 +1,7 @@
-"""Lossless round trips; the file's size is the number of bits that the model reports; files of others are refused."""
+"""Lossless round trips; a code has the bits that the model reports; no file grows; other files are refused."""
 
 import gzip
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,63 +15,86 @@ from hypothesis import strategies as st
 from test_incremental import TEXT, model_of, patcher_of
 
 import compress
-from blt.files import save_weights, write_json
-from blt.metric import bits_per_byte
+from blt.files import model_hash
+from blt.metric import bits_per_byte, target_losses
 from blt.patch_rules import PatchConfig
-from compress import HEADER, decompress, encode, pieces
+from blt.records import RunRecord, save_model
+from blt.rows import evaluation_batches
+from compress import HEADER, CompressConfig, Header, decode, decompress, encode, read_header, stream_ranges
 from entropy_patcher import EntropyPatcher
+from save_entropy_model import save_entropy_model
 
-BINARY = np.random.default_rng(0).integers(0, 256, 700).astype(np.uint8).tobytes()
+NOISE = np.random.default_rng(0).integers(0, 256, 700).astype(np.uint8).tobytes()
 FILES = {
     "empty": b"",
     "one byte": b"\xff",
     "text": TEXT[:500],
-    "code": Path(__file__).read_bytes()[:600],
-    "binary": BINARY,
-    "zeros": bytes(300),
+    "program": Path(__file__).read_bytes()[:600],
+    "noise": NOISE,
+    "all bytes": bytes(range(256)),
     "gzip": gzip.compress(TEXT),
 }
 
 
+def train(model, patcher, data, steps):
+    """Let a model learn these bytes by heart."""
+    (batch,) = evaluation_batches([np.frombuffer(data, np.uint8)], [patcher.starts(data)], 512)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = target_losses(model, batch)[0].sum() / batch.targets
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(model, patcher) that predict TEXT well, and nothing else."""
+    patcher = patcher_of("global")
+    return train(model_of(), patcher, TEXT[:500], 40), patcher
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("streams", [1, 7])
-def test_what_is_compressed_is_restored(name, streams):
-    data, (model, patcher) = FILES[name], (model_of(), patcher_of("global"))
-    streams = max(1, min(streams, len(data)))
-    made, bits = compress.compress(data, model, patcher, streams, context_bytes=256)
-    assert decompress(made, model, patcher) == data
-    assert bits / 8 * 0.995 <= len(made) - HEADER.size <= bits / 8 * 1.005 + 12
+def test_what_is_compressed_is_restored(trained, name, streams):
+    data = FILES[name]
+    made, bits = compress.compress(data, *trained, streams, context_bytes=256)
+    assert decompress(made, *trained) == data
+    assert len(made) <= len(data) + HEADER.size
+    content = made[HEADER.size :]
+    if name == "text":
+        assert not read_header(made).is_stored and bits < 4 * len(data)
+        assert bits / 8 * 0.995 <= len(content) <= bits / 8 * 1.005 + 12
+    else:
+        assert read_header(made).is_stored and content == data
+        # The bits are still those of the model, which would have needed more than the file has.
+        assert bits == encode(*trained, data, max(1, min(streams, len(data))), 256)[1]
+        assert bits + 32 >= 8 * len(data)
 
 
 @pytest.mark.parametrize("rule", ["global", "monotonic", "cumulative", "static", "space", "limits"])
 def test_the_size_is_the_bits_per_byte_that_are_reported(rule):
-    """Also for documents longer than a row of the model, in its own process of coding: not by the same lines of code."""
+    """Also for documents longer than a row of the model: by full passes, not by the same lines of code."""
     model, patcher, data = model_of(), patcher_of(rule), TEXT[:1700]
-    made, _ = compress.compress(data, model, patcher, 1, context_bytes=512)
+    code, _ = encode(model, patcher, data, 1, context_bytes=512)
     reported = bits_per_byte(model, patcher, [data], row_bytes=512)
-    assert abs(8 * (len(made) - HEADER.size) / len(data) - reported) < 0.005 * reported
+    assert abs(8 * len(code) / len(data) - reported) < 0.005 * reported
 
 
 def test_a_model_that_knows_the_text_makes_small_files():
     """Not an identity: a model trained on the bytes codes them in far fewer bits than one that was not."""
     model, patcher, data = model_of(window=12), EntropyPatcher(None, PatchConfig("static", 4.0)), b"abcdefgh" * 60
-    before = len(compress.compress(data, model, patcher, 1, 512)[0])
-    from blt.metric import target_losses
-    from blt.rows import evaluation_batches
-
-    (batch,) = evaluation_batches([np.frombuffer(data, np.uint8)], [patcher.starts(data)], 512)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(60):
-        optimizer.zero_grad()
-        (target_losses(model.train(), batch)[0].sum() / batch.targets).backward()
-        optimizer.step()
-    after, _ = compress.compress(data, model.eval(), patcher, 1, 512)
-    assert len(after) < before / 8 and decompress(after, model, patcher) == data
+    before, _ = encode(model, patcher, data, 1, 512)
+    train(model, patcher, data, 60)
+    after, _ = compress.compress(data, model, patcher, 1, 512)
+    assert len(after) < len(before) / 8 and decompress(after, model, patcher) == data
 
 
 @given(st.integers(0, 100), st.integers(1, 20))
-def test_pieces_cover_the_bytes(n_bytes, n_streams):
-    begins, lengths = pieces(n_bytes, n_streams)
+def test_stream_ranges_cover_the_bytes(n_bytes, n_streams):
+    begins, lengths = stream_ranges(n_bytes, n_streams)
     assert begins[0] == 0 and lengths.sum() == n_bytes and (begins[1:] == (begins + lengths)[:-1]).all()
     assert lengths.max() - lengths.min() <= 1 and (np.diff(lengths) <= 0).all()
 
@@ -78,15 +102,28 @@ def test_pieces_cover_the_bytes(n_bytes, n_streams):
 @settings(max_examples=8, deadline=None)
 @given(st.binary(max_size=60), st.integers(1, 5))
 def test_any_bytes(data, streams):
+    """The code of any bytes gives them back, and the file of any bytes is no larger than they and the header."""
     model, patcher = model_of(), patcher_of("both")
-    made, _ = compress.compress(data, model, patcher, min(streams, max(1, len(data))), 64)
-    assert decompress(made, model, patcher) == data
+    made, _ = compress.compress(data, model, patcher, streams, 64)
+    assert decompress(made, model, patcher) == data and len(made) <= len(data) + HEADER.size
+    n_streams = max(1, min(streams, len(data)))
+    code, _ = encode(model, patcher, data, n_streams, 64)
+    assert decode(model, patcher, code, len(data), n_streams, 64) == data
 
 
-def test_other_files_are_refused():
-    model, patcher = model_of(), patcher_of("global")
-    made, _ = compress.compress(b"some text", model, patcher, 1, 64)
+def flip_each_byte(made, end):
+    for place in range(end):
+        flipped = bytearray(made)
+        flipped[place] ^= 0xFF
+        yield bytes(flipped)
+
+
+def test_other_files_are_refused(trained):
+    model, patcher = trained
+    made, _ = compress.compress(TEXT[:60], model, patcher, 1, 64)
+    assert not read_header(made).is_stored
     other = model_of()
+    other.load_state_dict(model.state_dict())
     with torch.no_grad():
         other.head.weight[0, 0] += 1e-3
     threshold = EntropyPatcher(patcher.entropy_model, PatchConfig("global", patcher.config.entropy_threshold + 0.01))
@@ -96,21 +133,39 @@ def test_other_files_are_refused():
     for damaged in (b"", made[:20], b"XXXX" + made[4:], made[:-1]):
         with pytest.raises(ValueError, match="no file that compress.py wrote"):
             decompress(damaged, model, patcher)
-    for place in range(
-        len(made) - 4
-    ):  # whichever byte is wrong, in the header or in the code (its last word may hold bits that say nothing)
-        flipped = bytearray(made)
-        flipped[place] ^= 0xFF
+    # Whichever byte is wrong, in the header or in the code. Its last word may hold bits that say nothing.
+    for flipped in flip_each_byte(made, len(made) - 4):
         with pytest.raises(ValueError, match="damaged|does not fit"):
-            decompress(bytes(flipped), model, patcher)
+            decompress(flipped, model, patcher)
 
 
-def test_another_machine_is_refused(monkeypatch):
-    model, patcher = model_of(), patcher_of("global")
-    made, _ = compress.compress(b"some text", model, patcher, 1, 64)
+def test_a_stored_file_needs_no_model_and_is_checked(monkeypatch):
+    made, _ = compress.compress(NOISE[:50], model_of(), patcher_of("global"), 1, 64)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert decompress(made, None, None) == NOISE[:50]
+    for damaged in (made[: HEADER.size], made[:-1], made + b"x", made[:-1] + b"xy"):
+        with pytest.raises(ValueError, match="no file that compress.py wrote"):
+            decompress(damaged, None, None)
+    for flipped in flip_each_byte(made, len(made)):
+        with pytest.raises(ValueError, match="damaged"):
+            decompress(flipped, None, None)
+
+
+def test_the_format_before_gets_an_error_that_names_it():
+    with pytest.raises(ValueError, match="format BLT1.*restore it with the version that wrote it"):
+        decompress(b"BLT1" + bytes(36), None, None)
+
+
+def test_a_header_says_what_it_was_given():
+    header = Header(False, 10**12, 2**32 - 1, 65535, 4096, 3, b"modelmod", b"mach")
+    assert read_header(header.pack()) == header and len(header.pack()) == HEADER.size
+
+
+def test_another_machine_is_refused(trained, monkeypatch):
+    made, _ = compress.compress(TEXT[:60], *trained, 1, 64)
     monkeypatch.setattr(torch, "__version__", "9.9")
     with pytest.raises(ValueError, match="another kind of machine"):
-        decompress(made, model, patcher)
+        decompress(made, *trained)
 
 
 def test_improbable_bytes_cost_at_most_20_bits():
@@ -121,27 +176,63 @@ def test_improbable_bytes_cost_at_most_20_bits():
     assert bits <= 12 * 20.01 and abs(8 * len(code) - bits) <= 64
 
 
-def test_the_script_compresses_and_restores(tmp_path):
-    write_json(
-        tmp_path / "checkpoints" / "model.json",
-        {
-            "model_config": asdict(model_of().config),
-            "patch_config": asdict(PatchConfig("space")),
-            "precision": "fp32",
-            "settings": {"row_bytes": 128},
-        },
+@pytest.fixture
+def folder(tmp_path, trained, monkeypatch):
+    """A folder with a trained model in checkpoints/, a text, and noise."""
+    model, patcher = trained
+    save_entropy_model(patcher.entropy_model, tmp_path / "entropy_model.pth")
+    record = RunRecord(
+        kind="blt",
+        model_config=asdict(model.config),
+        settings={"row_bytes": 128},
+        corpus={"dataset": "sample", "sha256": None},
+        patch_config=asdict(patcher.config),
+        precision="fp32",
+        entropy_model_path="entropy_model.pth",
+        entropy_model_sha256=model_hash(patcher.entropy_model),
     )
-    save_weights(tmp_path / "checkpoints" / "best.pt", model_of())
+    save_model(model, tmp_path / "checkpoints" / "best.pt", record, tmp_path / "checkpoints" / "model.json")
     (tmp_path / "a.txt").write_bytes(TEXT[:400])
+    (tmp_path / "noise").write_bytes(NOISE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_script_compresses_and_restores(folder, capsys):
+    compress.main(CompressConfig(file="a.txt", streams=3))
+    out = capsys.readouterr().out
+    assert "3 streams side by side cost" in out and "restored and compared" in out and "stored as it is" not in out
+    assert "next: python compress.py --decompress a.txt.blt --model checkpoints" in out
+    with pytest.raises(ValueError, match="a.txt exists"):
+        compress.main(CompressConfig(decompress="a.txt.blt"))
+    compress.main(CompressConfig(decompress="a.txt.blt", output="b.txt"))
+    assert (folder / "b.txt").read_bytes() == TEXT[:400] and "checksum right" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="pass either"):
+        CompressConfig()
+    with pytest.raises(FileNotFoundError, match="none.txt not found"):
+        compress.main(CompressConfig(file="none.txt"))
+
+
+def test_the_script_stores_what_it_cannot_compress(folder, trained, capsys):
+    compress.main(CompressConfig(file="noise"))
+    size = (folder / "noise.blt").stat().st_size
+    assert size == len(NOISE) + HEADER.size
+    out = capsys.readouterr().out
+    on_disk = 8 * size / len(NOISE)
+    assert f"{on_disk:.4f} bits per byte on disk" in out and "stored as it is" in out and "restored and compared" in out
+    by_the_model = encode(*trained, NOISE, 1, 128)[1] / len(NOISE)
+    assert f", {by_the_model:.4f} by the model's probabilities" in out and by_the_model > 8
+    compress.main(CompressConfig(file="a.txt"))
+    shutil.rmtree(folder / "checkpoints")
+    compress.main(CompressConfig(decompress="noise.blt", output="same"))
+    assert (folder / "same").read_bytes() == NOISE and "no model used" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="python llm.py"):
+        compress.main(CompressConfig(decompress="a.txt.blt", output="other"))
+
+
+def test_a_mistake_is_one_line(folder):
+    (folder / "broken.blt").write_bytes(b"BLT2" + bytes(50))
     script = Path(__file__).parent.parent / "compress.py"
-    run = lambda *arguments: subprocess.run(
-        [sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )  # noqa: E731
-    made = run("a.txt", "--streams", "3")
-    assert made.returncode == 0, made.stderr
-    assert "3 streams side by side cost" in made.stdout and "restored and compared" in made.stdout
-    refused = run("--decompress", "a.txt.blt")
-    assert refused.returncode == 1 and "a.txt exists" in refused.stderr
-    back = run("--decompress", "a.txt.blt", "--output", "b.txt")
-    assert back.returncode == 0 and (tmp_path / "b.txt").read_bytes() == TEXT[:400], back.stderr
-    assert "pass either" in run().stderr and "not found" in run("none.txt").stderr
+    command = [sys.executable, script, "--decompress", "broken.blt", "--output", "x"]
+    made = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 1 and "it is damaged" in made.stderr and made.stderr.count("\n") == 1

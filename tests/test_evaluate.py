@@ -1,4 +1,4 @@
-"""evaluate.py: its bits per byte are those of bits_per_byte, parts sum to the whole, noises by hand, cards that can be repeated."""
+"""evaluate.py: the bits per byte of bits_per_byte, parts that sum to the whole, noises by hand, repeatable cards."""
 
 import hashlib
 import json

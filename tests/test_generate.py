@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_incremental import CONFIGS, RULES, TEXT, model_of, patcher_of
 
-from blt.files import model_hash, save_weights, write_json
+from blt.files import model_hash
+from blt.records import RunRecord, save_model
 from blt.sampling import Sampler, SamplingConfig
 from entropy_patcher import EntropyPatcher
 from generate import FullPass, GenerateConfig, Generator, generate
@@ -98,7 +99,7 @@ def test_good_drafts_are_kept():
     """An entropy model that always says what the BLT says: every pass but the last gives all drafts and one byte more."""
     model, patcher = model_of(), patcher_of("global")
     with torch.no_grad():
-        model.head.weight.zero_()  # all logits equal: byte 0 is the likeliest
+        model.head.weight.zero_()  # all logits equal: byte 0 is the most likely
         patcher.entropy_model.head.weight.zero_()
     generator = Generator(model, patcher, [b"ab"], 1 + 4 * 6, SamplingConfig(), draft_bytes=3, draft_confidence=0.0)
     assert sum(1 for _ in generator.steps()) == 1 + 6 and generator.accepted == generator.drafted == 18
@@ -147,18 +148,26 @@ def test_stop_strings_end_a_text_before_them():
     for _ in generator.steps():
         seen.append(generator.samplers[0].final_bytes())
     wanted = whole[: whole.index(whole[10:12])]
-    assert seen[-1] == wanted and all(wanted.startswith(s) for s in seen)  # nothing is shown and then taken back
+    assert seen[-1] == wanted and all(wanted.startswith(s) for s in seen)  # nothing is shown and then removed
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.binary(max_size=30), st.integers(1, 6))
-def test_settled_text_only_grows(text, n):
+def test_final_bytes_only_grow(text, n):
     sampler, last = Sampler(b"ab", 40, SamplingConfig(stop=["xyz"[: 1 + n % 3]])), b""
     for byte in text:
         if not sampler.is_over:
             sampler.choose(np.eye(257)[byte])
             assert sampler.final_bytes().startswith(last)
             last = sampler.final_bytes()
+
+
+def test_a_stop_string_longer_than_the_text_shows_nothing_early():
+    """Without a prompt: how many bytes may still be removed is then more than there are."""
+    sampler = Sampler(b"", 40, SamplingConfig(stop=["abcdef"]))
+    for byte in b"abcd":
+        sampler.choose(np.eye(257)[byte])
+        assert sampler.final_bytes() == b""
 
 
 def test_bad_settings_get_errors():
@@ -185,14 +194,17 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     model, patcher = model_of(), patcher_of("global")
     save_entropy_model(patcher.entropy_model, folder / "entropy_model.pth")
-    save_weights(folder / "checkpoints" / "best.pt", model)
-    write_json(
-        folder / "checkpoints" / "model.json",
-        {
-            "model_config": asdict(model.config), "patch_config": asdict(patcher.config), "precision": "bf16", "settings": {"row_bytes": 128},
-            "entropy_model_path": "entropy_model.pth", "entropy_model_sha256": model_hash(patcher.entropy_model),
-        },
-    )  # fmt: skip
+    record = RunRecord(
+        kind="blt",
+        model_config=asdict(model.config),
+        settings={"row_bytes": 128},
+        corpus={"dataset": "sample", "sha256": None},
+        patch_config=asdict(patcher.config),
+        precision="bf16",
+        entropy_model_path="entropy_model.pth",
+        entropy_model_sha256=model_hash(patcher.entropy_model),
+    )
+    save_model(model, folder / "checkpoints" / "best.pt", record, folder / "checkpoints" / "model.json")
     return folder, model, EntropyPatcher(patcher.entropy_model, patcher.config)
 
 

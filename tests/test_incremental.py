@@ -1,4 +1,4 @@
-"""A model read byte by byte gives what a full pass gives: every patching method, prompt length, window edge, document and batch."""
+"""A model read byte by byte gives what a full pass gives: for every method, prompt, window edge and batch."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blt.incremental import CHUNK, IncrementalBLT
-from blt.patch_rules import NEEDS_ENTROPIES, OnlineStarts, PatchConfig, patch_starts
+from blt.incremental import MAX_STEP, IncrementalBLT
+from blt.patch_rules import OnlineStarts, PatchConfig, patch_starts
 from blt.rows import make_batch
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
@@ -32,7 +32,8 @@ def patcher_of(rule):
     entropy_model = MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=2, max_seq_len=9)).eval()
     with torch.no_grad():
         entropy_model.head.weight.mul_(3)  # entropies that differ
-    return EntropyPatcher(entropy_model if options["method"] in NEEDS_ENTROPIES else None, PatchConfig(**options))
+    config = PatchConfig(**options)
+    return EntropyPatcher(entropy_model if config.needs_entropies else None, config)
 
 
 def model_of(name="plain", window=12):
@@ -69,7 +70,7 @@ def step_logits(reader, document, steps):
     """Logits after each id of a boundary and a document, read in steps of these sizes (over and over)."""
     ids, at, out, number = np.concatenate(([256], np.frombuffer(document, np.uint8))).astype(np.int64), 0, [], 0
     while at < len(ids):
-        n = min(steps[number % len(steps)], len(ids) - at, int(reader.room()[0]))
+        n = min(steps[number % len(steps)], len(ids) - at, int(reader.step_limits()[0]))
         out.append(reader.extend(ids[None, at : at + n])[0])
         at, number = at + n, number + 1
     return torch.cat(out)
@@ -95,15 +96,15 @@ def test_steps_equal_the_full_pass_for_every_model(name):
     torch.testing.assert_close(got, full_logits(model, patcher, text), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("window", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("window", [1, 2, MAX_STEP - 1, MAX_STEP, MAX_STEP + 1])
 def test_window_edges(window):
     model, patcher = model_of(window=window), patcher_of("space")
-    got = step_logits(IncrementalBLT(model, patcher), TEXT[:400], [CHUNK, 1, CHUNK])
+    got = step_logits(IncrementalBLT(model, patcher), TEXT[:400], [MAX_STEP, 1, MAX_STEP])
     torch.testing.assert_close(got, full_logits(model, patcher, TEXT[:400]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("context", [2, 7, 64, 300])
-def test_a_full_row_begins_anew_with_its_last_half(context):
+def test_a_full_row_restarts_with_its_last_half(context):
     model, patcher, text = model_of(), patcher_of("both"), TEXT[: min(40 * context, 700)]
     got = step_logits(IncrementalBLT(model, patcher, context_bytes=context), text, [1, 5, 50])
     scored, wanted = 0, []
@@ -113,6 +114,14 @@ def test_a_full_row_begins_anew_with_its_last_half(context):
             wanted.append(full_logits(model, patcher, text, begin, end)[scored - begin :])
             scored = end
     torch.testing.assert_close(got, torch.cat(wanted), atol=1e-4, rtol=0)
+
+
+def test_a_full_row_restarts_in_the_asked_precision():
+    """The ids that are read again go into the same caches, so they are computed in bf16 like all others."""
+    model, patcher = model_of(), patcher_of("static")
+    got = step_logits(IncrementalBLT(model, patcher, context_bytes=40, precision="bf16"), TEXT[:150], [7])
+    wanted = step_logits(IncrementalBLT(model, patcher, context_bytes=40), TEXT[:150], [7])
+    torch.testing.assert_close(got.float(), wanted, atol=0.1, rtol=0)
 
 
 def test_rows_do_not_meet():
@@ -133,7 +142,7 @@ def test_rows_do_not_meet():
 
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_ids_taken_back_leave_no_trace(data):
+def test_rolled_back_ids_leave_no_trace(data):
     rule, text = data.draw(st.sampled_from(sorted(RULES))), TEXT[1000:1120]
     model, patcher = model_of(window=data.draw(st.sampled_from([3, 12]))), patcher_of(rule)
     reader = IncrementalBLT(model, patcher)
@@ -143,15 +152,13 @@ def test_ids_taken_back_leave_no_trace(data):
         n = data.draw(st.integers(1, 20))
         keep = min(data.draw(st.integers(1, n)), len(ids) - at)
         drafted = np.concatenate((ids[at : at + keep], np.full(n - keep, 120)))[None, :n]
-        states, document_length, closes = [], reader.document_length.copy(), []
+        closes = []
         for i in range(n):  # the entropy model reads one by one, as when it drafts
-            close, _ = reader.find_closes(drafted[:, i : i + 1], np.array([1]))
+            close, _ = reader.find_patch_ends(drafted[:, i : i + 1], np.array([1]))
             closes.append(close)
-            states.append(reader.rule.copy_state())
         counts = np.array([n])
         logits = reader.advance(drafted, np.concatenate(closes, axis=1), counts)
         reader.commit(np.array([keep]))
-        reader.roll_back(document_length + keep, states[keep - 1])
         got.append(logits[0, :keep])
         at += keep
     torch.testing.assert_close(torch.cat(got), full_logits(model, patcher, text), atol=1e-4, rtol=0)
@@ -182,7 +189,7 @@ def test_online_starts_equal_patch_starts(data):
         for row, start in enumerate(rule.step(None if method in ("static", "space") else H, last, active)):
             got[row] += [start] if active[row] else []
     for text, e, starts in zip(texts, entropies, got):
-        np.testing.assert_array_equal(starts, patch_starts(e, **config.rule, byte_values=np.append(text, 0)))
+        np.testing.assert_array_equal(starts, patch_starts(e, **config.arguments(), byte_values=np.append(text, 0)))
 
 
 def test_wrong_use_gets_an_error():
@@ -192,7 +199,13 @@ def test_wrong_use_gets_an_error():
         reader.extend(np.array([[97]]))
     with pytest.raises(ValueError, match="first id of its row"):
         reader.extend(np.array([[256, 97, 256]]))
+    reader.find_patch_ends(np.array([[256]]), np.array([1]))
+    with pytest.raises(ValueError, match="first id of its row"):  # of the step, of which one id has been drafted
+        reader.find_patch_ends(np.array([[256]]), np.array([1]))
+    with pytest.raises(ValueError, match="do not fit"):  # the limit is that of the step as well
+        reader.find_patch_ends(np.full((1, MAX_STEP), 97), np.array([MAX_STEP]))
+    reader = IncrementalBLT(model, patcher)
     with pytest.raises(ValueError, match="do not fit"):
-        reader.extend(np.full((1, CHUNK + 1), 97))
+        reader.extend(np.full((1, MAX_STEP + 1), 97))
     with pytest.raises(ValueError, match="context_bytes"):
         IncrementalBLT(model, patcher, context_bytes=1)

@@ -1,4 +1,4 @@
-"""The BLT's invariants (DESIGN.md) and its parts against plain loops. Each leak is also built on purpose and must be seen."""
+"""The BLT's invariants (docs/design.md), and its parts against plain loops. Leaks built on purpose must be seen."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Optimizers: grouped Muon against torch's, row-wise Adam by hand, clipping with sparse gradients, every parameter in one group."""
+"""Grouped Muon against torch's, row-wise Adam by hand, clipping with sparse gradients, one optimizer a parameter."""
 
 from types import SimpleNamespace
 
