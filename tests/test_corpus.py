@@ -69,7 +69,7 @@ def opened(tmp_path):
     return open_it
 
 
-# ---- Reading
+# Reading
 
 
 TEXTS = ["one", "deux é", "three\nlines\n", "emoji 🙂", "five"]
@@ -175,7 +175,7 @@ def test_store_inside_its_input_is_not_input(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("building") == 1
 
 
-# ---- Cutting text
+# Cutting text
 
 
 @given(st.binary(max_size=300) | st.text("ab\r\n", max_size=300).map(str.encode), st.integers(1, 50))
@@ -216,7 +216,7 @@ def test_pieces_of_a_text_longer_than_the_read_buffer():
     assert sum(piece.endswith(b"\n\n") for piece in pieces) >= len(pieces) - 1
 
 
-# ---- What a user is told
+# What a user is told
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_subset_of_a_local_dataset(opened):
         opened("sample", subset="x")
 
 
-# ---- The hub, without a network
+# The hub, without a network
 
 
 @pytest.fixture
@@ -409,7 +409,7 @@ def test_no_network_is_noticed_before_the_library_retries(opened, monkeypatch):
         opened("owner/name", max_bytes=1000)
 
 
-# ---- Limits
+# Limits
 
 
 @pytest.mark.parametrize("max_bytes, count", [(40, 2), (59, 2), (60, 3), (61, 3), (199, 9), (200, 10), (10**9, 10)])
@@ -457,7 +457,7 @@ def test_documents_of_a_split(tmp_path, opened):
         corpus.document(-1)
 
 
-# ---- The split
+# The split
 
 
 def sides(corpus):
@@ -502,7 +502,7 @@ def test_no_side_is_empty():
     assert split_off(np.array([2**64 - 1, 2**64 - 2], np.uint64), 0.5).tolist() == [False, True]
 
 
-# ---- The store
+# The store
 
 
 def test_store_and_manifest(tmp_path, opened):
@@ -662,12 +662,12 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, opened, name):
 
 
 def test_import_is_light():
-    code = "import sys, data; print({'pyarrow', 'datasets', 'torch', 'huggingface_hub'} & set(sys.modules))"
+    code = "import sys, blt.corpus; print({'pyarrow', 'datasets', 'huggingface_hub'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n" and run.stderr == ""
 
 
-# ---- The bundled sample
+# The bundled sample
 
 
 def test_sample(opened):

@@ -26,7 +26,8 @@ def documents(n):
 
 def test_gpu_equals_cpu():
     torch.manual_seed(0)
-    model, patcher = BLTModel(BLTConfig(**CONFIG)).eval(), EntropyPatcher(None, threshold=4, method="static")
+    model = BLTModel(BLTConfig(**CONFIG)).eval()
+    patcher = EntropyPatcher(None, threshold=4, method="static")
     (batch,) = evaluation_batches(documents(2), [patcher.starts(d) for d in documents(2)], 1024)
     with torch.no_grad():
         cpu = model(batch.ids[:, :-1], batch.patch_lengths)
@@ -60,11 +61,9 @@ def test_compiled_steps_wait_for_nothing():
         torch._dynamo.utils.counters.clear()
         torch.manual_seed(0)
         model = BLTModel(BLTConfig(**CONFIG)).cuda()
-        compiled, optimizers, scaler = (
-            torch.compile(model, fullgraph=True),
-            make_optimizers(model, config),
-            torch.amp.GradScaler("cuda", enabled=False),
-        )
+        compiled = torch.compile(model, fullgraph=True)
+        optimizers = make_optimizers(model, config)
+        scaler = torch.amp.GradScaler("cuda", enabled=False)
         batches = [data.train_rows.shuffled_batch(step, config.batch_rows, config.seed).pin() for step in range(6)]
         try:
             for step, batch in enumerate(batches):
@@ -85,7 +84,9 @@ def test_compiled_steps_wait_for_nothing():
 
 def test_writing_and_compressing_on_the_gpu():
     """Cached, uncached and drafted text on the GPU is the CPU's; what is coded there is decoded there."""
-    model, patcher, prompts = model_of(), patcher_of("global"), [TEXT[:200], b"two books", b""]
+    model = model_of()
+    patcher = patcher_of("global")
+    prompts = [TEXT[:200], b"two books", b""]
     on_cpu = generate(model, patcher, prompts, 20)
     model.cuda()
     patcher.entropy_model.cuda()

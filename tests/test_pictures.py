@@ -1,4 +1,4 @@
-"""Tests of pictures.py: what is drawn, and what is left behind when writing fails. The page has tests/test_patch_page.py."""
+"""Tests of pictures.py: what is drawn, and what is left when writing fails. The page has tests/test_patch_page.py."""
 
 import os
 import struct
@@ -28,24 +28,29 @@ def png_size(path):
 @pytest.fixture
 def drawn(monkeypatch):
     """Returns the list of the figures that pictures draws; they are saved as well."""
-    figures, save = [], pictures._save
-    monkeypatch.setattr(
-        pictures, "_save", lambda path, figure, **more: (figures.append(figure), save(path, figure, **more))[1]
-    )
+    figures = []
+    save = pictures._save
+
+    def keep_and_save(path, figure, **more):
+        figures.append(figure)
+        return save(path, figure, **more)
+
+    monkeypatch.setattr(pictures, "_save", keep_and_save)
     return figures
 
 
-# ---- characters
+# Characters
 
 
 def test_utf8_characters_by_hand():
     assert pictures.utf8_characters(b"") == []
     assert pictures.utf8_characters("aé日🙂".encode()) == [(0, 1, "a"), (1, 3, "é"), (3, 6, "日"), (6, 10, "🙂")]
     assert pictures.utf8_characters(b"\xff\xe6\x97b") == [(0, 1, None), (1, 2, None), (2, 3, None), (3, 4, "b")]
-    assert [char for _, _, char in pictures.utf8_characters(b"\xed\xa0\x80")] == [None] * 3  # a coded surrogate
+    # These three bytes would be a surrogate.
+    assert [char for _, _, char in pictures.utf8_characters(b"\xed\xa0\x80")] == [None] * 3
 
 
-@settings(max_examples=100, deadline=None, database=None)
+@settings(max_examples=100)
 @given(st.lists(st.one_of(st.binary(max_size=4), st.text(max_size=3).map(str.encode))).map(b"".join))
 def test_utf8_characters_tile_the_input(text):
     pieces = pictures.utf8_characters(text)
@@ -54,7 +59,7 @@ def test_utf8_characters_tile_the_input(text):
     assert all(text[first:stop] == char.encode() if char else stop - first == 1 for first, stop, char in pieces)
 
 
-# ---- figures
+# Figures
 
 
 def test_entropy_figure_shows_every_byte_patch_and_threshold(tmp_path, drawn):
@@ -69,18 +74,15 @@ def test_entropy_figure_shows_every_byte_patch_and_threshold(tmp_path, drawn):
     np.testing.assert_array_equal(second.lines[0].get_xydata(), np.c_[np.arange(5, 9), ENTROPIES[5:]])
     assert first.lines[1].get_xdata().tolist() == [0, 3] and second.lines[1].get_xdata().tolist() == [7]
     assert list(second.lines[2].get_ydata()) == [1.5, 1.5]
-    bands = [
-        (band.get_x(), band.get_x() + band.get_width(), band.get_facecolor())
-        for axes in drawn[0].axes
-        for band in axes.patches
-    ]
-    assert [band[:2] for band in bands] == [(-0.5, 2.5), (2.5, 4.5), (4.5, 6.5), (6.5, 8.5)]
+    bands = [band for axes in drawn[0].axes for band in axes.patches]
+    edges = [(band.get_x(), band.get_x() + band.get_width()) for band in bands]
+    assert edges == [(-0.5, 2.5), (2.5, 4.5), (4.5, 6.5), (6.5, 8.5)]
     starts = [segment[0, 0] for axes in drawn[0].axes for segment in axes.collections[0].get_segments()]
     assert starts == [-0.5, 2.5, 6.5]
-    assert (
-        bands[1][2] == bands[2][2] and len({bands[k][2] for k in (0, 1, 3)}) == 3
-    )  # a patch keeps its colour over the line end
-    assert all(band.get_y() < -0.2 for band in first.patches)  # and colours its text as well
+    # A patch keeps its colour over the line end, and colours its text as well.
+    colours = [band.get_facecolor() for band in bands]
+    assert colours[1] == colours[2] and len({colours[0], colours[1], colours[3]}) == 3
+    assert all(band.get_y() < -0.2 for band in first.patches)
 
 
 def test_entropy_figure_labels_what_has_no_glyph_in_hex(tmp_path, drawn):
@@ -88,7 +90,8 @@ def test_entropy_figure_labels_what_has_no_glyph_in_hex(tmp_path, drawn):
     pictures.draw_entropy_figure(tmp_path / "a.png", text, np.zeros(len(text)), [True] + [False] * (len(text) - 1))
     labels = [tick.get_text() for tick in drawn[0].axes[0].get_xticklabels()]
     assert labels == ["→", "⏎", "_", "e6", "97", "a5", "00", "ff", "e", "cc", "81"]
-    assert len(drawn[0].axes[0].lines) == 2  # no threshold, no dashes
+    # Without a threshold there are no dashes.
+    assert len(drawn[0].axes[0].lines) == 2
 
 
 def test_histogram_shares_and_last_bar(tmp_path, drawn):
@@ -100,7 +103,8 @@ def test_histogram_shares_and_last_bar(tmp_path, drawn):
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["≥ 5", "4", "3", "2", "1"]
     assert [line.get_label() for line in axes.lines] == [f"mean {sizes.mean():.2f} bytes", "median 1.50 bytes"]
     pictures.draw_patch_size_histogram(tmp_path / "same.png", np.full(7, 6, dtype=np.uint8))
-    assert drawn[1].axes[0].get_xticklabels()[0].get_text() == "6"  # nothing above the last bar: no "≥"
+    # Nothing is above the last bar, so it has no "≥".
+    assert drawn[1].axes[0].get_xticklabels()[0].get_text() == "6"
     np.testing.assert_allclose([bar.get_height() for bar in drawn[1].axes[0].patches], [0, 0, 0, 0, 0, 100])
 
 
@@ -113,7 +117,8 @@ def test_curves_clip_the_first_losses_and_say_so(tmp_path, drawn):
     axes = drawn[0].axes[0]
     assert axes.get_ylabel() == "bits per byte\n(points above the picture: 9, up to 8.5)"
     assert axes.get_ylim()[1] < 2.6 and axes.get_ylim()[0] < 1.9
-    assert [line.get_marker() for line in axes.lines] == ["None", "o"]  # thin line, marked points
+    # A thin line, and marked points.
+    assert [line.get_marker() for line in axes.lines] == ["None", "o"]
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), loss)
 
 
@@ -122,7 +127,8 @@ def test_curves_that_fit_are_not_clipped_and_nans_are_counted(tmp_path, drawn):
     assert drawn[0].axes[0].get_ylabel() == "y\n(points not a number: 1)"
     assert drawn[0].axes[0].get_ylim()[1] > 2
     pictures.draw_curves(tmp_path / "b.png", {"train": (range(3), [2, 2, 2]), "one": ([2], [9.0])}, "x", "y")
-    assert drawn[1].axes[0].get_ylabel() == "y" and drawn[1].axes[0].get_ylim()[1] > 9  # a last point is never cut
+    # A last point is never cut off.
+    assert drawn[1].axes[0].get_ylabel() == "y" and drawn[1].axes[0].get_ylim()[1] > 9
 
 
 def test_comparison_sorts_and_labels(tmp_path, drawn):
@@ -133,7 +139,8 @@ def test_comparison_sorts_and_labels(tmp_path, drawn):
     pictures.draw_comparison(tmp_path / "compare.png", rows, "title")
     assert png_size(tmp_path / "compare.png") == (1350, round(150 * 2.06))
     left, right = drawn[0].axes
-    assert [tick.get_text() for tick in left.get_yticklabels()] == ["static", "global"]  # from below: best on top
+    # From below: the best is on top.
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["static", "global"]
     assert [text.get_text().strip() for text in left.texts] == ["2.5000", "2.2500 ± 0.1250"]
     assert [bar.get_width() for bar in right.patches] == [4.0, 4.5]
     assert left.get_xlim()[0] < 2.125 and left.get_xlim()[1] > 2.5
@@ -168,7 +175,7 @@ def test_shortest_texts(tmp_path, text):
     assert png_size(tmp_path / "figure.png")[0] == 1400
 
 
-# ---- mistakes
+# Mistakes
 
 
 @pytest.mark.parametrize(

@@ -135,9 +135,10 @@ def test_trains_generates_and_compresses(patcher, tmp_path):
     new = generate(blt, patcher, prompt, 25)
     assert len(new) == 25 and new == generate(blt, patcher, prompt, 25, cached=False)
     text = some_words(60, 9)
-    packed, bits = compress(text, blt, patcher, 2, 64)
+    packed, _ = compress(text, blt, patcher, 2, 64)
+    # A text that the model cannot predict would be stored as it is.
+    assert len(packed) < len(text)
     assert decompress(packed, blt, patcher) == text
-    assert bits < 8 * len(text)
 
     # An output folder with this method is one like any other.
     folder = write_blt(tmp_path / "checkpoints", blt, patcher.config, patcher.entropy_model)
