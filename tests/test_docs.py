@@ -31,7 +31,7 @@ def text_of(path):
 
 
 def commands_of(text):
-    """[(script, flags as one string)] of the commands in Markdown: in code blocks, inline, and after a notebook's "!"."""
+    """[(script, flags as one string)] of the commands in Markdown: in code blocks, inline, after a notebook's "!"."""
     text = text.replace("\\\n", " ")
     blocks = re.findall(r"^(?: {4,}|!)python (\w+)\.py(.*)$", text, re.M)
     inline = re.findall(r"`python (\w+)\.py([^`]*)`", text)
