@@ -177,13 +177,13 @@ def main(config):
         "entropy_distribution": distribution,
     }
     write_json(Path(config.cache_dir) / "patches.json", chosen)
-    draw_pictures(config, corpus, validation, patcher, sizes)
-    print(f"wrote {config.cache_dir}/patches.json, entropy.png, patch_sizes.png, patches.html")
+    drawn = draw_pictures(config, corpus, validation, patcher, sizes)
+    print(f"wrote {config.cache_dir}/patches.json, {', '.join(drawn)}")
     print("next: " + next_command("llm.py", named_presets(config)))
 
 
 def draw_pictures(config, corpus, validation, patcher, sizes):
-    """entropy.png (the paper's Figure 4), patch_sizes.png and patches.html in the cache folder."""
+    """Draw entropy.png (the paper's Figure 4), patch_sizes.png and patches.html in the cache folder; their names."""
     # matplotlib takes half a second to import, for which --help should not wait.
     from blt import pictures
 
@@ -204,6 +204,12 @@ def draw_pictures(config, corpus, validation, patcher, sizes):
         folder / "entropy.png", sentence, entropies[:n], is_start[:n], patcher.config.entropy_level(), title
     )
     pictures.draw_patch_size_histogram(folder / "patch_sizes.png", sizes, title)
+    if patcher.config.method not in dict(pictures.page_methods(pictures.PAGE.read_text(encoding="utf-8"))):
+        # A method that a user has registered in a script has no form in the page's language.
+        print(
+            f"note: no patches.html, because patch_page.html has no function for the method {patcher.config.method!r}"
+        )
+        return ["entropy.png", "patch_sizes.png"]
     pictures.write_patch_page(
         folder / "patches.html",
         text,
@@ -215,6 +221,7 @@ def draw_pictures(config, corpus, validation, patcher, sizes):
         figures=[("entropy model, bits a byte", f"{predictions.bits_per_byte:.3f}")],
         token_starts=is_start if patcher.tokenizer is not None else None,
     )
+    return ["entropy.png", "patch_sizes.png", "patches.html"]
 
 
 if __name__ == "__main__":

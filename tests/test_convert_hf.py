@@ -3,38 +3,35 @@
 All weights are random, those of the norms too, so that no missing term of a model can go unseen.
 """
 
-import io
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-from contextlib import redirect_stdout
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, output_of, run_command, write_blt
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, BltConfig, BltForCausalLM
 
 import blt_model
 import convert_hf
-import llm
-import train_blt
 from blt import loop
-from blt.config import field_comments, parse_config
+from blt.config import parse_config
 from blt.corpus import open_corpus
 from blt.entropies import entropy_of
-from blt.files import model_hash, save_weights, write_json
+from blt.files import model_hash
 from blt.ids import BOUNDARY, documents_of
 from blt.layers import feed_forward_width
 from blt.loop import read_metrics
 from blt.metric import bits_per_byte, target_losses
 from blt.patch_rules import PatchConfig, patch_starts
+from blt.records import RunRecord
+from blt.runs import start_run
 from blt.segments import check_patch_lengths
+from blt.training import PatchedDataset
 from blt_model import BLTConfig, BLTModel, hash_ngrams
 from convert_hf import (
     INPUT_ROWS,
@@ -53,10 +50,10 @@ from convert_hf import (
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
 from generate import generate
+from llm import LLMConfig, open_patches, run, take_over_start
 from save_entropy_model import load_blt, save_entropy_model
-from train_blt import BLTRunConfig
+from train_blt import TrainBLTConfig
 
-ROOT = Path(blt_model.__file__).parent
 TEXT = Path(blt_model.__file__).read_bytes()
 DOCS = (ROOT / "docs" / "transformers.md").read_text()
 
@@ -265,7 +262,6 @@ def test_ids_and_classes_are_numbered_as_in_transformers():
     assert (INPUT_ROWS, OUTPUT_ROWS) == (INPUT_CLASSES, OUTPUT_CLASSES)
 
 
-# ----------------------------------------------------------------------------------------------
 # Logits
 
 
@@ -326,7 +322,6 @@ def test_lengths_that_transformers_makes_mean_the_same(theirs, ours):
     assert difference <= TOLERANCE
 
 
-# ----------------------------------------------------------------------------------------------
 # Weights
 
 
@@ -393,7 +388,6 @@ def test_released_sizes_fit():
     assert entropy_model.config.ffn_dim is None
 
 
-# ----------------------------------------------------------------------------------------------
 # Hash
 
 
@@ -412,7 +406,6 @@ def test_ngram_hashes_are_the_released_ones():
     assert {n: hashes[0, :, i].tolist() for i, n in enumerate(golden)} == golden
 
 
-# ----------------------------------------------------------------------------------------------
 # Entropies and patches
 
 
@@ -491,7 +484,7 @@ def clear_threshold(H):
 @pytest.mark.parametrize("text", [TEXT[:100], TEXT[3000:3201], b"", b"x", b"ab"], ids=len)
 def test_own_patches_of_transformers_are_those_of_our_patcher(trained_entropy_model, text):
     """patch_lengths=None: transformers runs its patcher. EntropyPatcher has the same threshold."""
-    H = EntropyPatcher(trained_entropy_model)._entropies_with_end([np.frombuffer(text, np.uint8)])[0]
+    H = EntropyPatcher(trained_entropy_model).entropies_with_end([np.frombuffer(text, np.uint8)])[0]
     threshold = clear_threshold(H) if len(text) > 10 else 2.0
     patcher = EntropyPatcher(trained_entropy_model, PatchConfig(entropy_threshold=threshold))
     model = random_blt(decoder_layers=2)
@@ -543,7 +536,6 @@ def test_transformers_generates_what_our_model_does(trained_entropy_model):
     assert len(text) > len(prompt)
 
 
-# ----------------------------------------------------------------------------------------------
 # What cannot be converted
 
 
@@ -618,24 +610,7 @@ def test_no_patcher_raises():
         entropy_model_from_transformers(to_transformers(BLTModel(config_of())))
 
 
-# ----------------------------------------------------------------------------------------------
 # Folders: the command line
-
-
-def write_output_folder(folder, model, entropy_model, rule):
-    """Write an output folder as training leaves it, with the entropy model outside."""
-    entropy_model_path = folder.parent / "entropy_model.pth"
-    save_entropy_model(entropy_model, entropy_model_path)
-    save_weights(folder / "best.pt", model)
-    record = {
-        "model_config": asdict(model.config),
-        "patch_config": asdict(rule),
-        "precision": "fp32",
-        "entropy_model_path": str(entropy_model_path),
-        "entropy_model_sha256": model_hash(entropy_model),
-    }
-    write_json(folder / "model.json", record)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -644,33 +619,15 @@ def ours(tmp_path_factory, trained_entropy_model):
     H = EntropyPatcher(trained_entropy_model).entropies(TEXT[:300])
     model = random_blt(decoder_layers=2, global_dim=48, global_heads=3, encoder_ffn_dim=85)
     folder = tmp_path_factory.mktemp("ours") / "checkpoints"
-    return write_output_folder(folder, model, trained_entropy_model, PatchConfig(entropy_threshold=clear_threshold(H)))
-
-
-def run_command(folder, script, *flags):
-    """Run a script in a folder as its user does. Returns what it prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, ROOT / script, *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "Warning" not in done.stderr
-    return done.stdout
-
-
-def run_here(folder, function, config):
-    """Call function(config) in a folder, without the seconds that a new process needs. Returns what it prints."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
-        patch.chdir(folder)
-        function(config)
-    return printed.getvalue()
+    return write_blt(folder, model, PatchConfig(entropy_threshold=clear_threshold(H)), trained_entropy_model)
 
 
 @pytest.fixture(scope="module")
 def round_trip(ours, tmp_path_factory):
     """Ours -> transformers -> ours: (folder of transformers, folder of ours, what each run printed)."""
     folder = tmp_path_factory.mktemp("converted")
-    first = run_command(folder, "convert_hf.py", "--to_hf", ours)
-    second = run_here(folder, main, ConvertConfig(from_hf="hf_model"))
+    first = run_command(folder, "convert_hf", "--to_hf", ours)
+    second = output_of(folder, "convert_hf", "--from_hf", "hf_model")
     return folder / "hf_model", folder / "checkpoints_from_hf", (first, second)
 
 
@@ -692,9 +649,9 @@ def test_round_trip_of_folders_is_exact(ours, round_trip, monkeypatch, tmp_path)
     assert_same_weights(model, again)
     assert_same_weights(patcher.entropy_model, patcher_again.entropy_model)
     assert_same_weights(from_transformers(hf_model), model)
-    assert model.config == again.config and patcher.config.rule == patcher_again.config.rule
+    assert model.config == again.config and patcher.config.arguments() == patcher_again.config.arguments()
     assert hf_model.generation_config.suppress_tokens == UNKNOWN_CLASSES
-    assert record["converted_from"] == "hf_model" and record["dtype"] == "float32"
+    assert record.converted_from == "hf_model" and record.dtype == "float32"
 
     text = TEXT[:300]
     assert np.array_equal(patcher.entropies(text), patcher_again.entropies(text))
@@ -760,14 +717,6 @@ def test_snippets_of_the_docs_run(ours, round_trip, tmp_path, monkeypatch, capsy
     assert (names["logits"][1, :8] - our_logits(b"Patches")).abs().max() <= 1e-5
     exec(snippets[1], names)
     assert (names["logits"][0] - our_logits(b"Any bytes.")).abs().max() <= 1e-5
-
-
-def test_commands_of_the_docs_exist():
-    known = {"convert_hf": set(field_comments(ConvertConfig)), "train_blt": set(field_comments(BLTRunConfig))}
-    commands = re.findall(r"    python (\w+)\.py([^\n#]*)", DOCS)
-    assert len(commands) >= 6
-    for script, rest in commands:
-        assert set(re.findall(r"--(\w+)", rest)) <= known[script], rest
 
 
 @pytest.mark.parametrize(
@@ -839,7 +788,7 @@ def test_max_patch_length_becomes_a_rule_that_looks_at_no_end(tmp_path):
 def test_a_rule_that_transformers_lacks_goes_without_patcher(ours, tmp_path, trained_entropy_model, capsys):
     model = load_blt(ours)[0]
     rule = PatchConfig(method="monotonic", entropy_threshold=0.3)
-    folder = write_output_folder(tmp_path / "checkpoints", model, trained_entropy_model, rule)
+    folder = write_blt(tmp_path / "checkpoints", model, rule, trained_entropy_model)
     hf_folder = tmp_path / "hf"
     back = tmp_path / "back"
     with pytest.raises(ValueError, match="method is 'monotonic'.*--without_patcher"):
@@ -855,11 +804,10 @@ def test_a_rule_that_transformers_lacks_goes_without_patcher(ours, tmp_path, tra
     assert "check:" not in capsys.readouterr().out
     again, patcher, _ = load_blt(back)
     assert_same_weights(again, model)
-    assert patcher.config.rule == rule.rule
+    assert patcher.config.arguments() == rule.arguments()
     assert patcher.create_patches(TEXT[:99]) == load_blt(folder)[1].create_patches(TEXT[:99])
 
 
-# ----------------------------------------------------------------------------------------------
 # Mistakes say what to do
 
 
@@ -918,7 +866,6 @@ def test_an_id_without_a_network_raises(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-# ----------------------------------------------------------------------------------------------
 # Fine-tuning: --init_from
 
 
@@ -943,7 +890,7 @@ TUNING = dict(
 
 
 def run_config(**more):
-    return BLTRunConfig(**(TUNING | more))
+    return TrainBLTConfig(**(TUNING | more))
 
 
 @pytest.fixture(scope="module")
@@ -955,8 +902,7 @@ def tuned(round_trip):
     flags = ["--quick_demo", "--output", "tuned"]
     for name, value in TUNING.items():
         flags += [f"--{name}", str(value)]
-    config = parse_config(BLTRunConfig, "", train_blt.PRESETS, flags)
-    return folder, run_here(folder, train_blt.main, config)
+    return folder, output_of(folder, "train_blt", *flags)
 
 
 @pytest.fixture
@@ -968,28 +914,28 @@ def test_fine_tuning_starts_at_the_imported_model_and_gets_better(tuned, in_tune
     printed = tuned[1]
     model, patcher, record = load_blt("checkpoints_from_hf")
     fine, fine_patcher, fine_record = load_blt("tuned")
-    assert fine.config == model.config and fine_patcher.config.rule == patcher.config.rule
-    assert fine_record["entropy_model_sha256"] == record["entropy_model_sha256"]
+    assert fine.config == model.config and fine_patcher.config.arguments() == patcher.config.arguments()
+    assert fine_record.entropy_model_sha256 == record.entropy_model_sha256
     corpus = open_corpus("book.txt", max_document_bytes=1500, val_fraction=0.3, cache_dir="data_cache")
     validation = [corpus.document(n) for n in corpus.documents("validation", TUNING["val_bytes"])]
     start = bits_per_byte(model, patcher, validation, TUNING["row_bytes"], 4)
-    origin = fine_record["init_from"]
+    origin = fine_record.init_from
     # Not exact: cached entropies are float16, so a patch may start elsewhere.
     assert origin["val_bpb"] == pytest.approx(start, abs=2e-3)
     assert f"start: checkpoints_from_hf, val {origin['val_bpb']:.4f} bpb" in printed
     assert "leak gate passed" in printed
     assert origin["weights_sha256"] == model_hash(model) and origin["converted_from"] == "hf_model"
-    assert fine_record["result"]["val_bpb"] < start - 0.1
+    assert fine_record.result["val_bpb"] < start - 0.1
     losses = [line["loss"] for line in read_metrics("tuned/metrics.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] - 0.1 and len(losses) == 12
 
 
 def test_first_loss_is_the_imported_models(in_tuned_folder):
     """The loss of step 1, logged before the first update, is that of the imported weights on its rows."""
-    config, start = train_blt.settings_of_start(run_config())
-    corpus = config.corpus()
-    patcher, cache = train_blt.open_patches(config, corpus, torch.device("cpu"), start=start)
-    data = train_blt.PatchedDataset.from_corpus(corpus, patcher, config, cache)
+    config, start = take_over_start(run_config())
+    begun = start_run(config)
+    patcher, cache = open_patches(config, begun, start=start)
+    data = PatchedDataset.from_corpus(begun.corpus, patcher, config, cache)
     batch = data.train_rows.shuffled_batch(0, config.batch_rows, config.seed)
     with torch.no_grad():
         loss = target_losses(load_blt("checkpoints_from_hf")[0], batch)[0].sum() / batch.targets
@@ -1006,15 +952,14 @@ def test_fine_tuning_resumes(in_tuned_folder, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            train_blt.run(run_config(output="stopped"), make_patches=True)
-    train_blt.run(run_config(output="stopped", resume=True), make_patches=True)
+            run(run_config(output="stopped"), make_patches=True)
+    run(run_config(output="stopped", resume=True), make_patches=True)
     assert "resumed stopped/last.pt at step 6" in capsys.readouterr().out
     straight = torch.load("tuned/last.pt", weights_only=True)["model"]
     resumed = torch.load("stopped/last.pt", weights_only=True)["model"]
     for name, weight in straight.items():
         assert torch.equal(weight, resumed[name]), name
-    origin = json.loads(Path("stopped/model.json").read_text())["init_from"]
-    assert origin == json.loads(Path("tuned/model.json").read_text())["init_from"]
+    assert RunRecord.load("stopped/model.json").init_from == RunRecord.load("tuned/model.json").init_from
 
 
 def test_sizes_come_from_the_folder_and_other_flags_are_an_error(round_trip, monkeypatch):
@@ -1022,10 +967,9 @@ def test_sizes_come_from_the_folder_and_other_flags_are_an_error(round_trip, mon
 
     def settings(*flags):
         argv = ["--init_from", "checkpoints_from_hf", "--output", "new", *flags]
-        config = parse_config(llm.LLMConfig, "", llm.PRESETS, argv)
-        return train_blt.settings_of_start(config)[0]
+        return take_over_start(parse_config(LLMConfig, "", argv))[0]
 
-    saved = BLTConfig(**json.loads(Path("checkpoints_from_hf/model.json").read_text())["model_config"])
+    saved = BLTConfig(**RunRecord.load("checkpoints_from_hf/model.json").model_config)
     config = settings("--preset", "small", "cpu", "--encoder_dim", "32", "--recompute", "--dropout", "0.1")
     names = [field.name for field in fields(BLTConfig)]
     differing = {name for name in names if getattr(config, name) != getattr(saved, name)}
@@ -1035,19 +979,19 @@ def test_sizes_come_from_the_folder_and_other_flags_are_an_error(round_trip, mon
     with pytest.raises(ValueError, match="--global_dim 512, there 48; --window 9, there 16"):
         settings("--window", "9", "--global_dim", "512")
     with pytest.raises(ValueError, match="both 'checkpoints_from_hf'"):
-        BLTRunConfig(init_from="checkpoints_from_hf", output="checkpoints_from_hf")
+        TrainBLTConfig(init_from="checkpoints_from_hf", output="checkpoints_from_hf")
     # A config made in Python has no flags. What counts as given is what differs from the class's values.
     with pytest.raises(ValueError, match="--hash_rows 77, there 500"):
-        train_blt.settings_of_start(BLTRunConfig(init_from="checkpoints_from_hf", hash_rows=77))
-    assert train_blt.settings_of_start(BLTRunConfig(init_from="checkpoints_from_hf"))[0].hash_rows == 500
+        take_over_start(TrainBLTConfig(init_from="checkpoints_from_hf", hash_rows=77))
+    assert take_over_start(TrainBLTConfig(init_from="checkpoints_from_hf"))[0].hash_rows == 500
 
 
 def test_another_entropy_model_must_be_chosen_by_name(in_tuned_folder):
     save_entropy_model(random_entropy_model(seed=7), "other.pth")
 
     def patcher_of(**settings):
-        config, start = train_blt.settings_of_start(run_config(**settings))
-        patcher, _ = train_blt.open_patches(config, config.corpus(), torch.device("cpu"), make=True, start=start)
+        config, start = take_over_start(run_config(**settings))
+        patcher, _ = open_patches(config, start_run(config), make=True, start=start)
         return patcher
 
     message = "other.pth is another entropy model than checkpoints_from_hf.*--patch_method"

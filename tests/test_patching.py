@@ -1,18 +1,28 @@
-"""Patching rules by hand and against plain loops; entropies; EntropyPatcher's contract."""
+"""Patching rules by hand, against plain loops and against their online forms; entropies; EntropyPatcher's contract."""
 
 import time
 
 import numpy as np
 import pytest
 import torch
+from helpers import random_bytes, tiny_entropy_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blt import patch_rules
 from blt.entropies import entropy_of, stream_entropies
-from blt.patch_rules import PatchConfig, patch_sizes, patch_starts, threshold_for_patch_size
+from blt.patch_rules import (
+    RULES,
+    OnlineStarts,
+    PatchConfig,
+    causal_methods,
+    patch_sizes,
+    patch_starts,
+    threshold_for_patch_size,
+)
+from blt.pictures import PAGE, page_methods
 from blt.rows import DocumentStream
 from blt.tokens import train_tokenizer
-from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher, analyze_entropy_distribution
 
 # The worked example of the released code: "Daenerys T. is in", the last number is about what follows the text.
@@ -20,7 +30,7 @@ DAENERYS = np.array(
     [3.0, 2.5, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 2.4, 1.8, 0.2, 2.2, 1.9, 0.3, 2.1, 1.5, 2.9], dtype=np.float32
 )
 TEXT = b"Daenerys T. is in"
-CAUSAL = ("global", "monotonic", "both", "static", "space", "cumulative")
+CAUSAL = causal_methods()
 
 
 def pieces(text, starts):
@@ -29,7 +39,8 @@ def pieces(text, starts):
 
 def loop_starts(H, method, threshold, extra=0.0, low=1, high=None, text=None):
     """The rules one byte at a time: the oracle."""
-    starts, begin = [], 0
+    starts = []
+    begin = 0
     for t in range(len(H)):
         if method == "global":
             want = H[t] > threshold
@@ -41,9 +52,12 @@ def loop_starts(H, method, threshold, extra=0.0, low=1, high=None, text=None):
             want = sum(H[begin : t + 1].astype(np.float64)) > threshold
         elif method == "static":
             want = t % threshold == 0
-        else:
+        elif method == "space":
+            # space[i] is about byte i - 1, and the boundary is space-like.
             space = [True] + [not (chr(b).isalnum() and b < 128) and not 0x80 <= b < 0xC0 for b in text]
-            want = t > 0 and space[t] and not space[t - 1]  # space[i] is about byte i - 1, the boundary being one
+            want = t > 0 and space[t] and not space[t - 1]
+        else:
+            raise AssertionError(f"write the plain form of {method!r} here")
         length = t - begin
         is_start = t == 0 or (want and length >= low) or (high is not None and length >= high)
         begin = t if is_start else begin
@@ -54,7 +68,8 @@ def loop_starts(H, method, threshold, extra=0.0, low=1, high=None, text=None):
 def test_published_example_global():
     starts = patch_starts(DAENERYS, "global", 1.335)
     assert pieces(TEXT, starts[:-1]) == [b"D", b"a", b"enerys ", b"T", b". ", b"i", b"s ", b"i", b"n"]
-    assert starts[-1]  # the end would open a patch too: the published lengths 1 1 1 7 1 2 1 2 1 1 1
+    # The end would start a patch too: the published lengths are 1 1 1 7 1 2 1 2 1 1 1.
+    assert starts[-1]
     quiet = DAENERYS.copy()
     quiet[-1] = 0.1
     assert not patch_starts(quiet, "global", 1.335)[-1]
@@ -62,18 +77,11 @@ def test_published_example_global():
 
 def test_published_example_monotonic_and_both():
     # The released code also forces a start at byte 1; ours follows the rule, so "Daenerys " is one patch.
-    assert pieces(TEXT, patch_starts(DAENERYS, "monotonic", 0.5)[:-1]) == [b"Daenerys ", b"T. ", b"is ", b"in"]
-    assert pieces(TEXT, patch_starts(DAENERYS, "both", 1.335, monotonic_threshold=0.5)[:-1]) == [
-        b"Daenerys ",
-        b"T. ",
-        b"is ",
-        b"in",
-    ]
-    assert pieces(TEXT, patch_starts(DAENERYS, "both", 2.15, monotonic_threshold=0.5)[:-1]) == [
-        b"Daenerys ",
-        b"T. ",
-        b"is in",
-    ]
+    words = [b"Daenerys ", b"T. ", b"is ", b"in"]
+    assert pieces(TEXT, patch_starts(DAENERYS, "monotonic", 0.5)[:-1]) == words
+    assert pieces(TEXT, patch_starts(DAENERYS, "both", 1.335, monotonic_threshold=0.5)[:-1]) == words
+    higher = patch_starts(DAENERYS, "both", 2.15, monotonic_threshold=0.5)
+    assert pieces(TEXT, higher[:-1]) == [b"Daenerys ", b"T. ", b"is in"]
 
 
 def test_published_example_space():
@@ -81,24 +89,35 @@ def test_published_example_space():
     assert pieces(TEXT, starts) == [b"Daenerys ", b"T.", b" is ", b"in"]
 
 
-def test_edges():
-    for method in CAUSAL:
-        byte_values = np.zeros(0, np.uint8)
-        assert patch_starts(np.zeros(0, np.float32), method, 1.0, byte_values=byte_values).shape == (0,)
-        assert patch_starts(np.zeros(1, np.float32), method, 1.0, byte_values=np.zeros(1, np.uint8)).tolist() == [True]
-    assert patch_starts(np.ones(5), "global", 1.0).tolist() == [True] + [False] * 4  # above, not at, the threshold
+@pytest.mark.parametrize("method", CAUSAL)
+def test_no_byte_and_one_byte(method):
+    for n in (0, 1):
+        H = np.zeros(n, np.float32)
+        assert patch_starts(H, method, 1.0, byte_values=np.zeros(n, np.uint8)).tolist() == [True] * n
+
+
+def test_thresholds_and_sizes_by_hand():
+    # Above the threshold, not at it.
+    assert patch_starts(np.ones(5), "global", 1.0).tolist() == [True] + [False] * 4
     assert patch_starts(np.ones(5), "global", 0.99).all()
-    assert patch_starts(np.zeros(5), "global", 0.5, max_patch_size=2).tolist() == [True, False, True, False, True]
-    assert patch_starts(np.ones(5), "global", 0.5, min_patch_size=2).tolist() == [True, False, True, False, True]
-    assert patch_starts(np.ones(6), "cumulative", 2.0).tolist() == [True, False, True, False, True, False]
-    assert np.flatnonzero(patch_starts(np.zeros(18), "static", 4.5)).tolist() == [0, 5, 9, 14]  # 4.5 bytes on average
+    every_other = [True, False, True, False, True]
+    assert patch_starts(np.zeros(5), "global", 0.5, max_patch_size=2).tolist() == every_other
+    assert patch_starts(np.ones(5), "global", 0.5, min_patch_size=2).tolist() == every_other
+    assert patch_starts(np.ones(5), "cumulative", 2.0).tolist() == every_other
+    # 4.5 bytes on average
+    assert np.flatnonzero(patch_starts(np.zeros(18), "static", 4.5)).tolist() == [0, 5, 9, 14]
     with pytest.raises(ValueError, match="one of global"):
         patch_starts(np.ones(5), "greedy")
     with pytest.raises(ValueError, match="needs entropies"):
         patch_starts(None, "global", byte_values=np.zeros(3, np.uint8))
 
 
-@settings(max_examples=200, deadline=None, database=None)
+def threshold_of(method, number):
+    """A whole number from 1 to 12 as a threshold: bytes, or half as many nats."""
+    return number if RULES[method].unit == "bytes" else number / 2
+
+
+@settings(max_examples=200)
 @given(
     method=st.sampled_from(CAUSAL),
     halves=st.lists(st.integers(0, 8), min_size=1, max_size=60),
@@ -109,30 +128,60 @@ def test_edges():
 )
 def test_vectorised_rules_equal_the_loop(method, halves, threshold, low, more, text):
     H = np.array(halves, dtype=np.float32) / 2
-    level = threshold if method == "static" else threshold / 2
+    level = threshold_of(method, threshold)
     high = None if more is None else low + more
     text = np.frombuffer(text, np.uint8)[: len(H)]
-    got = patch_starts(
-        H, method, level, monotonic_threshold=0.5, min_patch_size=low, max_patch_size=high, byte_values=text
-    )
+    options = dict(monotonic_threshold=0.5, min_patch_size=low, max_patch_size=high)
+    got = patch_starts(H, method, level, **options, byte_values=text)
     assert got.tolist() == loop_starts(H, method, level, 0.5, low, high, text).tolist()
-    # A start depends on what stands before it only.
-    changed_H, changed_text, t = H.copy(), text.copy(), len(H) // 2
+    # A start depends on what is before it only.
+    t = len(H) // 2
+    changed_H = H.copy()
     changed_H[t + 1 :] += 3
+    changed_text = text.copy()
     changed_text[t:] ^= 255
-    again = patch_starts(
-        changed_H,
-        method,
-        level,
-        monotonic_threshold=0.5,
-        min_patch_size=low,
-        max_patch_size=high,
-        byte_values=changed_text,
-    )
+    again = patch_starts(changed_H, method, level, **options, byte_values=changed_text)
     assert again[: t + 1].tolist() == got[: t + 1].tolist()
 
 
-@settings(max_examples=50, deadline=None, database=None)
+@pytest.mark.parametrize("method", CAUSAL)
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 10**6),
+    threshold=st.integers(1, 12),
+    low=st.integers(1, 4),
+    more=st.one_of(st.none(), st.integers(0, 6)),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+)
+def test_online_form_equals_vectorised_form(method, seed, threshold, low, more, lengths):
+    """Each method of the registry, over texts of different lengths side by side, their ends included."""
+    high = None if more is None else low + more
+    config = PatchConfig(method, threshold_of(method, threshold), 0.3, low, high)
+    rng = np.random.default_rng(seed)
+    texts = [rng.choice(np.frombuffer(b"ab .\x80\xc3\n1", np.uint8), n) for n in lengths]
+    entropies = [rng.gamma(2, 0.5, n + 1).astype(np.float32) for n in lengths]
+    online = OnlineStarts(config, len(texts))
+    got = [[] for _ in texts]
+    for t in range(max(lengths) + 1):
+        is_active = np.array([t <= n for n in lengths])
+        # What a finished text is given must not matter.
+        H = np.array([e[t] if t < len(e) else 9.0 for e in entropies], np.float32)
+        last = np.array([text[t - 1] if 0 < t <= len(text) else 65 for text in texts])
+        is_start = online.step(H if config.needs_entropies else None, last, is_active)
+        for row in np.flatnonzero(is_active):
+            got[row].append(bool(is_start[row]))
+    for text, H, starts in zip(texts, entropies, got):
+        with_end = np.append(text, np.uint8(0))
+        assert starts == patch_starts(H, **config.arguments(), byte_values=with_end).tolist()
+
+
+def test_the_page_has_a_form_of_every_method():
+    """The forms themselves are compared in tests/test_patch_page.py."""
+    built_in = [rule for rule in RULES.values() if type(rule).__module__ == patch_rules.__name__]
+    assert page_methods(PAGE.read_text()) == [[rule.name, rule.unit] for rule in built_in]
+
+
+@settings(max_examples=50)
 @given(
     method=st.sampled_from(CAUSAL),
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
@@ -181,20 +230,15 @@ def test_threshold_errors():
         threshold_for_patch_size(np.ones(10), "space", 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# Entropies and EntropyPatcher
 
 
 @pytest.fixture(scope="module")
 def entropy_model():
-    torch.manual_seed(0)
-    return MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=2, max_seq_len=16)).eval()
+    return tiny_entropy_model(n_layers=2)
 
 
-def random_bytes(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, n, dtype=np.uint8)
-
-
-def test_entropies_are_about_byte_t_from_what_stands_before(entropy_model):
+def test_entropies_are_about_byte_t_from_what_is_before(entropy_model):
     document = random_bytes(80)
     H = EntropyPatcher(entropy_model).entropies(document)
     assert H.dtype == np.float32 and H.shape == (80,)
@@ -204,18 +248,17 @@ def test_entropies_are_about_byte_t_from_what_stands_before(entropy_model):
     changed = document.copy()
     changed[40] ^= 1
     other = EntropyPatcher(entropy_model).entropies(changed)
-    np.testing.assert_allclose(other[:41], H[:41], atol=1e-6)  # entropy 40 is about byte 40, before it is read
+    # Entropy 40 is about byte 40, before it is read.
+    np.testing.assert_allclose(other[:41], H[:41], atol=1e-6)
     assert abs(other[41] - H[41]) > 1e-6
 
 
 @pytest.mark.parametrize("n_streams, chunk", [(1, 7), (1, 1000), (3, 16), (8, 33)])
-def test_entropies_do_not_depend_on_lanes_or_chunks(entropy_model, n_streams, chunk):
+def test_entropies_do_not_depend_on_streams_or_chunks(entropy_model, n_streams, chunk):
     documents = [random_bytes(n, seed=n) for n in (1, 200, 0, 33, 64, 5, 1500)]
-    got = np.split(
-        stream_entropies(entropy_model, DocumentStream.of_documents(documents), n_streams, chunk),
-        np.cumsum([len(d) + 1 for d in documents])[:-1],
-    )
-    for document, H in zip(documents, got):
+    flat = stream_entropies(entropy_model, DocumentStream.of_documents(documents), n_streams, chunk)
+    ends = np.cumsum([len(d) + 1 for d in documents])
+    for document, H in zip(documents, np.split(flat, ends[:-1])):
         with torch.no_grad():
             logits = entropy_model(torch.tensor([[256, *document.tolist()]]))
         np.testing.assert_allclose(H, entropy_of(logits)[0].numpy(), atol=2e-5)
@@ -233,9 +276,8 @@ def test_window_is_respected(entropy_model):
 
 @pytest.mark.parametrize("method", CAUSAL)
 def test_patches_concatenate(entropy_model, method):
-    patcher = EntropyPatcher(
-        entropy_model, PatchConfig(method=method, entropy_threshold=5.0, min_patch_size=2, max_patch_size=9)
-    )
+    config = PatchConfig(method=method, entropy_threshold=5.0, min_patch_size=2, max_patch_size=9)
+    patcher = EntropyPatcher(entropy_model, config)
     for document in (b"", b"a", b"\xff\xfe\x00", bytes(random_bytes(300)), "Grüße, 世界".encode()):
         patches = patcher.create_patches(document)
         assert b"".join(patches) == document and all(0 < len(p) <= 9 for p in patches)
@@ -269,35 +311,41 @@ def test_process_data_and_its_cache(entropy_model, tmp_path):
     assert stats["min_patch_size"] == min(sizes) and stats["max_patch_size"] == max(sizes)
     assert sum(stats["patch_size_histogram"].values()) == len(sizes) and 0 < stats["avg_entropy"] < np.log(256)
     again = EntropyPatcher(entropy_model, config)
-    again.entropy_model.stream = None  # a second call reads what the first one kept
+    # A second call reads what the first one kept: the model is not asked.
+    again.entropy_model.stream = None
     assert again.process_data(sequences, cache_key="corpus") == (patches, stats)
     del again.entropy_model.stream
     with pytest.raises(ValueError, match="another sequences|delete it"):
         patcher.process_data(sequences[:1], cache_key="corpus")
-    torch.manual_seed(1)
-    other = MinimalLLM(entropy_model.config)
+    other = tiny_entropy_model(seed=1, n_layers=2)
     with pytest.raises(ValueError, match="another entropy model"):
         EntropyPatcher(other, config).process_data(sequences, cache_key="corpus")
 
 
 def test_analysis(entropy_model):
     stats = analyze_entropy_distribution(entropy_model, [b"hello world", bytes(random_bytes(100))])
-    assert (
-        stats["min"] <= stats["percentiles"][5] <= stats["percentiles"][50] <= stats["percentiles"][99] <= stats["max"]
-    )
+    percentiles = stats["percentiles"]
+    assert stats["min"] <= percentiles[5] <= percentiles[50] <= percentiles[99] <= stats["max"]
     assert stats["min"] < stats["mean"] < stats["max"] and stats["std"] > 0
 
 
-def test_config_errors(entropy_model):
-    for bad, words in (
+@pytest.mark.parametrize(
+    "bad, words",
+    [
         (dict(method="greedy"), "method is 'greedy'"),
         (dict(min_patch_size=0), "min_patch_size is 0"),
         (dict(min_patch_size=5, max_patch_size=4), "max_patch_size is 4"),
         (dict(method="static", entropy_threshold=0.5), "1 or more bytes"),
         (dict(entropy_threshold=float("nan")), "finite"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            PatchConfig(**bad)
+    ],
+    ids=str,
+)
+def test_config_errors(bad, words):
+    with pytest.raises(ValueError, match=words):
+        PatchConfig(**bad)
+
+
+def test_a_method_of_entropies_needs_a_model():
     with pytest.raises(ValueError, match="entropy_llm.py"):
         EntropyPatcher(None, threshold=0.6)
 

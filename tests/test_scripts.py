@@ -1,4 +1,8 @@
-"""Every script as its user runs it, in pipeline order, with tiny settings; pictures and files; errors in one line."""
+"""Every script with tiny settings, in pipeline order; pictures and files; errors in one line.
+
+The three main scripts run as commands (the fixture `pipeline`), the others in this process. Each of the others
+runs as a command once too, in `test_other_scripts_as_commands` or in the test file of its own.
+"""
 
 import json
 import os
@@ -6,72 +10,51 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import (
+    BLT_FLAGS,
+    CORPUS_FLAGS,
+    ENTROPY_FLAGS,
+    ROOT,
+    SCRIPTS,
+    error_of,
+    is_png,
+    output_of,
+    run_command,
+    run_here,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-ENTROPY = "--d_model 32 --n_heads 2 --n_layers 1 --max_seq_len 16 --row_bytes 128 --batch_rows 4 --steps 12 --eval_every 6".split()
-BLT = (
-    "--encoder_dim 32 --global_dim 32 --global_layers 1 --decoder_dim 32 --decoder_layers 1 --hash_rows 64 --window 16 "
-    "--row_bytes 128 --batch_rows 4 --steps 12 --eval_every 6 --val_bytes 20000 --max_bytes 60000 --sample_bytes 5"
-).split()
+from blt.corpus import open_corpus
+from blt.entropies import open_entropies, training_patch_sizes, training_starts
+from blt.patch_rules import PatchConfig, patch_sizes
+from blt.records import RunRecord
+from entropy_llm import EntropyRunConfig
+from entropy_patcher import EntropyPatcher
+from save_entropy_model import load_entropy_model
 
-
-def run(folder, script, *flags, ok=True):
-    """Run a script in a folder; returns stdout (and stderr if it must fail, which then is one line without a traceback)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, ROOT / script, *map(str, flags)],
-        cwd=folder,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=300,
-        env=environment,
-    )
-    if ok:
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        assert "Warning" not in done.stderr, done.stderr[-2000:]
-        return done.stdout
-    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    lines = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(lines) == 1, done.stderr[-2000:]
-    return lines[0]
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """The three scripts in order; returns their folder and what they printed."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    out = {}
-    out["entropy"] = run(folder, "entropy_llm.py", *ENTROPY, "--max_bytes", 60000, "--val_bytes", 20000)
-    out["patches"] = run(folder, "create_patches.py", "--max_bytes", 60000, "--val_bytes", 20000)
-    out["llm"] = run(folder, "llm.py", *BLT)
-    return folder, out
-
-
-def is_png(path):
-    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
+# What the pipeline leaves
 
 
 def test_entropy_model_files(pipeline):
-    folder, out = pipeline
+    folder, printed = pipeline
     state = torch.load(folder / "entropy_model.pth", weights_only=True)
     assert all(isinstance(value, torch.Tensor) for value in state.values())
-    record = json.loads((folder / "entropy_model.json").read_text())
-    assert record["config"]["d_model"] == 32 and len(record["corpus"]["sha256"]) == 64 and 0 < record["val_bpb"] < 8
+    record = RunRecord.load(folder / "entropy_model.json")
+    assert record.kind == "entropy" and record.model_config["d_model"] == 32
+    assert len(record.corpus["sha256"]) == 64 and 0 < record.result["val_bpb"] < 8
     assert is_png(folder / "entropy_model_run" / "curves.png")
-    assert "leak gate passed" in out["entropy"] and "next: python create_patches.py" in out["entropy"]
+    assert "leak gate passed" in printed["entropy_llm"]
+    assert "next: python create_patches.py" in printed["entropy_llm"]
 
 
 def test_patch_files(pipeline):
-    folder, out = pipeline
+    folder, printed = pipeline
     saved = json.loads((folder / "patch_cache" / "patches.json").read_text())
     assert saved["statistics"]["avg_patch_size"] == pytest.approx(4.5, abs=0.3)  # the default target
-    assert "percentiles" in out["patches"] and "thresholds for global" in out["patches"]
+    assert "percentiles" in printed["create_patches"] and "thresholds for global" in printed["create_patches"]
     assert is_png(folder / "patch_cache" / "entropy.png") and is_png(folder / "patch_cache" / "patch_sizes.png")
     assert (folder / "patch_cache" / "patches.html").stat().st_size > 10_000
     (cache,) = (folder / "patch_cache").glob("entropies-*")
@@ -79,260 +62,272 @@ def test_patch_files(pipeline):
     assert {"corpus_sha256", "entropy_model_sha256", "dtype"} <= set(manifest)
 
 
-def test_cached_entropies_are_the_live_ones(pipeline):
-    from blt.corpus import open_corpus
-    from blt.entropies import open_entropies, training_patch_sizes, training_starts
-    from blt.patch_rules import PatchConfig
-    from entropy_patcher import EntropyPatcher
-    from save_entropy_model import load_entropy_model
+def test_blt_files(pipeline):
+    folder, printed = pipeline
+    line = r"val \d\.\d+ bpb over [\d,]+ bytes .*gzip -9 \d\.\d+, xz -9 \d\.\d+"
+    assert re.search(line, printed["llm"])
+    assert "leak gate passed" in printed["llm"] and "continuation of" in printed["llm"]
+    for name in ("best.pt", "last.pt", "model.json", "metrics.jsonl"):
+        assert (folder / "checkpoints" / name).exists()
+    assert is_png(folder / "checkpoints" / "curves.png")
+    record = RunRecord.load(folder / "checkpoints" / "model.json")
+    assert record.entropy_model_sha256 == RunRecord.load(folder / "entropy_model.json").weights_sha256
 
+
+@pytest.fixture
+def entropies_of_pipeline(pipeline):
+    """(corpus, entropy cache, patcher) of the pipeline's folder."""
     folder, _ = pipeline
     corpus = open_corpus("sample", cache_dir=str(folder / "data_cache"))
     model, record = load_entropy_model(folder / "entropy_model.pth")
     cache = open_entropies(folder / "patch_cache", corpus, record, "entropy_model.pth")
     patcher = EntropyPatcher(model, PatchConfig(entropy_threshold=3.0), precision=cache.manifest["precision"])
+    return corpus, cache, patcher
+
+
+def test_cached_entropies_are_the_live_ones(entropies_of_pipeline):
+    corpus, cache, patcher = entropies_of_pipeline
     for place in (0, 3, len(cache.train)):
-        live = patcher._entropies_with_end([corpus.document(cache.numbers[place])])[0]
+        (live,) = patcher.entropies_with_end([corpus.document(cache.numbers[place])])
         np.testing.assert_allclose(cache.document(place), live, atol=0.1 if patcher.precision == "bf16" else 2e-3)
         assert np.abs(cache.document(place) - live).mean() < 0.02
-    # The stream of starts is each document's starts, one after the other.
+
+
+def test_starts_of_a_corpus_are_those_of_each_document(entropies_of_pipeline):
+    corpus, cache, patcher = entropies_of_pipeline
+    documents = [corpus.document(number) for number in cache.train]
+    starts_of_each = [patcher.starts(document, cache.document(i)) for i, document in enumerate(documents)]
     starts = training_starts(corpus, cache.train, patcher.config, cache)
-    alone = np.concatenate(
-        [[True], *(patcher.starts(corpus.document(n), cache.document(i)) for i, n in enumerate(cache.train))]
-    )
-    assert starts.read(0, len(starts)).tolist() == alone.tolist()
-    sizes = training_patch_sizes(starts, corpus, cache.train)
-    want = [
-        len(p)
-        for i, n in enumerate(cache.train)
-        for p in np.split(
-            corpus.document(n), np.flatnonzero(patcher.starts(corpus.document(n), cache.document(i))[1:-1]) + 1
-        )
-    ]
-    assert sizes.tolist() == want
+    # The stream begins with a boundary, which is a patch of its own.
+    assert starts.read(0, len(starts)).tolist() == np.concatenate([[True], *starts_of_each]).tolist()
+    sizes = np.concatenate([patch_sizes(is_start[:-1]) for is_start in starts_of_each])
+    assert training_patch_sizes(starts, corpus, cache.train).tolist() == sizes.tolist()
     for method, level in (("space", 1.0), ("static", 5.0)):
         other = EntropyPatcher(None, PatchConfig(method, level))
-        got = training_starts(corpus, cache.train, other.config)
-        assert (
-            got.read(0, len(got)).tolist()
-            == np.concatenate([[True], *(other.starts(corpus.document(n)) for n in cache.train)]).tolist()
-        )
+        starts = training_starts(corpus, cache.train, other.config)
+        expected = np.concatenate([[True], *(other.starts(document) for document in documents)])
+        assert starts.read(0, len(starts)).tolist() == expected.tolist()
 
 
-def test_blt_files_and_generation(pipeline):
-    folder, out = pipeline
-    assert re.search(r"val \d\.\d+ bpb over [\d,]+ bytes .*gzip -9 \d\.\d+, xz -9 \d\.\d+", out["llm"])
-    assert "leak gate passed" in out["llm"] and "continuation of" in out["llm"]
-    for name in ("best.pt", "last.pt", "model.json", "metrics.jsonl"):
-        assert (folder / "checkpoints" / name).exists()
-    assert is_png(folder / "checkpoints" / "curves.png")
-    text = run(folder, "generate.py", "--prompt", "The ", "--max_new_bytes", 5, "--device", "cpu", "--draft_bytes", 3)
-    assert text.startswith("The ")
+# Using what was trained
 
 
-def test_what_was_trained_compresses(pipeline):
-    folder, _ = pipeline
-    (folder / "some.txt").write_bytes(b"The history of the world, in bytes. " * 8)
-    out = run(folder, "compress.py", "some.txt", "--streams", 2)
-    assert "restored and compared" in out and (folder / "some.txt.blt").stat().st_size < 288
-    run(folder, "compress.py", "--decompress", "some.txt.blt", "--output", "back.txt")
-    assert (folder / "back.txt").read_bytes() == (folder / "some.txt").read_bytes()
+def test_generation(pipeline):
+    flags = ["--prompt", "The ", "--max_new_bytes", 5, "--device", "cpu", "--draft_bytes", 3]
+    assert output_of(pipeline[0], "generate", *flags).startswith("The ")
 
 
-def test_repatching_needs_no_model_pass(pipeline, tmp_path):
-    folder, _ = pipeline
-    shutil.copytree(folder, tmp_path / "copy")
-    out = run(
-        tmp_path / "copy",
-        "create_patches.py",
-        "--max_bytes",
-        60000,
-        "--val_bytes",
-        20000,
-        "--method",
-        "monotonic",
-        "--target_patch_size",
-        6,
-    )
-    assert "is there already" in out
-    size = json.loads((tmp_path / "copy" / "patch_cache" / "patches.json").read_text())["statistics"]["avg_patch_size"]
-    assert size == pytest.approx(6, abs=0.4)
-    out = run(
-        tmp_path / "copy",
-        "create_patches.py",
-        "--max_bytes",
-        60000,
-        "--val_bytes",
-        20000,
-        "--method",
-        "bpe",
-        "--bpe_vocab_size",
-        400,
-    )
-    assert "bpe" in out
-    assert "looks ahead" in run(tmp_path / "copy", "llm.py", *BLT, ok=False)
+def test_what_was_trained_compresses(pipeline, tmp_path):
+    text = b"The history of the world, in bytes. " * 8
+    (tmp_path / "some.txt").write_bytes(text)
+    printed = output_of(pipeline[0], "compress", tmp_path / "some.txt", "--streams", 2, "--device", "cpu")
+    assert "restored and compared" in printed
+    assert (tmp_path / "some.txt.blt").stat().st_size < len(text)
+    flags = ["--decompress", tmp_path / "some.txt.blt", "--output", tmp_path / "back.txt", "--device", "cpu"]
+    output_of(pipeline[0], "compress", *flags)
+    assert (tmp_path / "back.txt").read_bytes() == text
 
 
-def test_extreme_thresholds_warn_with_numbers(pipeline, tmp_path):
-    folder, _ = pipeline
-    shutil.copytree(folder, tmp_path / "copy")
-    for threshold, words in ((0.001, "1.00 bytes a patch"), (9.0, "documents")):
-        out = run(
-            tmp_path / "copy",
-            "create_patches.py",
-            "--max_bytes",
-            60000,
-            "--val_bytes",
-            20000,
-            "--entropy_threshold",
-            threshold,
-        )
-        assert "warning" in out and words in out
+# Running again
 
 
-def test_another_entropy_model_is_refused(pipeline, tmp_path):
-    folder, _ = pipeline
-    shutil.copytree(folder, tmp_path / "copy")
-    run(tmp_path / "copy", "entropy_llm.py", *ENTROPY, "--max_bytes", 60000, "--val_bytes", 20000, "--seed", 2)
-    line = run(tmp_path / "copy", "llm.py", *BLT, ok=False)
+def test_repatching_needs_no_model_pass(pipeline_copy):
+    chosen = ["--method", "monotonic", "--target_patch_size", 6]
+    assert "is there already" in output_of(pipeline_copy, "create_patches", *CORPUS_FLAGS, *chosen)
+    statistics = json.loads((pipeline_copy / "patch_cache" / "patches.json").read_text())["statistics"]
+    assert statistics["avg_patch_size"] == pytest.approx(6, abs=0.4)
+    chosen = ["--method", "bpe", "--bpe_vocab_size", 400]
+    assert "bpe" in output_of(pipeline_copy, "create_patches", *CORPUS_FLAGS, *chosen)
+    assert "looks ahead" in error_of(pipeline_copy, "llm", *BLT_FLAGS)
+
+
+@pytest.mark.parametrize("threshold, words", [(0.001, "1.00 bytes a patch"), (9.0, "documents")])
+def test_extreme_thresholds_warn_with_numbers(pipeline_copy, threshold, words):
+    printed = output_of(pipeline_copy, "create_patches", *CORPUS_FLAGS, "--entropy_threshold", threshold)
+    assert "warning" in printed and words in printed
+
+
+def test_another_entropy_model_is_refused(pipeline_copy):
+    output_of(pipeline_copy, "entropy_llm", *ENTROPY_FLAGS, "--seed", 2)
+    line = error_of(pipeline_copy, "llm", *BLT_FLAGS)
     assert "another entropy model" in line and "run: python create_patches.py" in line
-    assert "trained on patches of another entropy model" in run(tmp_path / "copy", "generate.py", ok=False)
+    assert "trained on patches of another entropy model" in error_of(pipeline_copy, "generate", "--device", "cpu")
 
 
-def test_resume(pipeline, tmp_path):
-    folder, _ = pipeline
-    shutil.copytree(folder, tmp_path / "copy")
-    out = run(tmp_path / "copy", "llm.py", *BLT, "--resume")
-    assert "at step 12" in out
+def test_resume(pipeline_copy):
+    assert "at step 12" in output_of(pipeline_copy, "llm", *BLT_FLAGS, "--resume")
+
+
+# The other scripts
+
+WORKFLOW_FLAGS = "--quick_demo --train_entropy --entropy_steps 4 --methods global static".split()
+
+
+def copy_entropy_model(folder, target):
+    for name in ("entropy_model.pth", "entropy_model.json"):
+        shutil.copy(folder / name, target)
+    (target / "data_cache").symlink_to(folder / "data_cache")
+
+
+def check_workflow(folder, printed, seeds):
+    rows = json.loads((folder / "workflow" / "comparison.json").read_text())
+    assert {row["method"] for row in rows} == {"global", "static"}
+    assert all(len(row["val_bpb_of_each_seed"]) == seeds and ("ci" in row) == (seeds > 1) for row in rows)
+    assert all(2 < row["avg_patch_size"] < 9 and 0 < row["val_bpb"] < 8 for row in rows)
+    assert is_png(folder / "workflow" / "comparison.png") and "| global |" in printed
+
+
+def test_train_blt_in_one_go(pipeline, tmp_path):
+    copy_entropy_model(pipeline[0], tmp_path)
+    printed = output_of(tmp_path, "train_blt", "--quick_demo", *BLT_FLAGS)
+    assert "entropies:" in printed and re.search(r"val \d\.\d+ bpb", printed)
+
+
+def test_large_model_in_small(pipeline_copy):
+    assert "val " in output_of(pipeline_copy, "llm_large", *BLT_FLAGS)
+    assert (pipeline_copy / "checkpoints_large" / "best.pt").exists()
+
+
+def test_complete_workflow(pipeline, tmp_path, monkeypatch):
+    (tmp_path / "data_cache").symlink_to(pipeline[0] / "data_cache")
+    # The workflow trains its entropy model as the preset says; a smaller validation text saves seconds.
+    machines = EntropyRunConfig.PRESETS.machines
+    monkeypatch.setitem(machines, "cpu", machines["cpu"] | {"val_bytes": 20000})
+    flags = [*WORKFLOW_FLAGS, *BLT_FLAGS, "--seeds", 2]
+    check_workflow(tmp_path, output_of(tmp_path, "complete_entropy_workflow", *flags), seeds=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_blt", "llm_large", "complete_entropy_workflow", "generate", "compress"])
+def test_other_scripts_as_commands(script, pipeline, pipeline_copy, tmp_path):
+    (tmp_path / "some.txt").write_bytes(b"The history of the world. " * 8)
+    flags = {
+        "train_blt": ["--quick_demo", *BLT_FLAGS, "--output", "of_train_blt"],
+        "llm_large": BLT_FLAGS,
+        "complete_entropy_workflow": [*WORKFLOW_FLAGS, *BLT_FLAGS, "--entropy_model_path", "other.pth"],
+        "generate": ["--prompt", "The ", "--max_new_bytes", 5, "--device", "cpu"],
+        "compress": [tmp_path / "some.txt", "--streams", 2, "--device", "cpu"],
+    }[script]
+    if script == "complete_entropy_workflow":
+        # Its entropy model is another one, so it needs an empty cache.
+        shutil.rmtree(pipeline_copy / "patch_cache")
+    printed = run_command(pipeline_copy, script, *flags)
+    words = {"generate": "The ", "compress": "restored and compared"}.get(script, "bpb")
+    assert words in printed
+    if script == "complete_entropy_workflow":
+        check_workflow(pipeline_copy, printed, seeds=1)
+
+
+# Mistakes
+
+
+@pytest.fixture(scope="module")
+def folder_of_mistakes(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistakes") / "copy"
+    shutil.copytree(pipeline[0], folder, ignore=shutil.ignore_patterns("data_cache"))
+    (folder / "data_cache").symlink_to(pipeline[0] / "data_cache")
+    (folder / "empty.txt").touch()
+    (folder / "empty_folder").mkdir()
+    (folder / "records.jsonl").write_text('{"text": "abc"}\n{"text": "def"}\n')
+    return folder
 
 
 @pytest.mark.parametrize(
     "script, flags, words",
     [
-        ("llm.py", ["--dataset", "no_such_file.txt"], "not found"),
-        ("llm.py", ["--steps", "0"], "steps is 0"),
-        ("llm.py", ["--nonsense", "1"], "unknown flags"),
-        ("llm.py", ["--preset", "nonsense"], "unknown preset"),
-        ("llm.py", ["--max_bytes", "5000000"], "python create_patches.py"),
-        ("llm.py", ["--entropy_model_path", "none.pth", "--patch_method", "global"], "python entropy_llm.py"),
-        ("llm.py", ["--patch_cache", "none"], "python create_patches.py"),
-        ("llm.py", ["--patch_method", "static"], "--target_patch_size"),
-        ("llm_large.py", ["--global_dim", "33", "--preset", "cpu"], "33"),
-        ("entropy_llm.py", ["--d_model", "30", "--n_heads", "4"], "d_model is 30"),
-        ("entropy_llm.py", ["--dataset", "empty.txt"], "empty"),
-        ("entropy_llm.py", ["--dataset", "empty_folder"], "empty_folder"),
-        ("entropy_llm.py", ["--dataset", "records.jsonl", "--text_field", "body"], "text field 'body' not found"),
-        ("entropy_llm.py", ["--data_cache", "empty.txt/cache"], "empty.txt"),
-        ("create_patches.py", ["--min_patch_size", "0"], "min_patch_size is 0"),
-        ("create_patches.py", ["--target_patch_size", "0.5"], "target_patch_size is 0.5"),
-        ("create_patches.py", ["--entropy_model_path", "records.jsonl"], "not found"),
-        ("create_patches.py", ["--cache_dir", "empty.txt/cache"], "empty.txt"),
-        ("train_blt.py", ["--entropy_model_path", "none.pth", "--quick_demo"], "python entropy_llm.py"),
-        ("complete_entropy_workflow.py", ["--methods", "bpe"], "methods is"),
-        ("generate.py", ["--model", "none"], "python llm.py"),
-        ("generate.py", ["--draft_bytes", "500"], "draft_bytes is 500"),
-        ("compress.py", ["records.jsonl", "--model", "none"], "python llm.py"),
+        ("llm", "--dataset no_such_file.txt", "not found"),
+        ("llm", "--steps 0", "steps is 0"),
+        ("llm", "--nonsense 1", "unknown flags"),
+        ("llm", "--preset nonsense", "unknown preset"),
+        ("llm", "--preset small medium", "set the same fields"),
+        ("llm", "--max_bytes 5000000", "python create_patches.py"),
+        ("llm", "--entropy_model_path none.pth --patch_method global", "python entropy_llm.py"),
+        ("llm", "--patch_cache none", "python create_patches.py"),
+        ("llm", "--patch_method static", "--target_patch_size"),
+        ("llm", "--device abacus", "device is 'abacus'"),
+        ("llm_large", "--global_dim 33 --preset cpu", "33"),
+        ("entropy_llm", "--d_model 30 --n_heads 4", "d_model is 30"),
+        ("entropy_llm", "--dataset empty.txt", "empty"),
+        ("entropy_llm", "--dataset empty_folder", "empty_folder"),
+        ("entropy_llm", "--dataset records.jsonl --text_field body", "text field 'body' not found"),
+        ("entropy_llm", "--data_cache empty.txt/cache", "empty.txt"),
+        ("create_patches", "--min_patch_size 0", "min_patch_size is 0"),
+        ("create_patches", "--target_patch_size 0.5", "target_patch_size is 0.5"),
+        ("create_patches", "--entropy_model_path records.jsonl", "not found"),
+        ("create_patches", "--cache_dir empty.txt/cache", "empty.txt"),
+        ("create_patches", "--method greedy", "choose from global, monotonic"),
+        ("train_blt", "--entropy_model_path none.pth --quick_demo", "python entropy_llm.py"),
+        ("complete_entropy_workflow", "--methods bpe", "invalid choice: 'bpe'"),
+        ("generate", "--model none", "python llm.py"),
+        ("generate", "--draft_bytes 500", "draft_bytes is 500"),
+        ("compress", "records.jsonl --model none", "python llm.py"),
+        ("template_llm", "--model bpe --vocab_size 3", "vocab_size is 3"),
     ],
 )
-def test_mistakes_get_one_line(pipeline, script, flags, words):
-    folder, _ = pipeline
-    (folder / "empty.txt").touch()
-    (folder / "empty_folder").mkdir(exist_ok=True)
-    (folder / "records.jsonl").write_text('{"text": "abc"}\n{"text": "def"}\n')
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    line = (
-        run(folder, script, *(["--preset", "cpu"] if "--preset" not in flags else []), *flags, ok=False)
-        if script not in ("generate.py", "compress.py")
-        else run(folder, script, *flags, ok=False)
-    )
-    assert words in line
-    assert all(path.exists() and path.stat().st_mtime_ns == when for path, when in before.items())  # nothing lost
+def test_mistakes_get_one_line(folder_of_mistakes, script, flags, words):
+    def times():
+        files = (path for path in folder_of_mistakes.rglob("*") if path.is_file())
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
+    assert words in error_of(folder_of_mistakes, script, *flags.split())
+    # Nothing is lost, and no output is begun that a user would take for a result.
+    assert before.items() <= times().items()
 
 
-def test_train_blt_in_one_go(pipeline, tmp_path):
-    shutil.copy(pipeline[0] / "entropy_model.pth", tmp_path)
-    shutil.copy(pipeline[0] / "entropy_model.json", tmp_path)
-    out = run(tmp_path, "train_blt.py", "--entropy_model_path", "entropy_model.pth", "--quick_demo", *BLT)
-    assert "entropies:" in out and re.search(r"val \d\.\d+ bpb", out)
+# Help, and imports without side effects
 
 
-def test_large_model_in_small(pipeline):
-    assert "val " in run(pipeline[0], "llm_large.py", "--preset", "cpu", *BLT)
-
-
-def test_complete_workflow(tmp_path):
-    flags = "--quick_demo --train_entropy --entropy_steps 12 --methods global space static --seeds 2".split()
-    out = run(tmp_path, "complete_entropy_workflow.py", *flags, *BLT)
-    rows = json.loads((tmp_path / "workflow" / "comparison.json").read_text())
-    assert {row["method"] for row in rows} == {"global", "space", "static"} and all(
-        len(row["val_bpb_of_each_seed"]) == 2 for row in rows
-    )
-    assert all(2 < row["avg_patch_size"] < 9 and 0 < row["val_bpb"] < 8 for row in rows)
-    assert is_png(tmp_path / "workflow" / "comparison.png") and "| global |" in out
-
-
-@pytest.mark.parametrize(
-    "script",
-    [
-        "entropy_llm",
-        "create_patches",
-        "llm",
-        "llm_large",
-        "train_blt",
-        "complete_entropy_workflow",
-        "generate",
-        "template_llm",
-        "bench",
-        "compress",
-        "convert_hf",
-        "show_patches",
-        "evaluate",
-    ],
-)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(tmp_path, script):
-    out = run(tmp_path, f"{script}.py", "--help")
-    assert "Run     python" in out and "default:" in out
+    status, printed, errors = run_here(tmp_path, script, "--help")
+    assert status == 0 and errors == ""
+    assert "Run     python" in printed and "default:" in printed
 
 
-def test_importing_does_nothing(tmp_path):
-    names = [path.stem for path in ROOT.glob("*.py")]
-    code = f"import torch; s = torch.get_rng_state(); import {', '.join(names)}; assert torch.equal(s, torch.get_rng_state())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+@pytest.fixture(scope="module")
+def fresh_interpreter(tmp_path_factory):
+    """What a new process has imported after each step: {step: modules}, its random state, and what it leaves."""
+    folder = tmp_path_factory.mktemp("fresh")
+    steps = f"""
+import json, sys
+import torch
+seen, modules = set(sys.modules), {{}}
+import blt_model
+modules["blt_model"] = sorted(set(sys.modules) - seen)
+from blt.config import parse_config
+from llm import LLMConfig
+parse_config(LLMConfig, "", ["--steps", "5"])
+modules["llm's settings"] = sorted(set(sys.modules) - seen)
+before = torch.get_rng_state()
+import {", ".join(SCRIPTS)}
+print(json.dumps([modules, torch.equal(before, torch.get_rng_state())]))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", steps], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    modules, is_same_state = json.loads(line)
+    return {step: {name.split(".")[0] for name in names} | set(names) for step, names in modules.items()}, (
+        is_same_state,
+        list(folder.iterdir()),
     )
-    assert done.returncode == 0 and done.stdout == "" and os.listdir(tmp_path) == [], done.stderr
 
 
-def test_readme_commands_exist():
-    """Every script and flag that the README shows is real."""
-    import importlib
-
-    from blt.config import field_comments
-
-    readme = (ROOT / "README.md").read_text()
-    classes = {"entropy_llm": "EntropyConfig", "create_patches": "CreatePatchesConfig", "llm": "LLMConfig", "llm_large": "LLMLargeConfig",
-               "train_blt": "BLTRunConfig", "complete_entropy_workflow": "WorkflowConfig", "generate": "GenerateConfig", "template_llm": "TemplateConfig", "bench": "BenchConfig",
-               "compress": "CompressConfig", "evaluate": "EvaluateConfig", "convert_hf": "ConvertConfig", "show_patches": "ShowPatchesConfig"}  # fmt: skip
-    commands = re.findall(r"python (\w+)\.py((?:[^\n`]|\\\n)*)", readme)
-    assert {"entropy_llm", "create_patches", "llm"} <= {script for script, _ in commands}
-    for script, rest in commands:
-        assert (ROOT / f"{script}.py").exists(), script
-        module = importlib.import_module(script)
-        known = set(field_comments(getattr(module, classes[script])))
-        assert set(re.findall(r"--(\w+)", rest)) <= known, (script, rest)
-        presets = re.search(r"--preset ([\w ]+)", rest)
-        if presets:
-            assert set(presets[1].split()) <= set(module.PRESETS), (script, rest)
+SLOW_TO_IMPORT = {"transformers", "datasets", "matplotlib", "pyarrow", "tokenizers", "torch._dynamo"}
 
 
-def test_notebook_is_valid_and_runs_real_scripts():
-    notebook = json.loads((ROOT / "notebooks" / "colab.ipynb").read_text())
-    source = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
-    scripts = re.findall(r"!python (\w+\.py)", source)
-    assert {"entropy_llm.py", "create_patches.py", "llm.py"} <= set(scripts) and all(
-        (ROOT / script).exists() for script in scripts
-    )
+def test_importing_the_model_loads_torch_and_numpy_only(fresh_interpreter):
+    """torch imports tqdm itself where it is installed, so only what comes on top of torch is looked at."""
+    modules = fresh_interpreter[0]["blt_model"]
+    assert "blt_model" in modules and not modules & (SLOW_TO_IMPORT | {"tqdm"})
+
+
+def test_settings_of_llm_load_nothing_slow(fresh_interpreter):
+    modules = fresh_interpreter[0]["llm's settings"]
+    assert "llm" in modules and not modules & SLOW_TO_IMPORT
+
+
+def test_importing_scripts_does_nothing(fresh_interpreter):
+    is_same_state, files = fresh_interpreter[1]
+    assert is_same_state and files == []
