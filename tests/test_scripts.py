@@ -197,8 +197,10 @@ def test_complete_workflow(pipeline, tmp_path, monkeypatch):
     check_workflow(tmp_path, output_of(tmp_path, "complete_entropy_workflow", *flags), seeds=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["train_blt", "llm_large", "complete_entropy_workflow", "generate", "compress"])
+SLOW_COMMAND = pytest.param("complete_entropy_workflow", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("script", ["train_blt", "llm_large", SLOW_COMMAND, "generate", "compress"])
 def test_other_scripts_as_commands(script, pipeline, pipeline_copy, tmp_path):
     (tmp_path / "some.txt").write_bytes(b"The history of the world. " * 8)
     flags = {
