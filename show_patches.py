@@ -55,9 +55,7 @@ class ShowPatchesConfig:
     title: str | None = None  # heading of both; None: the file's name
     picture_bytes: int = 384  # the picture shows this many bytes of the beginning, 4000 at most
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # of the entropy model; a BLT keeps that of its training
-    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the entropy model; a BLT has that of its training
 
     CHOICES = {"method": causal_methods}
 

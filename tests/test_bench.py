@@ -2,15 +2,13 @@
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import error_of, output_of, run_command
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,7 +43,6 @@ from blt.segments import check_patch_lengths
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(
     encoder_dim=32,
     encoder_heads=2,
@@ -432,39 +429,24 @@ def test_patching_methods_are_timed(folder):
     assert speeds["global"]["median"] > speeds["cumulative"]["median"]
 
 
-def run(folder, *flags):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.run(
-        [sys.executable, ROOT / "bench.py", *map(str, flags)],
-        cwd=folder,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-        env=environment,
-    )
-
-
-def test_the_script(folder):
+def card_flags():
+    """Flags for a speed card of TINY alone."""
     sizes = []
     for name, value in vars(TINY).items():
         # TINY has the defaults of the fields of other types.
         if value is None or isinstance(value, (bool, list)):
             continue
         sizes += [f"--{name}", value]
-    flags = [
+    return [
         *["--models", "custom", *sizes],
         *"--row_bytes 64 --batch_rows 2 --patches static:2 --repeats 2 --warmup 1".split(),
-        *"--no_entropy_pass --no_repatching --against transformers loop --precision fp32".split(),
-        *"--scaling --scaling_rows 64 128 --scaling_bytes 128".split(),
-        *"--scaling_patches 2 --scaling_widths 1".split(),
+        *"--no_entropy_pass --no_repatching --precision fp32 --device cpu".split(),
     ]
-    done = run(folder, *flags)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
-    assert "Traceback" not in done.stderr, done.stderr[-2000:]
-    out = json.loads((folder / "bench.json").read_text())
+
+
+def check_card(out):
+    """What bench.json says about TINY."""
     (model,) = out["models"]
-    against, loop = out["against"]
-    scaling = out["scaling"]
     assert out["precision"] == "fp32"
     assert out["threads"] == 1
     assert 1e9 < out["peak_flops"] < 1e13
@@ -486,6 +468,26 @@ def test_the_script(folder):
     assert model["parameters"] == sum(p.numel() for p in BLTModel(TINY).parameters())
     assert model["compile_s"] is None
 
+
+def test_a_speed_card(folder):
+    printed = output_of(folder, "bench", *card_flags())
+    check_card(json.loads((folder / "bench.json").read_text()))
+    for words in ("train custom", "FLOPs/byte", "wrote bench.json"):
+        assert words in printed
+
+
+@pytest.mark.slow
+def test_the_script(folder):
+    """As a command, with other candidates and the scaling."""
+    flags = [
+        *"--against transformers loop".split(),
+        *"--scaling --scaling_rows 64 128 --scaling_bytes 128 --scaling_patches 2 --scaling_widths 1".split(),
+    ]
+    printed = run_command(folder, "bench", *card_flags(), *flags)
+    out = json.loads((folder / "bench.json").read_text())
+    check_card(out)
+    against, loop = out["against"]
+    scaling = out["scaling"]
     assert loop["kind"] == "loop"
     assert loop["time_ratio"]["step_ms"]["n"] == 2
     assert against["logits_difference"] < 1e-3
@@ -506,11 +508,8 @@ def test_the_script(folder):
         "slope of log",
         "wrote bench.json",
     ):
-        assert words in done.stdout, words
+        assert words in printed, words
 
 
 def test_a_mistake_on_the_command_line_is_one_line(folder):
-    done = run(folder, "--models", "llm:huge")
-    assert done.returncode == 1
-    assert done.stderr.strip().count("\n") == 0
-    assert "unknown preset 'huge'" in done.stderr
+    assert "unknown preset 'huge'" in error_of(folder, "bench", "--models", "llm:huge")

@@ -3,15 +3,13 @@
 import hashlib
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import error_of, run_command
 
 import evaluate
 from blt.files import model_hash
@@ -40,7 +38,6 @@ from evaluate import (
 from save_entropy_model import save_entropy_model
 from template_llm import BPEConfig, BPETransformer, FlatByteTransformer, FlatConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 WORDS = b"the cat sat on the mat and the dog ate the food that the cat had left on the mat. ".split()
 
 
@@ -360,33 +357,13 @@ def folder(tmp_path_factory, tokenizer):
 COMMON_FLAGS = ["--device", "cpu", "--precision", "fp32"]
 
 
-def run(folder, *flags, ok=True):
-    """Run evaluate.py as a user does. Returns its standard output or, with ok=False, its error line."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", *COMMON_FLAGS, *flags],
-        cwd=folder,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    if ok:
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        assert "Warning" not in done.stderr, done.stderr
-        return done.stdout
-    assert done.returncode != 0, done.stdout[-2000:]
-    assert "Traceback" not in done.stderr, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
-    return line
-
-
 def test_script_on_a_corpus_with_three_models(folder):
     flags = [
         *"--model checkpoints bpe entropy_model.pth".split(),
         *"--dataset corpus --split all --group_by folder --val_bytes 1100".split(),
         *"--robustness_bytes 100 --samples 2 --sample_bytes 5 --resamples 50".split(),
     ]
-    out = run(folder, *flags)
+    out = run_command(folder, "evaluate", *COMMON_FLAGS, *flags)
     card = json.loads((folder / "evaluation" / "card.json").read_text())
     paths = sorted((folder / "corpus").rglob("*.txt"))
     documents = [np.fromfile(path, dtype=np.uint8) for path in paths]
@@ -500,7 +477,7 @@ def test_on_files(folder, monkeypatch, capsys):
 
 
 def test_a_mistake_gets_one_line(folder):
-    assert "empty.txt is empty" in run(folder, "--file", "empty.txt", ok=False)
+    assert "empty.txt is empty" in error_of(folder, "evaluate", "--file", "empty.txt")
 
 
 @pytest.mark.parametrize(

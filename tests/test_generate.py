@@ -1,13 +1,11 @@
 """Cached, uncached, drafted and batched generation give the same text; sampling; stop strings."""
 
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import error_of, output_of, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_incremental import CONFIGS, PATCH_CONFIGS, TEXT, model_of, patcher_of
@@ -20,15 +18,16 @@ from generate import FullPass, GenerateConfig, Generator, generate
 from save_entropy_model import save_entropy_model
 
 
-def test_cached_equals_uncached_on_200_random_prompts():
+@pytest.mark.parametrize("cases", [range(32), pytest.param(range(32, 200), marks=pytest.mark.slow)], ids=str)
+def test_cached_equals_uncached_on_200_random_prompts(cases):
     """Prompts of 0 to 600 bytes, with every patch config, model, window and row length.
 
     The text is greedy. It is also drafted where the patch config has entropies.
     """
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(cases[0])
     patchings = sorted(PATCH_CONFIGS)
     names = sorted(CONFIGS)
-    for case in range(200):
+    for case in cases:
         patching = patchings[case % len(patchings)]
         name = names[case % 5]
         model = model_of(name, window=int(generator.choice([3, 12, 40])))
@@ -238,29 +237,23 @@ def folder(tmp_path_factory):
     return folder, model, EntropyPatcher(patcher.entropy_model, patcher.config)
 
 
-def run(folder, *flags, **options):
-    command = [sys.executable, Path(__file__).parent.parent / "generate.py", *flags]
-    return subprocess.run(command, cwd=folder, capture_output=True, timeout=120, **options)
-
-
 def test_the_script_streams_what_generate_returns(folder):
     folder, model, patcher = folder
     new = generate(model, patcher, "Büch", 30, temperature=0.9, seed=3, context_bytes=128)
     flags = "--max_new_bytes 30 --temperature 0.9 --seed 3 --draft_bytes 3 --draft_confidence 0.01"
-    made = run(folder, "--prompt", "Büch", *flags.split())
-    assert made.returncode == 0, made.stderr.decode()
-    assert made.stdout.decode() == "Büch" + new.decode(errors="replace") + "\n"
-    assert "a second" in made.stderr.decode()
-    assert "drafts accepted" in made.stderr.decode()
+    status, printed, errors = run_here(folder, "generate", "--prompt", "Büch", *flags.split())
+    assert status == 0, errors
+    assert printed == "Büch" + new.decode(errors="replace") + "\n"
+    assert "a second" in errors
+    assert "drafts accepted" in errors
 
 
 def test_the_script_reads_lines(folder):
     flags = "--interactive --max_new_bytes 3 --temperature 0".split()
-    made = run(folder[0], *flags, input=b"one\ntwo\n\nthree\n")
-    assert made.returncode == 0, made.stderr.decode()
-    assert made.stdout.decode(errors="replace").count("\n") >= 2
+    printed = output_of(folder[0], "generate", *flags, stdin=b"one\ntwo\n\nthree\n")
+    assert printed.count("\n") >= 2
     # An empty line ends the dialogue.
-    assert made.stdout.startswith(b"one")
-    assert b"two" in made.stdout
-    assert b"three" not in made.stdout
-    assert b"not found" in run(folder[0], "--prompt_file", "none.txt").stderr
+    assert printed.startswith("one")
+    assert "two" in printed
+    assert "three" not in printed
+    assert "not found" in error_of(folder[0], "generate", "--prompt_file", "none.txt")

@@ -4,6 +4,7 @@ The three main scripts run as commands (the fixture `pipeline`), the others in t
 runs as a command once too, in `test_other_scripts_as_commands` or in the test file of its own.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from helpers import (
     ENTROPY_FLAGS,
     ROOT,
     SCRIPTS,
+    entry_point,
     error_of,
     is_png,
     output_of,
@@ -27,6 +29,7 @@ from helpers import (
     run_here,
 )
 
+from blt.config import field_comments
 from blt.corpus import open_corpus
 from blt.entropies import open_entropies, training_patch_sizes, training_starts
 from blt.patch_rules import PatchConfig, patch_sizes
@@ -197,8 +200,10 @@ def test_complete_workflow(pipeline, tmp_path, monkeypatch):
     check_workflow(tmp_path, output_of(tmp_path, "complete_entropy_workflow", *flags), seeds=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["train_blt", "llm_large", "complete_entropy_workflow", "generate", "compress"])
+SLOW_COMMAND = pytest.param("complete_entropy_workflow", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("script", ["train_blt", "llm_large", SLOW_COMMAND, "generate", "compress"])
 def test_other_scripts_as_commands(script, pipeline, pipeline_copy, tmp_path):
     (tmp_path / "some.txt").write_bytes(b"The history of the world. " * 8)
     flags = {
@@ -283,6 +288,14 @@ def test_help(tmp_path, script):
     status, printed, errors = run_here(tmp_path, script, "--help")
     assert status == 0 and errors == ""
     assert "Run     python" in printed and "default:" in printed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_setting_has_help(script):
+    config_class = entry_point(script)[1]
+    comments = field_comments(config_class)
+    for field in dataclasses.fields(config_class):
+        assert field.metadata.get("help") or comments.get(field.name), f"{field.name} has no comment at its line's end"
 
 
 @pytest.fixture(scope="module")
