@@ -1,14 +1,16 @@
-"""Models on disk: the record beside the weights, and what is refused."""
+"""Models on disk: files that are whole, the record beside the weights, and what is refused."""
 
 import json
+import os
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import TINY_BLT, tiny_blt, tiny_entropy_model, write_blt
 
 from blt import records
-from blt.files import model_hash, save_weights
+from blt.files import model_hash, save_weights, write_atomically
 from blt.patch_rules import PatchConfig
 from blt.records import RunRecord, load_model, read_record, save_model
 from blt_model import BLTConfig, BLTModel
@@ -34,6 +36,33 @@ def saved(tmp_path):
 
 def make():
     return BLTModel(BLTConfig(**TINY_BLT))
+
+
+# Files
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    """A file that is open while it is written again stays as it was; the next reader gets the new one."""
+    path = tmp_path / "file"
+    path.write_text("old")
+    with open(path) as reader:
+        write_atomically(path, lambda temporary: Path(temporary).write_text("new and longer"))
+        assert reader.read() == "old"
+    assert path.read_text() == "new and longer"
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        with open(temporary, "w") as file:
+            file.write("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
 # Records

@@ -1,7 +1,6 @@
-"""Training: it learns, it repeats, it resumes; rows; optimizers; the files that it writes."""
+"""Training: it learns, it repeats, it resumes; rows; optimizers and settings; what comes of it."""
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from helpers import TINY_BLT, some_words, tiny_blt, tiny_entropy_model
 
 from blt import training
-from blt.files import write_atomically
 from blt.loop import RunConfig, compile_model, read_metrics
 from blt.metric import bits_per_byte
 from blt.optimizers import learning_rate_scale, make_optimizers
@@ -293,20 +291,6 @@ def test_config_errors_name_field_and_value(config_class, bad, words):
 
 
 # What comes of it
-
-
-def test_write_atomically_keeps_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(temporary):
-        with open(temporary, "w") as file:
-            file.write("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        write_atomically(path, fail)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
 def test_generate_is_greedy_by_the_full_pass_and_seeded():
