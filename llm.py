@@ -207,7 +207,7 @@ def open_patches(config, context, make=False, start=None):
         cache = open_entropies(config.patch_cache, context.corpus, record, config.entropy_model_path)
     needs_threshold = not uses_start and config.entropy_threshold is None
     if needs_threshold and (config.patch_method is not None or make):
-        target = config.target_patch_size or DEFAULT_PATCH_SIZE
+        target = DEFAULT_PATCH_SIZE if config.target_patch_size is None else config.target_patch_size
         patch_config = calibrate(patch_config, target, *training_sample(cache))
     return EntropyPatcher(model, patch_config, precision=cache.manifest["precision"]), cache
 

@@ -167,7 +167,7 @@ def main(config):
     if patcher is None:
         patch_config = config.patch_config()
         if config.entropy_threshold is None:
-            target = config.target_patch_size or DEFAULT_PATCH_SIZE
+            target = DEFAULT_PATCH_SIZE if config.target_patch_size is None else config.target_patch_size
             patch_config = calibrate(patch_config, target, entropies)
         patcher = EntropyPatcher(entropy_model, patch_config, precision=precision)
     starts = patcher.starts(document, entropies)
