@@ -376,7 +376,7 @@ def compress_file(config):
             restored = decompress(compressed, model, patcher, progress)
         if restored != data:
             raise ValueError("the compressed file does not restore the bytes; nothing was written")
-    output = config.output or f"{config.file}.blt"
+    output = f"{config.file}.blt" if config.output is None else config.output
     write_file(output, compressed)
 
     print_sizes(data, compressed, bits)

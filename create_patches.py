@@ -11,6 +11,7 @@ entropies, without the model. The methods are listed in docs/patching.md and wri
 blt/patch_rules.py.
 """
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ class CreatePatchesConfig(DataConfig):
         if self.target_patch_size is not None and self.entropy_threshold is not None:
             raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
         if self.target_patch_size is not None:
-            check(self, "target_patch_size", self.target_patch_size >= 1, "1 or more bytes")
+            is_size = self.target_patch_size >= 1 and math.isfinite(self.target_patch_size)
+            check(self, "target_patch_size", is_size, "1 or more bytes")
         check(self, "bpe_vocab_size", self.bpe_vocab_size >= 256, "256 or more")
         check(
             self, "picture_text", self.picture_text != "", "at least one character; leave it out for the corpus's text"

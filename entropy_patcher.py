@@ -37,7 +37,7 @@ class EntropyPatcher:
     def __init__(self, entropy_model, patch_config=None, *, threshold=None, method=None, precision="fp32"):
         if patch_config is None:
             threshold = 0.6 if threshold is None else threshold
-            patch_config = PatchConfig(method=method or "global", entropy_threshold=threshold)
+            patch_config = PatchConfig(method="global" if method is None else method, entropy_threshold=threshold)
         elif threshold is not None or method is not None:
             raise ValueError("pass either a PatchConfig or threshold and method, not both")
         if not isinstance(patch_config, PatchConfig):

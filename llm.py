@@ -160,7 +160,7 @@ def run(config, make_patches=False):
     finish_run(model, record, result, data.validation, output, output / "best.pt", output / "model.json")
 
     if config.sample_bytes:
-        prompt = config.prompt.encode() if config.prompt else data.validation[0][:120].tobytes()
+        prompt = config.prompt.encode() if config.prompt is not None else data.validation[0][:120].tobytes()
         text = generate(model, patcher, prompt, config.sample_bytes, temperature=0.7, seed=config.seed)
         print(f"continuation of {prompt.decode(errors='replace')!r}:\n{text.decode(errors='replace')!r}")
     print("next: " + next_command("generate.py", model=output, prompt="'The history of'"))

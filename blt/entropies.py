@@ -224,6 +224,8 @@ def entropy_distribution(entropies):
 
 
 # Files that say whether they are whole
+#
+# A hash in the file itself costs nothing to check, and one file cannot be half of a pair.
 
 
 class CacheError(ValueError):
@@ -236,7 +238,8 @@ SEALED_LIMIT = 1 << 26
 
 def write_sealed(path, facts):
     """Write a dict as JSON with the sha256 of its other entries in the entry "sha256", atomically."""
-    # As JSON gives it back: its keys are strings, its tuples lists.
+    # As JSON gives it back, because the hash is compared with what a reader gets: its keys are
+    # strings, its tuples lists.
     text = sealed_text(json.loads(json.dumps(facts)))
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
@@ -251,6 +254,7 @@ def read_sealed(path, version):
     """Read a `write_sealed` file whose "format" is `version`. Raises CacheError if it is not as it was written."""
     path = Path(path)
     try:
+        # Before it is read: a file of gigabytes must not fill the memory to be refused.
         if path.stat().st_size > SEALED_LIMIT:
             raise CacheError(f"{path} is damaged: {path.stat().st_size:,} bytes")
         text = path.read_text(encoding="utf-8")
@@ -264,6 +268,7 @@ def read_sealed(path, version):
         raise CacheError(f"{path} is damaged: it is no JSON") from None
     if not isinstance(facts, dict):
         raise CacheError(f"{path} is damaged: it is no JSON object")
+    # Before the hash: earlier versions wrote none, and "damaged" would be the wrong word.
     if facts.get("format") != version:
         raise CacheError(f"{path} is outdated: format {facts.get('format', 1)!r}, not {version}")
     without_hash = {name: value for name, value in facts.items() if name != "sha256"}
@@ -313,6 +318,7 @@ class EntropyCache:
             raise CacheError(f"{folder} is of another corpus")
         if model_record is not None and self.manifest["entropy_model_sha256"] != model_record.weights_sha256:
             raise CacheError(f"{folder} is of another entropy model")
+        # Before the arrays are used: document numbers of another cache would index other texts.
         check_files(self.folder, self.manifest, full_check)
         try:
             self.train = np.load(self.folder / "train.npy")
@@ -532,6 +538,7 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
     unfinished = UnfinishedPass(folder.with_name(f"{folder.name}-{key}.partial"), inputs, total, shares)
     partial = unfinished.folder
+    # The lock is held, so a partial folder that is there belongs to a process that has ended.
     if not unfinished.read():
         unfinished.begin(train, validation)
     before = unfinished.count()
@@ -578,10 +585,12 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
         "files": {name: file_facts(partial / name) for name in CACHE_FILES},
     }
     write_sealed(partial / "manifest.json", manifest)
-    # A damaged cache, one of fewer documents or one of another precision gives way.
+    # The manifest was the last file to be written: a folder that has one is complete. A damaged
+    # cache, one of fewer documents or one of another precision gives way.
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
+    # Only now: killed before the rename, the next process finds that nothing is left to compute.
     (folder / PROGRESS).unlink()
     # Passes with other settings that were stopped: nothing will go on with them. The lock says that
     # no process is at work on them.
@@ -637,6 +646,7 @@ class UnfinishedPass:
         """Start from nothing. Raises OSError, and leaves nothing, if the disk has no room."""
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
+            # The small files first, so that all that a later step may lack room for is tried here.
             self.folder.mkdir()
             np.save(self.folder / "train.npy", train)
             np.save(self.folder / "validation.npy", validation)
@@ -682,6 +692,7 @@ class UnfinishedPass:
             if digest != self.inputs[f"{name}_sha256"]:
                 raise CacheError(f"{array_path} is damaged")
         entropies = np.memmap(path, dtype=np.float16, mode="r")
+        # Each row's part has a checksum of its own, which can be continued; a sha256 cannot.
         written = self.shares.written(state["n_read"])
         for first, end, checksum in zip(self.shares.first, written, state["checksums"]):
             if zlib.crc32(entropies[first:end]) != checksum:
@@ -733,6 +744,7 @@ def reserve(path, n_bytes):
 def sigterm_raises():
     """Let SIGTERM raise SystemExit, as Ctrl-C raises KeyboardInterrupt, unless the program handles it already."""
     is_main = threading.current_thread() is threading.main_thread()
+    # Python lets only the main thread set handlers.
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
