@@ -31,6 +31,8 @@ from blt.segments import check_patch_lengths
 MAX_PATCH_PADDING = 0.045
 # Patch starts of the training stream are read this many ids at a time, which takes at most 40 MB.
 BLOCK_IDS = 1 << 22
+# Evaluation rows of up to this many ids keep their shape even if the text is shorter: models are compiled for it.
+KEPT_ROW_BYTES = 1 << 16
 # What a stream has read of a memory map is given back to the system after this many bytes.
 MAPPED_BYTES = 1 << 26
 # A read of one byte makes the system map the pages around it, too.
@@ -428,6 +430,9 @@ def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, s
     Windows begin at fixed distances from the document's start, never from its end: a generator that
     writes the document from left to right would use the same ones.
     """
+    # A setting of billions must not take memory for padding when the text has thousands.
+    all_inputs = sum(len(document) + 1 for document in documents)
+    row_bytes = min(row_bytes, max(all_inputs, KEPT_ROW_BYTES))
     rows = []
     short = []
     for number, document in enumerate(documents):

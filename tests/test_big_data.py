@@ -23,7 +23,7 @@ import pytest
 from helpers import BLT_FLAGS, ENTROPY_FLAGS, ROOT
 
 import blt.rows
-from blt.rows import BitArray, DocumentStream
+from blt.rows import BitArray, DocumentStream, evaluation_batches
 
 SIZE = int(os.environ.get("BLT_BIG_MB", 300)) * 10**6
 FILES = 10
@@ -67,6 +67,17 @@ def test_pages_that_are_given_back_are_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(blt.rows, "MAPPED_BYTES", 1)
     for begin in range(0, 300_000, 7_001):
         assert np.array_equal(mapped.ids(begin, begin + 9_000), plain.ids(begin, begin + 9_000))
+
+
+def test_memory_of_evaluation_follows_the_text_and_not_the_setting():
+    documents = [np.arange(100, dtype=np.uint8), np.arange(70_000, dtype=np.uint8)]
+    (batch,) = evaluation_batches(documents, None, row_bytes=10**12)
+    # Both documents are in one row, each scored with its end.
+    assert batch.ids.shape == (1, 70_102 + 1)
+    assert batch.targets == 70_102 and batch.bytes == 70_100
+    # A row that models are compiled for keeps its shape.
+    (batch,) = evaluation_batches(documents[:1], None, row_bytes=4096)
+    assert batch.ids.shape == (1, 4097)
 
 
 # ---- The large corpus
