@@ -227,7 +227,8 @@ def make_batch(rows, row_bytes, patch_slots=None, score_ends=True, vocabulary=BY
 
     patch_lengths_BP = None
     if lengths_of_rows:
-        patch_slots = patch_slots or max(len(lengths) for lengths in lengths_of_rows)
+        if patch_slots is None:
+            patch_slots = max(len(lengths) for lengths in lengths_of_rows)
         padded = np.zeros((len(rows), patch_slots), dtype=np.int64)
         for r, lengths in enumerate(lengths_of_rows):
             padded[r, : len(lengths)] = lengths
@@ -274,7 +275,7 @@ class TrainingRows:
     patch_slots: None lets the text decide, see `_choose_slots`.
     row_positions: int64 [rows], the stream position of each row's first id.
     row_lengths: int64 [rows], the ids of each row without padding; at most row_bytes + 1.
-    Raises ValueError if the stream has fewer than two ids.
+    Raises ValueError if the stream has fewer than two ids, or a row fewer than 4 patch slots.
     """
 
     def __init__(self, stream, row_bytes, is_start=None, patch_slots=None, score_ends=True):
@@ -286,12 +287,16 @@ class TrainingRows:
         last = len(stream) - 1
         if last < 1:
             raise ValueError("there is no training text")
+        # Two for a row's first ids, one for another patch and one for padding: with fewer, rows make no
+        # progress.
+        if patch_slots is not None and patch_slots < 4:
+            raise ValueError(f"patch_slots is {patch_slots}; it must be 4 or more")
         if is_start is None:
             self.patch_slots = None
             self.row_positions = np.arange(0, last, row_bytes)
             self.row_lengths = np.minimum(row_bytes, last - self.row_positions) + 1
         else:
-            self.patch_slots = patch_slots or self._choose_slots()
+            self.patch_slots = self._choose_slots() if patch_slots is None else patch_slots
             self.row_positions, self.row_lengths = self._split_by_patches()
 
     def __len__(self):
