@@ -71,7 +71,7 @@ from blt.config import BY_PRESET, SIZE_NAMES, Presets, print_header, print_table
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
 from blt.files import git_commit, hash_of_documents, model_hash, write_json
-from blt.ids import BYTES
+from blt.ids import BYTES, argument_bytes
 from blt.metric import (
     add_up,
     compressors_bpb,
@@ -512,7 +512,7 @@ def sample_record(under_test, config, precision):
     """Continue the prompt: the texts, and how many are valid UTF-8. None without samples or without a BLT."""
     if not config.samples or under_test.kind != "BLT":
         return None
-    prompt = config.prompt.encode("utf-8", "surrogateescape")
+    prompt = argument_bytes(config.prompt)
     texts = generate(
         under_test.model,
         under_test.patcher,

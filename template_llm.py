@@ -326,7 +326,7 @@ def main(config):
     paths = (output, output / "best.pt", output / "model.json")
     finish_run(model, record, result, run.validation, *paths, vocabulary.bytes_per_id)
     other = "bpe" if config.model == "flat" else "flat"
-    print("next: " + next_command("template_llm.py", named_presets(config), model=other))
+    print("next: " + next_command("template_llm.py", named_presets(config), config, model=other))
 
 
 if __name__ == "__main__":
