@@ -419,7 +419,7 @@ def compress_file(config):
     check_packages("constriction")
     data = read_file(config.file)
     model, patcher, record = load_model(config)
-    context_bytes = config.context_bytes or record.settings["row_bytes"]
+    context_bytes = config.context_bytes or record.row_bytes()
     n_streams = stream_count(len(data), config.streams)
     started = time.perf_counter()
     with progress_bar(len(data), "compressing") as progress:
@@ -436,8 +436,7 @@ def compress_file(config):
     print_sizes(data, compressed, bits)
     if n_streams > 1:
         # The model may do better than the code shows, so this is printed for a stored file as well.
-        # A row is made as long as it says, so it says no more than the file needs.
-        bpb = bits_per_byte(model, patcher, [data], min(context_bytes, len(data) + 1))
+        bpb = bits_per_byte(model, patcher, [data], context_bytes)
         cost = bits / len(data) - bpb
         print(f"{n_streams} streams side by side cost {cost:+.4f} bits per byte (in one stream {bpb:.4f})")
     verified = "restored and compared" if config.verify else "not restored (--no_verify)"

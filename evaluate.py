@@ -66,7 +66,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_output, check_packages, check_positive
+from blt.commands import command
 from blt.config import BY_PRESET, SIZE_NAMES, Presets, print_header, print_table, run_script
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
@@ -203,14 +204,14 @@ def open_model(path, row_bytes=None, device="cpu"):
     if not record_path.exists():
         raise FileNotFoundError(
             f"{record_path} not found: --model takes output folders of llm.py, train_blt.py or "
-            f"template_llm.py, and files like entropy_model.pth; train one: python llm.py --output {path}"
+            f"template_llm.py, and files like entropy_model.pth; train one: {command('llm.py', output=path)}"
         )
     patcher = None
     if RunRecord.load(record_path).kind == "blt":
         model, patcher, record = load_blt(path, device)
     else:
         model, record = load_template(path, device)
-    return ModelUnderTest(str(path), NAMES[record.kind], model, patcher, row_bytes or record.settings["row_bytes"])
+    return ModelUnderTest(str(path), NAMES[record.kind], model, patcher, row_bytes or record.row_bytes())
 
 
 def read_files(paths, limit):
@@ -218,6 +219,8 @@ def read_files(paths, limit):
     documents = []
     cut = []
     for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} not found: --file takes files to score")
         with open(path, "rb") as file:
             content = file.read(limit)
             # One byte more tells a file of exactly `limit` bytes from a longer one.
@@ -658,6 +661,12 @@ def make_card(config, device, precision, what, documents, records):
 
 def main(config):
     """Score every model, print the report, write card.json and evaluation.png. Returns the card."""
+    # What is needed last is checked first.
+    output = Path(config.output)
+    check_output(output, is_folder=True)
+    for name in ("card.json", "evaluation.png"):
+        check_output(output / name, reads=config.file)
+    check_packages("matplotlib")
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
@@ -677,7 +686,6 @@ def main(config):
     card = make_card(config, device, precision, what, documents, records)
     # The report comes first: a full disk or a broken font then loses no number.
     print_report(card, config)
-    output = Path(config.output)
     write_json(output / "card.json", card)
     draw(output / "evaluation.png", card)
     print(f"wrote {output}/card.json, evaluation.png")

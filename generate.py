@@ -374,12 +374,14 @@ def read_prompts(config):
 
 
 def main(config):
+    # Before the model is read, which takes longer than to see that a file is missing.
+    prompts = read_prompts(config)
     device = choose_device(config.device)
     model, patcher, record = load_blt(config.model, device)
     # The model has not been trained on longer rows than these.
-    context_bytes = config.context_bytes or record.settings["row_bytes"]
+    context_bytes = config.context_bytes or record.row_bytes()
     if not config.interactive:
-        continue_and_print(model, patcher, read_prompts(config), config, context_bytes)
+        continue_and_print(model, patcher, prompts, config, context_bytes)
         return
     print("a line is a prompt; an empty one ends", file=sys.stderr)
     # As bytes: a line of text would have to be UTF-8.

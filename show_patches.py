@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_output, check_positive
 from blt.config import run_script
 from blt.device import autocast, choose_device, choose_precision
 from blt.entropies import TopPredictions, stream_predictions
@@ -155,6 +155,9 @@ def progress_bar(total, what):
 
 
 def main(config):
+    check_output(config.output, is_folder=True)
+    for name in ("patches.html", "patches.png"):
+        check_output(Path(config.output) / name, reads=[config.file])
     device = choose_device(config.device)
     whole = read_text(config)
     text = whole_characters(whole, MAX_PAGE_BYTES)

@@ -282,9 +282,9 @@ def load_template(folder, device="cpu"):
 
     def make():
         if record.kind == "flat":
-            return FlatByteTransformer(FlatConfig(**record.model_config))
+            return FlatByteTransformer(record.config(FlatConfig))
         vocabulary = BPEVocabulary(read_tokenizer(folder, f"run: {retrain}"), record.bytes_per_token)
-        return BPETransformer(BPEConfig(**record.model_config), vocabulary)
+        return BPETransformer(record.config(BPEConfig), vocabulary)
 
     model = load_model(make, folder / "best.pt", record, retrain)
     return model.to(device).eval(), record

@@ -403,6 +403,8 @@ def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, s
     Windows begin at fixed distances from the document's start, never from its end: a generator that
     writes the document from left to right would use the same ones.
     """
+    # A row has memory for all its ids, so it is no longer than all documents together.
+    row_bytes = min(row_bytes, sum(len(document) + 1 for document in documents))
     rows = []
     short = []
     for number, document in enumerate(documents):

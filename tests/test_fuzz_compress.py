@@ -1,4 +1,4 @@
-"""Hostile compressed files: random, cut, flipped, with tails, with headers that lie. One error, soon, in little memory."""
+"""Hostile compressed files: random, cut, flipped, too long, with lying headers: one error, soon, in little memory."""
 
 import dataclasses
 import resource

@@ -1,8 +1,11 @@
 """Bad input, odd names and closed streams: one clear line, nothing lost, or it simply works."""
 
 import dataclasses
+import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +15,7 @@ from helpers import (
     ROOT,
     SCRIPTS,
     entry_point,
+    error_of,
     is_png,
     output_of,
     some_words,
@@ -20,10 +24,11 @@ from helpers import (
     write_blt,
 )
 
+from blt.checks import check_packages
 from blt.config import PATH_FIELDS, next_command, parse_config
 from blt.ids import argument_bytes, drawable
 from blt.patch_rules import PatchConfig
-from blt.pictures import draw_entropy_figure, draw_evaluation
+from blt.pictures import PAGE, draw_entropy_figure, draw_evaluation
 from compress import CompressConfig
 from create_patches import CreatePatchesConfig
 from generate import GenerateConfig
@@ -221,3 +226,160 @@ def test_printed_commands_are_quoted_and_complete(monkeypatch):
     # From another folder the script has a path.
     monkeypatch.setattr(sys, "argv", [str(ROOT / "create_patches.py")])
     assert shlex.split(next_command("llm.py"))[1] == str(ROOT / "llm.py")
+
+
+def test_the_printed_command_of_compress_works(folder, tmp_path):
+    name = "my file's.txt"
+    (folder / name).write_bytes(some_words(20))
+    printed = output_of(folder, "compress", name, "--model", "checkpoints", "--device", "cpu", "--context_bytes", "64")
+    command = printed[printed.index("next: ") :].splitlines()[0].removeprefix("next: ")
+    words = shlex.split(command)
+    assert words[:2] == ["python", "compress.py"]
+    assert "checksum right" in output_of(folder, "compress", *words[2:])
+    assert (folder / f"{name}.restored").read_bytes() == some_words(20)
+
+
+# Found before the work
+
+
+def test_a_bad_output_is_found_first(folder, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    text = ("--file", "a.txt", "--device", "cpu")
+    # The model does not exist: that would be the next thing to be noticed.
+    for script in ("evaluate", "show_patches"):
+        for output in (file, file / "folder"):
+            assert "give another --output" in error_of(folder, script, *text, "--model", "none", "--output", output)
+    for output in (tmp_path, file / "x.blt", "a.txt", "/dev/null"):
+        assert "give another --output" in error_of(folder, "compress", "a.txt", "--model", "none", "--output", output)
+    assert file.read_text() == "mine" and (folder / "a.txt").read_bytes() == some_words(60)
+    line = error_of(folder, "convert_hf", "--to_hf", "checkpoints", "--output", "checkpoints")
+    assert "would be overwritten" in line
+
+
+def test_results_do_not_replace_what_is_read(folder, tmp_path):
+    (tmp_path / "patches.html").write_text("a page to show")
+    flags = ("--file", tmp_path / "patches.html", "--output", tmp_path, "--device", "cpu")
+    assert "would be overwritten" in error_of(folder, "show_patches", *flags)
+    (tmp_path / "card.json").write_text("{}")
+    flags = ("--file", tmp_path / "card.json", "--output", tmp_path, "--device", "cpu")
+    assert "would be overwritten" in error_of(folder, "evaluate", *flags)
+    # A file of that name that compress.py has not written.
+    (tmp_path / "b.txt").write_text("hello")
+    (tmp_path / "b.txt.blt").write_text("mine")
+    line = error_of(folder, "compress", tmp_path / "b.txt", "--model", "checkpoints", "--device", "cpu")
+    assert "compress.py has not written it" in line and (tmp_path / "b.txt.blt").read_text() == "mine"
+
+
+def test_missing_packages_are_named():
+    check_packages("numpy", "torch")
+    with pytest.raises(ValueError, match="pip install not_there"):
+        check_packages("numpy", "not_there")
+
+
+def test_a_context_of_4_billion_allocates_by_the_text(folder):
+    context = ("--context_bytes", str(2**32 - 1), "--device", "cpu")
+    output_of(folder, "generate", "--prompt", "a", "--max_new_bytes", "3", *context)
+    output_of(folder, "show_patches", "--file", "a.txt", "--model", "checkpoints", "--output", "shown", *context)
+    flags = ("--row_bytes", str(2**32 - 1), "--preset", "cpu", "--samples", "0", "--robustness_bytes", "0")
+    output_of(folder, "evaluate", "--file", "a.txt", "--device", "cpu", *flags)
+
+
+# Damaged models
+
+
+def edit_record(path, change):
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def cut(path, n_bytes):
+    path.write_bytes(path.read_bytes()[:n_bytes])
+
+
+DAMAGE = {
+    "weights cut": ("best.pt", lambda path: cut(path, 1000)),
+    "weights empty": ("best.pt", lambda path: cut(path, 0)),
+    "weights are text": ("best.pt", lambda path: path.write_text("hello")),
+    "record cut": ("model.json", lambda path: cut(path, 100)),
+    "record nested": ("model.json", lambda path: path.write_text("[" * 100_000)),
+    "no record": ("model.json", lambda path: path.write_text("[]")),
+    "one setting more": ("model.json", lambda path: edit_record(path, lambda r: r["model_config"].update(x=1))),
+    "one setting less": ("model.json", lambda path: edit_record(path, lambda r: r["model_config"].pop("rope_theta"))),
+    "no settings": ("model.json", lambda path: edit_record(path, lambda r: r.update(model_config=None))),
+    "huge": ("model.json", lambda path: edit_record(path, lambda r: r["model_config"].update(global_dim=10**9))),
+    "rule": ("model.json", lambda path: edit_record(path, lambda r: r["patch_config"].update(x=1))),
+    "no rule": ("model.json", lambda path: edit_record(path, lambda r: r.update(patch_config=None))),
+    "kind": ("model.json", lambda path: edit_record(path, lambda r: r.update(kind=["blt"]))),
+    "precision": ("model.json", lambda path: edit_record(path, lambda r: r.update(precision="fp7"))),
+    "path": ("model.json", lambda path: edit_record(path, lambda r: r.update(entropy_model_path=None))),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_model_is_one_line(folder, tmp_path, name):
+    shutil.copytree(folder / "checkpoints", tmp_path / "damaged")
+    file, damage = DAMAGE[name]
+    damage(tmp_path / "damaged" / file)
+    model = ("--model", "damaged", "--device", "cpu")
+    error_of(tmp_path, "generate", "--prompt", "a", *model)
+    (tmp_path / "a.txt").write_bytes(some_words(9))
+    error_of(tmp_path, "evaluate", "--file", "a.txt", *model)
+    error_of(tmp_path, "compress", "a.txt", *model)
+    error_of(tmp_path, "convert_hf", "--to_hf", "damaged")
+    assert not (tmp_path / "evaluation").exists() and not (tmp_path / "a.txt.blt").exists()
+
+
+def test_a_record_without_rows_says_what_to_pass(folder):
+    assert "pass --context_bytes" in error_of(folder, "generate", "--prompt", "a", "--device", "cpu")
+
+
+HF_DAMAGE = {
+    "weights cut": ("model.safetensors", lambda path: cut(path, 5000)),
+    "weights cut at the end": ("model.safetensors", lambda path: cut(path, path.stat().st_size - 100)),
+    "weights empty": ("model.safetensors", lambda path: cut(path, 0)),
+    "header of 2**64 bytes": ("model.safetensors", lambda path: path.write_bytes(b"\xff" * 8 + b"{}")),
+    "no weights": ("model.safetensors", lambda path: path.unlink()),
+    "config cut": ("config.json", lambda path: cut(path, 50)),
+    "config nested": ("config.json", lambda path: path.write_text("[" * 100_000)),
+    "config without a part": ("config.json", lambda path: edit_record(path, lambda c: c.update(global_config=None))),
+    "config of text": ("config.json", lambda path: edit_record(path, lambda c: c.update(vocab_size="x"))),
+    "config huge": (
+        "config.json",
+        lambda path: edit_record(path, lambda c: c["global_config"].update(hidden_size=10**9)),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hf_folder(folder):
+    output_of(folder, "convert_hf", "--to_hf", "checkpoints", "--output", "hf")
+    return folder / "hf"
+
+
+@pytest.mark.parametrize("name", HF_DAMAGE)
+def test_a_damaged_transformers_model_is_one_line(hf_folder, tmp_path, name):
+    shutil.copytree(hf_folder, tmp_path / "hf")
+    file, damage = HF_DAMAGE[name]
+    damage(tmp_path / "hf" / file)
+    line = error_of(tmp_path, "convert_hf", "--from_hf", "hf", "--output", "ours")
+    assert "transformers cannot open 'hf'" in line and not (tmp_path / "ours").exists()
+
+
+# Pages
+
+
+def test_a_page_escapes_its_text(folder, tmp_path):
+    """A title, a file's name and a text that would end the script element, or be an element."""
+    attack = "</script><img src=x onerror=alert(1)>"
+    path = tmp_path / "<b>&'.txt"
+    path.write_text(attack * 3)
+    flags = ("--file", path, "--title", attack, "--output", tmp_path / "page", "--device", "cpu")
+    output_of(folder, "show_patches", *flags)
+    page = (tmp_path / "page" / "patches.html").read_text()
+    own = PAGE.read_text(encoding="utf-8")
+    assert page.count("<img") == own.count("<img") and page.count("</script") == own.count("</script")
+    assert "<b>&'" not in page
+    # The page itself puts data into text only, never into HTML.
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write", own)
