@@ -411,7 +411,7 @@ def load_model(config):
 
 def compress_file(config):
     """Compress config.file, print sizes and bits per byte, and write the result."""
-    output = config.output or f"{config.file}.blt"
+    output = f"{config.file}.blt" if config.output is None else config.output
     check_output(output, reads=[config.file])
     # Only a name that the user has given may replace a file that this script has not written.
     if config.output is None and Path(output).exists() and read_start(output)[:3] != MAGIC[:3]:
@@ -419,7 +419,7 @@ def compress_file(config):
     check_packages("constriction")
     data = read_file(config.file)
     model, patcher, record = load_model(config)
-    context_bytes = config.context_bytes or record.row_bytes()
+    context_bytes = record.row_bytes() if config.context_bytes is None else config.context_bytes
     n_streams = stream_count(len(data), config.streams)
     started = time.perf_counter()
     with progress_bar(len(data), "compressing") as progress:

@@ -68,7 +68,9 @@ def add_up(scored_batches):
     totals = {"nats": 0.0, "right": 0, "targets": 0, "bytes": 0}
     for batch, nats_BT, is_right_BT in scored_batches:
         # In float64, so that the order of the batches does not matter to the digits that are printed.
-        totals["nats"] += nats_BT.sum(dtype=torch.float64).item()
+        # Apple's GPUs have no float64, so the CPU adds up for them.
+        summed_BT = nats_BT.cpu() if nats_BT.device.type == "mps" else nats_BT
+        totals["nats"] += summed_BT.sum(dtype=torch.float64).item()
         totals["right"] += int(is_right_BT.sum())
         totals["targets"] += batch.targets
         totals["bytes"] += batch.bytes
