@@ -219,8 +219,6 @@ def read_files(paths, limit):
     documents = []
     cut = []
     for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} not found: --file takes files to score")
         with open(path, "rb") as file:
             content = file.read(limit)
             # One byte more tells a file of exactly `limit` bytes from a longer one.

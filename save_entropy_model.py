@@ -9,6 +9,7 @@
 import dataclasses
 from pathlib import Path
 
+from blt.commands import command
 from blt.patch_rules import PatchConfig
 from blt.records import RunRecord, load_model, read_record, save_model
 from blt_model import BLTConfig, uninitialized
@@ -38,7 +39,7 @@ def load_entropy_model(path="entropy_model.pth", device="cpu"):
     Raises FileNotFoundError or ValueError saying what to do.
     """
     path = Path(path)
-    retrain = f"python entropy_llm.py --output {path}"
+    retrain = command("entropy_llm.py", output=path)
     for file in (path, path.with_suffix(".json")):
         if not file.exists():
             raise FileNotFoundError(f"{file} not found; run: {retrain}")
@@ -64,7 +65,7 @@ def load_blt(folder, device="cpu"):
     def make_model():
         return uninitialized(record.config(BLTConfig), device)
 
-    model = load_model(make_model, folder / "best.pt", record, f"python llm.py --output {folder}")
+    model = load_model(make_model, folder / "best.pt", record, command("llm.py", output=folder))
     patch_config = record.config(PatchConfig, "patch_config")
     entropy_model = entropy_model_of(folder, record, device)[0] if patch_config.needs_entropies else None
     return model.eval(), EntropyPatcher(entropy_model, patch_config, precision=record.precision), record

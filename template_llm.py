@@ -25,6 +25,7 @@ import torch.nn as nn
 
 from blt.attention import AttentionPlan
 from blt.checks import check, check_positive
+from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights, write_atomically
 from blt.ids import BYTES, documents_of
@@ -278,7 +279,7 @@ def load_template(folder, device="cpu"):
     """
     folder = Path(folder)
     record = read_record(folder, "flat", "bpe")
-    retrain = f"python template_llm.py --model {record.kind} --output {folder}"
+    retrain = command("template_llm.py", model=record.kind, output=folder)
 
     def make():
         if record.kind == "flat":

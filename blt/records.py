@@ -12,10 +12,15 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from blt.commands import command
 from blt.files import load_weights, model_hash, save_weights, state_hash, write_json
 
-# Which script trains a kind of model, and what it is called in messages.
-SCRIPTS = {"blt": "llm.py", "flat": "template_llm.py --model flat", "bpe": "template_llm.py --model bpe"}
+# Which script trains a kind of model, with which flags, and what it is called in messages.
+SCRIPTS = {
+    "blt": ("llm.py", {}),
+    "flat": ("template_llm.py", {"model": "flat"}),
+    "bpe": ("template_llm.py", {"model": "bpe"}),
+}
 NAMES = {"blt": "BLT", "flat": "flat byte transformer", "bpe": "BPE transformer", "entropy": "entropy model"}
 
 
@@ -128,8 +133,8 @@ def read_record(folder, *kinds):
     kinds = kinds or ("blt", "flat", "bpe")
     for file in (folder / "model.json", folder / "best.pt"):
         if not file.exists():
-            commands = " or ".join(f"python {SCRIPTS[kind]} --output {folder}" for kind in kinds)
-            raise FileNotFoundError(f"{file} not found; run: {commands}")
+            commands = [command(SCRIPTS[kind][0], **SCRIPTS[kind][1], output=folder) for kind in kinds]
+            raise FileNotFoundError(f"{file} not found; run: {' or '.join(commands)}")
     record = RunRecord.load(folder / "model.json")
     if record.kind not in kinds:
         wanted = " or a ".join(NAMES[kind] for kind in kinds)

@@ -12,6 +12,8 @@ import sys
 import numpy as np
 import pytest
 from helpers import (
+    BLT_FLAGS,
+    ENTROPY_FLAGS,
     ROOT,
     SCRIPTS,
     entry_point,
@@ -206,7 +208,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, capsys):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_field_that_names_a_path_is_known(script):
     _, config_class = entry_point(script)
-    names = {field.name for field in dataclasses.fields(config_class)}
+    names = {field.name for field in dataclasses.fields(config_class) if field.type not in (bool, "bool")}
     paths = {name for name in names if name.endswith(("_path", "_cache", "_dir", "file", "output"))}
     assert paths <= PATH_FIELDS
 
@@ -237,6 +239,32 @@ def test_the_printed_command_of_compress_works(folder, tmp_path):
     assert words[:2] == ["python", "compress.py"]
     assert "checksum right" in output_of(folder, "compress", *words[2:])
     assert (folder / f"{name}.restored").read_bytes() == some_words(20)
+
+
+def next_of(printed):
+    """(script, its words) of the command that a script printed as the next step."""
+    line = [line for line in printed.splitlines() if line.startswith("next: ")][0]
+    python, script, *words = shlex.split(line.removeprefix("next: "))
+    assert python == "python"
+    return script.removesuffix(".py"), words
+
+
+@pytest.mark.slow
+def test_each_printed_command_runs(tmp_path):
+    """From the entropy model to a continued text by what is printed, with every path but the usual one."""
+    (tmp_path / "my corpus").mkdir()
+    for number in range(40):
+        (tmp_path / "my corpus" / f"{number}.txt").write_bytes(some_words(200, seed=number))
+    # Sizes are no paths: they are given to every script.
+    paths = ["--dataset", "my corpus", "--data_cache", "stores here", "--val_fraction", "0.2"]
+    printed = output_of(tmp_path, "entropy_llm", *ENTROPY_FLAGS, *paths, "--output", "models/my entropy.pth")
+    script, words = next_of(printed)
+    assert script == "create_patches"
+    script, words = next_of(output_of(tmp_path, script, *words, "--cache_dir", "my patches"))
+    assert script == "llm"
+    script, words = next_of(output_of(tmp_path, script, *words, *BLT_FLAGS, "--output", "my model"))
+    assert script == "generate"
+    assert output_of(tmp_path, script, *words, "--max_new_bytes", "3").startswith("The history of")
 
 
 # Found before the work
