@@ -209,7 +209,9 @@ def main(config):
     )
     finish_run(model, record, result, run.validation, run_dir, output, output.with_suffix(".json"))
     print("document ends are not scored: the entropy model has no class for them")
-    print("next: " + next_command("create_patches.py", named_presets(config)))
+    # Only a path that differs from what the next script takes by itself.
+    named = {"entropy_model_path": config.output} if config.output != "entropy_model.pth" else {}
+    print("next: " + next_command("create_patches.py", named_presets(config), config, **named))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from blt.config import BY_PRESET, Presets, given_fields, next_command, part_of, run_script
 from blt.entropies import make_entropies, open_entropies, training_sample
 from blt.files import load_weights, model_hash
+from blt.ids import argument_bytes
 from blt.metric import evaluate
 from blt.patch_rules import DEFAULT_PATCH_SIZE, RULES, PatchConfig, calibrate, refuse_lookahead
 from blt.records import RunRecord, read_record
@@ -160,10 +161,11 @@ def run(config, make_patches=False):
     finish_run(model, record, result, data.validation, output, output / "best.pt", output / "model.json")
 
     if config.sample_bytes:
-        prompt = config.prompt.encode() if config.prompt is not None else data.validation[0][:120].tobytes()
+        prompt = data.validation[0][:120].tobytes() if config.prompt is None else argument_bytes(config.prompt)
         text = generate(model, patcher, prompt, config.sample_bytes, temperature=0.7, seed=config.seed)
         print(f"continuation of {prompt.decode(errors='replace')!r}:\n{text.decode(errors='replace')!r}")
-    print("next: " + next_command("generate.py", model=output, prompt="'The history of'"))
+    of_generate = next_command("generate.py", (), config, ("device",), model=output, prompt="The history of")
+    print("next: " + of_generate)
     return result
 
 

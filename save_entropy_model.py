@@ -9,6 +9,7 @@
 import dataclasses
 from pathlib import Path
 
+from blt.commands import command
 from blt.patch_rules import PatchConfig
 from blt.records import RunRecord, load_model, read_record, save_model
 from blt_model import BLTConfig, uninitialized
@@ -38,7 +39,7 @@ def load_entropy_model(path="entropy_model.pth", device="cpu"):
     Raises FileNotFoundError or ValueError saying what to do.
     """
     path = Path(path)
-    retrain = f"python entropy_llm.py --output {path}"
+    retrain = command("entropy_llm.py", output=path)
     for file in (path, path.with_suffix(".json")):
         if not file.exists():
             raise FileNotFoundError(f"{file} not found; run: {retrain}")
@@ -47,7 +48,7 @@ def load_entropy_model(path="entropy_model.pth", device="cpu"):
         raise ValueError(f"{path} is not an entropy model but a model of kind {record.kind!r}; run: {retrain}")
 
     def make_model():
-        return MinimalLLM(EntropyConfig(**record.model_config))
+        return MinimalLLM(record.config(EntropyConfig))
 
     model = load_model(make_model, path, record, retrain)
     return model.eval().requires_grad_(False).to(device), record
@@ -62,10 +63,10 @@ def load_blt(folder, device="cpu"):
     record = read_record(folder, "blt")
 
     def make_model():
-        return uninitialized(BLTConfig(**record.model_config), device)
+        return uninitialized(record.config(BLTConfig), device)
 
-    model = load_model(make_model, folder / "best.pt", record, f"python llm.py --output {folder}")
-    patch_config = PatchConfig(**record.patch_config)
+    model = load_model(make_model, folder / "best.pt", record, command("llm.py", output=folder))
+    patch_config = record.config(PatchConfig, "patch_config")
     entropy_model = entropy_model_of(folder, record, device)[0] if patch_config.needs_entropies else None
     return model.eval(), EntropyPatcher(entropy_model, patch_config, precision=record.precision), record
 

@@ -25,6 +25,7 @@ import torch.nn as nn
 
 from blt.attention import AttentionPlan
 from blt.checks import check, check_positive
+from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights, write_atomically
 from blt.ids import BYTES, documents_of
@@ -278,13 +279,13 @@ def load_template(folder, device="cpu"):
     """
     folder = Path(folder)
     record = read_record(folder, "flat", "bpe")
-    retrain = f"python template_llm.py --model {record.kind} --output {folder}"
+    retrain = command("template_llm.py", model=record.kind, output=folder)
 
     def make():
         if record.kind == "flat":
-            return FlatByteTransformer(FlatConfig(**record.model_config))
+            return FlatByteTransformer(record.config(FlatConfig))
         vocabulary = BPEVocabulary(read_tokenizer(folder, f"run: {retrain}"), record.bytes_per_token)
-        return BPETransformer(BPEConfig(**record.model_config), vocabulary)
+        return BPETransformer(record.config(BPEConfig), vocabulary)
 
     model = load_model(make, folder / "best.pt", record, retrain)
     return model.to(device).eval(), record
@@ -326,7 +327,7 @@ def main(config):
     paths = (output, output / "best.pt", output / "model.json")
     finish_run(model, record, result, run.validation, *paths, vocabulary.bytes_per_id)
     other = "bpe" if config.model == "flat" else "flat"
-    print("next: " + next_command("template_llm.py", named_presets(config), model=other))
+    print("next: " + next_command("template_llm.py", named_presets(config), config, model=other))
 
 
 if __name__ == "__main__":

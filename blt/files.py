@@ -86,7 +86,8 @@ def load_weights(path, model, assign=False):
         model.load_state_dict(state, assign=assign)
     # torch raises many types for a file that is no state dict of these shapes.
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        # Some of its errors have no text at all.
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ValueError(
             f"{path} does not hold the model that the JSON beside it describes ({reason}); train it again"
         ) from None
