@@ -14,6 +14,7 @@ Sizes and machines are llm.py's. A training byte costs as much computation as in
 same size (`SHAPES`), and rows, updates, rates and data are llm.py's too.
 """
 
+import hashlib
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
 from blt.records import RunRecord, load_model, read_record
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
-from blt.runs import finish_run, named_presets, print_model, start_run
+from blt.runs import claim_output, finish_run, named_presets, print_model, start_run
 from blt.tokens import BPEVocabulary, load_tokenizer, train_tokenizer
 from llm import MACHINES, PAIRS
 
@@ -210,12 +211,13 @@ def make_model(config, vocabulary):
 # Training
 
 
-def train_template(model, stream, validation, config):
+def train_template(model, stream, validation, config, depends_on=None, begin=None):
     """Train a `PlainTransformer`. The leak gate runs first and stops a model that sees ahead.
 
     stream: `DocumentStream` of the training documents in the model's ids.
     validation: list of uint8 documents.
     config: a `RunConfig` with an `output` folder.
+    depends_on, begin: as in `loop.fit`.
     Returns `fit`'s dict and byte_padding. val_loss is in nats per target and val_accuracy is of
     targets, which are tokens for BPE. The best weights are in output/best.pt, and in the model
     afterwards.
@@ -234,7 +236,7 @@ def train_template(model, stream, validation, config):
     unit = "bytes" if vocabulary is BYTES else "tokens"
     byte_padding = train_rows.padding()[0]
     print(f"rows: {len(train_rows):,} of {row_ids:,} {unit} | padding {byte_padding:.1%}")
-    result = fit(model, config, train_rows, batches, config.output)
+    result = fit(model, config, train_rows, batches, config.output, depends_on, begin)
     load_weights(Path(config.output) / "best.pt", model)
     return {**result, "byte_padding": byte_padding}
 
@@ -270,6 +272,11 @@ def read_tokenizer(folder, advice):
     return load_tokenizer(path)
 
 
+def hash_of_tokenizer(tokenizer):
+    """sha256 (hex) of what a tokenizer's file holds."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
 def load_template(folder, device="cpu"):
     """Read a trained baseline from its output folder: (FlatByteTransformer or BPETransformer, RunRecord).
 
@@ -291,6 +298,12 @@ def load_template(folder, device="cpu"):
 
 
 def main(config):
+    with claim_output(config, config.output):
+        train(config)
+
+
+def train(config):
+    """One training run, with the output folder held."""
     run = start_run(config)
     train_bytes = int(np.diff(run.corpus.offsets)[run.train].sum())
     vocabulary, tokenizer = BYTES, None
@@ -318,11 +331,20 @@ def main(config):
         bytes_per_token=vocabulary.bytes_per_id if config.model == "bpe" else None,
     )
     output = Path(config.output)
-    # Written before training, so that an interrupted run can be used too.
-    record.save(output / "model.json")
-    if tokenizer is not None and not config.resume:
-        write_atomically(output / "tokenizer.json", tokenizer.save)
-    result = train_template(model, stream, run.validation, config)
+
+    def begin():
+        # Before training, so that an interrupted run can be used too.
+        record.save(output / "model.json")
+        if tokenizer is not None and not config.resume:
+            write_atomically(output / "tokenizer.json", tokenizer.save)
+
+    depends_on = {
+        "kind": record.kind,
+        **record.model_config,
+        "corpus_sha256": run.corpus.hash,
+        "tokenizer_sha256": None if tokenizer is None else hash_of_tokenizer(tokenizer),
+    }
+    result = train_template(model, stream, run.validation, config, depends_on, begin)
     paths = (output, output / "best.pt", output / "model.json")
     finish_run(model, record, result, run.validation, *paths, vocabulary.bytes_per_id)
     other = "bpe" if config.model == "flat" else "flat"
