@@ -25,6 +25,7 @@ import numpy as np
 import torch.nn as nn
 
 from blt.attention import AttentionPlan
+from blt.checkpoints import has_checkpoint
 from blt.checks import check, check_positive
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights, write_atomically
@@ -251,7 +252,7 @@ def training_stream(corpus, numbers, vocabulary=BYTES):
 
 def make_tokenizer(config, corpus):
     """Train the BPE on the first training documents; a resumed run takes the one that it began with."""
-    if config.resume:
+    if config.resume and has_checkpoint(config.output):
         return read_tokenizer(config.output, "nothing to resume; run without --resume")
     limit = config.tokenizer_bytes
     if config.max_bytes is not None:
@@ -332,10 +333,12 @@ def train(config):
     )
     output = Path(config.output)
 
+    is_resumed = config.resume and has_checkpoint(output)
+
     def begin():
         # Before training, so that an interrupted run can be used too.
         record.save(output / "model.json")
-        if tokenizer is not None and not config.resume:
+        if tokenizer is not None and not is_resumed:
             write_atomically(output / "tokenizer.json", tokenizer.save)
 
     depends_on = {

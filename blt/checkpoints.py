@@ -231,6 +231,26 @@ def refuse_used_folder(folder, config, *files):
             )
 
 
+def has_checkpoint(folder):
+    """Whether a folder has a checkpoint, whole or damaged, to resume from."""
+    return any((Path(folder) / name).exists() for name in ("last.pt", "previous.pt"))
+
+
+def check_resumable(folder, config, *files):
+    """Raise FileNotFoundError if config.resume asks for a run that is not there.
+
+    A folder without any weights is one: a run was killed in it before its first checkpoint, and
+    begins again. Weights without a checkpoint are not, and neither are such files beside the folder:
+    nobody asked to replace them.
+    """
+    folder = Path(folder)
+    if not config.resume or has_checkpoint(folder):
+        return
+    is_used = any(path.exists() for path in (folder / "best.pt", *map(Path, files)))
+    if not folder.exists() or (is_used and not config.overwrite):
+        raise FileNotFoundError(f"{folder / 'last.pt'} not found: nothing to resume; run without --resume")
+
+
 def remove_old_run(folder):
     """Remove the files of an earlier run, so that none is taken for one of the new run's."""
     for name in OLD_FILES:

@@ -18,7 +18,15 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from blt.checkpoints import load_checkpoint, refuse_used_folder, remove_leftovers, remove_old_run, save_checkpoint
+from blt.checkpoints import (
+    check_resumable,
+    has_checkpoint,
+    load_checkpoint,
+    refuse_used_folder,
+    remove_leftovers,
+    remove_old_run,
+    save_checkpoint,
+)
 from blt.checks import check, check_positive
 from blt.corpus import DataConfig
 from blt.device import autocast, choose_precision
@@ -84,6 +92,8 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     precision = choose_precision(config.precision, device)
     out_dir = Path(out_dir)
     refuse_used_folder(out_dir, config)
+    check_resumable(out_dir, config)
+    is_resumed = config.resume and has_checkpoint(out_dir)
     # Every parameter is in exactly one optimizer: matrices in Muon, hash tables in row-wise Adam, the
     # rest in AdamW.
     optimizers = make_optimizers(model, config)
@@ -93,8 +103,10 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     if depends_on is None:
         depends_on = first_row_of(train_rows, config.seed)
     kept = Kept(out_dir, model, optimizers, scaler, config, depends_on, validation_batches, precision)
-    if config.resume:
+    if is_resumed:
         kept.load()
+    elif config.resume:
+        print(f"note: {out_dir} has no checkpoint yet; the run begins at its first step")
     start = kept.state["step"]
     if start == config.steps and not kept.lacks_evaluation():
         # The step is the last one and was scored.
@@ -102,14 +114,14 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
         return kept.result()
     out_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out_dir)
-    if not config.resume:
+    if not is_resumed:
         remove_old_run(out_dir)
     # Only now: a run that is refused changes no file.
     if begin is not None:
         begin()
     model.train()
     step_model = compile_model(model, config, train_rows, device, precision)
-    metrics = Metrics(out_dir, config.tensorboard, start)
+    metrics = Metrics(out_dir, config.tensorboard, start, kept.state["evaluated"])
     progress = Progress(config, metrics, start, kept.state["bytes"], kept.state["seconds"])
 
     with closing(progress), StopSignals() as stop:
@@ -209,7 +221,7 @@ class Kept:
             self.state["best"] = None
         self.model.load_state_dict(trained)
         if is_other_text:
-            self.state["evaluated"] = 0
+            self.state["evaluated"] = min(self.state["evaluated"], self.state["step"] - 1)
 
     def _score(self):
         return evaluate(self.model, self.validation_batches, next(self.model.parameters()).device, self.precision)
@@ -256,6 +268,9 @@ class Kept:
                 if not math.isfinite(result[name]):
                     self._refuse(f"the validation score {name}", result[name], done)
             progress.log_evaluation(done, result)
+            if not (self.out_dir / "last.pt").exists():
+                # best.pt never exists without a checkpoint, so that a killed run can always be resumed.
+                self.save(done, progress)
             best = self.state["best"]
             if best is None or result["val_bpb"] < best["val_bpb"]:
                 self._check_weights(done)
@@ -503,10 +518,11 @@ class Progress:
 class Metrics:
     """metrics.jsonl, one object a line, and TensorBoard scalars if asked. A resumed run drops lines after its start."""
 
-    def __init__(self, out_dir, tensorboard=False, start=0):
+    def __init__(self, out_dir, tensorboard=False, start=0, evaluated=0):
         path = Path(out_dir) / "metrics.jsonl"
         # A run that died after its last checkpoint has logged steps that the resumed run does again.
-        kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
+        # The evaluation of its last step may be missing in the checkpoint, and is then done again too.
+        kept = [line for line in read_metrics(path) if line["step"] <= (evaluated if "val_bpb" in line else start)]
         # Line buffering below: a killed run loses no finished line.
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
         write_atomically(path, lambda temporary: Path(temporary).write_text(text))

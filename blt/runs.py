@@ -14,7 +14,7 @@ except ImportError:  # Windows has no such locks
 import numpy as np
 import torch
 
-from blt.checkpoints import refuse_used_folder
+from blt.checkpoints import check_resumable, refuse_used_folder
 from blt.config import given_fields, print_header
 from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
@@ -38,10 +38,9 @@ def claim_output(config, folder, *files):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file as --output, such as {path / 'model.pth'}")
     refuse_used_folder(folder, config, *files)
+    check_resumable(folder, config, *files)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package: pip install tensorboard")
-    if config.resume and not (folder / "last.pt").exists() and not (folder / "previous.pt").exists():
-        raise FileNotFoundError(f"{folder / 'last.pt'} not found: nothing to resume; run without --resume")
     # Made now, so that a folder that cannot be made ends the run before its work.
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

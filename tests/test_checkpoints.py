@@ -20,6 +20,7 @@ from blt.loop import read_metrics
 from blt.records import RunRecord
 from blt.runs import claim_output
 from blt.training import PatchedDataset, TrainingConfig, train_blt
+from entropy_llm import EntropyRunConfig
 from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_blt
 
@@ -328,7 +329,7 @@ def test_a_used_folder_is_refused_and_unchanged(finished, straight):
     assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
     train(finished, overwrite=True, steps=3, eval_every=3)
     assert torch.load(finished / "last.pt", weights_only=True)["step"] == 3
-    assert not (finished / "previous.pt").exists()
+    assert torch.load(finished / "previous.pt", weights_only=True)["step"] == 3
     assert max(line["step"] for line in read_metrics(finished / "metrics.jsonl")) == 3
 
 
@@ -352,6 +353,7 @@ def test_tensorboard_is_looked_for_first(tmp_path, monkeypatch):
 
 # The scripts
 
+SHORT = dict(steps=4, eval_every=4, val_bytes=20000)
 NO_OVERWRITE = [flag for flag in BLT_FLAGS if flag != "--overwrite"]
 
 
@@ -409,6 +411,55 @@ def test_a_trained_folder_is_complete(pipeline_copy, tmp_path):
     assert output_of(tmp_path, "generate", *flags).startswith("The ")
 
 
+def test_killed_before_the_first_checkpoint(tmp_path, straight, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.json").write_text("{}")
+    train(tmp_path / "run", resume=True)
+    assert "begins at its first step" in capsys.readouterr().out
+    assert_same(state_of(tmp_path / "run"), state_of(straight[0]))
+
+
+def test_killed_in_the_first_evaluation(tmp_path, straight, monkeypatch):
+    def killed(path, model):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_weights", killed)
+        with pytest.raises(RuntimeError):
+            train(tmp_path / "run")
+    # Weights are never there without a checkpoint.
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 5
+    train(tmp_path / "run", resume=True)
+    assert_same(state_of(tmp_path / "run"), state_of(straight[0]))
+
+
+def test_weights_without_a_checkpoint_are_not_resumed(finished):
+    for name in ("last.pt", "previous.pt"):
+        (finished / name).unlink()
+    before = (finished / "best.pt").read_bytes()
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(finished, resume=True)
+    assert (finished / "best.pt").read_bytes() == before
+
+
+def test_an_interrupted_workflow_goes_on(pipeline, tmp_path, monkeypatch):
+    (tmp_path / "data_cache").symlink_to(pipeline[0] / "data_cache")
+    monkeypatch.setitem(EntropyRunConfig.PRESETS.machines, "cpu", EntropyRunConfig.PRESETS.machines["cpu"] | SHORT)
+    flags = ["--quick_demo", "--train_entropy", "--methods", "space", "static", *NO_OVERWRITE]
+    with monkeypatch.context() as patch:
+        # In the second method: the entropy model takes 4 steps and the first method 12.
+        stop_in_step(patch, 4 + 12 + 3)
+        assert run_here(tmp_path, "complete_entropy_workflow", *flags)[0] == 143
+    assert "by --resume" in error_of(tmp_path, "complete_entropy_workflow", *flags)
+    printed = output_of(tmp_path, "complete_entropy_workflow", *flags, "--resume")
+    assert printed.count("nothing was left to do") == 2 and "at step 4" in printed
+    rows = json.loads((tmp_path / "workflow" / "comparison.json").read_text())
+    assert {row["method"] for row in rows} == {"space", "static"}
+    for row in rows:
+        record = RunRecord.load(tmp_path / "workflow" / f"{row['method']}_seed1337" / "model.json")
+        assert record.result["val_bpb"] == row["val_bpb"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_instants(pipeline_copy, seed):
@@ -419,13 +470,12 @@ def test_killed_at_random_instants(pipeline_copy, seed):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "llm.py"), *map(str, flags), "--output", "killed"]
     for _ in range(6):
-        resume = ["--resume"] if list((pipeline_copy / "killed").glob("*.pt")) else ["--overwrite"]
+        resume = ["--resume"] if (pipeline_copy / "killed").exists() else []
         process = subprocess.Popen([*command, *resume], cwd=pipeline_copy, env=environment, stdout=subprocess.DEVNULL)
         time.sleep(rng.uniform(2, 6))
         process.kill()
         process.wait()
-    resume = ["--resume"] if list((pipeline_copy / "killed").glob("*.pt")) else ["--overwrite"]
-    output_of(pipeline_copy, "llm", *flags, "--output", "killed", *resume)
+    output_of(pipeline_copy, "llm", *flags, "--output", "killed", "--resume")
     assert_same(state_of(pipeline_copy / "killed"), state_of(pipeline_copy / "straight"))
     results = [RunRecord.load(pipeline_copy / name / "model.json") for name in ("killed", "straight")]
     assert results[0].weights_sha256 == results[1].weights_sha256
