@@ -79,9 +79,9 @@ class BLTConfig:
     recompute: bool = False  # keep only layer inputs for the backward pass: about half the memory, a third more compute
 
     def __post_init__(self):
-        check_positive(self, "encoder_layers", "encoder_dim", "encoder_ffn_dim")
-        check_positive(self, "global_layers", "global_dim", "global_ffn_dim")
-        check_positive(self, "decoder_layers", "decoder_dim", "decoder_ffn_dim")
+        check_positive(self, "encoder_layers", "encoder_dim", "encoder_heads", "encoder_ffn_dim")
+        check_positive(self, "global_layers", "global_dim", "global_heads", "global_ffn_dim")
+        check_positive(self, "decoder_layers", "decoder_dim", "decoder_heads", "decoder_ffn_dim")
         check_positive(self, "hash_rows", "cross_attn_k", "window", "rope_theta", "norm_eps")
         check(self, "pooling", self.pooling in ("max", "mean"), "max or mean")
         check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
@@ -92,7 +92,7 @@ class BLTConfig:
         for part in ("encoder", "global", "decoder"):
             n_heads = self.heads(part)
             # An even number of channels a head, because the rotary embedding rotates pairs of them.
-            is_good = n_heads > 0 and self.dim(part) % (2 * n_heads) == 0
+            is_good = self.dim(part) % (2 * n_heads) == 0
             check(self, f"{part}_dim", is_good, f"a multiple of 2 * {part}_heads = {2 * n_heads}")
 
     def dim(self, part):
@@ -101,7 +101,8 @@ class BLTConfig:
 
     def heads(self, part):
         """The number of attention heads of 'encoder', 'global' or 'decoder'."""
-        return getattr(self, f"{part}_heads") or default_heads(self.dim(part))
+        n_heads = getattr(self, f"{part}_heads")
+        return default_heads(self.dim(part)) if n_heads is None else n_heads
 
     def head_dim(self, part):
         """The channels of a head of 'encoder', 'global' or 'decoder'."""

@@ -364,7 +364,7 @@ def compress_file(config):
     """Compress config.file, print sizes and bits per byte, and write the result."""
     data = read_file(config.file)
     model, patcher, record = load_model(config)
-    context_bytes = config.context_bytes or record.settings["row_bytes"]
+    context_bytes = record.settings["row_bytes"] if config.context_bytes is None else config.context_bytes
     n_streams = stream_count(len(data), config.streams)
     started = time.perf_counter()
     with progress_bar(len(data), "compressing") as progress:
@@ -376,7 +376,7 @@ def compress_file(config):
             restored = decompress(compressed, model, patcher, progress)
         if restored != data:
             raise ValueError("the compressed file does not restore the bytes; nothing was written")
-    output = config.output or f"{config.file}.blt"
+    output = f"{config.file}.blt" if config.output is None else config.output
     write_file(output, compressed)
 
     print_sizes(data, compressed, bits)

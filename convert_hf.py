@@ -97,7 +97,7 @@ class ConvertConfig:
         check(self, "dtype", self.dtype in DTYPES, "one of " + ", ".join(DTYPES))
         check(self, "check", self.check in ("auto", "yes", "no"), "auto, yes or no")
         # The default depends on the direction, so the field cannot hold it.
-        if not self.output:
+        if self.output is None:
             self.output = "hf_model" if self.from_hf is None else "checkpoints_from_hf"
 
 

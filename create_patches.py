@@ -11,6 +11,7 @@ entropies, without the model. The methods are listed in docs/patching.md and wri
 blt/patch_rules.py.
 """
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +23,15 @@ from blt.config import BY_PRESET, SIZE_NAMES, Presets, next_command, print_heade
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
 from blt.entropies import (
+    READING,
     entropy_distribution,
     make_entropies,
     stream_predictions,
     training_patch_sizes,
     training_sample,
     training_starts,
+    write_patches,
 )
-from blt.files import write_json
 from blt.patch_rules import (
     DEFAULT_PATCH_SIZE,
     RULES,
@@ -45,13 +47,9 @@ from blt.tokens import bpe_starts, train_tokenizer
 from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_entropy_model
 
-MACHINES = {
-    "cpu": dict(max_bytes=2_200_000, val_bytes=200_000, streams=4, chunk_bytes=1024),
-    "colab_t4": dict(streams=64, chunk_bytes=2048),
-    "rtx4090": dict(streams=256, chunk_bytes=2048),
-    "h100": dict(streams=256, chunk_bytes=2048),
-    "h200": dict(streams=512, chunk_bytes=2048),
-}
+# How the text is read on each machine is in blt/entropies.py, because llm.py reads it in the same way.
+MACHINES = {name: dict(streams=streams, chunk_bytes=chunk_bytes) for name, (streams, chunk_bytes) in READING.items()}
+MACHINES["cpu"] |= dict(max_bytes=2_200_000, val_bytes=200_000)
 BPE_DOCUMENTS = 2000  # training documents that a tokenizer is learned from, and whose tokens are counted
 
 
@@ -66,6 +64,7 @@ class CreatePatchesConfig(DataConfig):
     entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
     streams: int = BY_PRESET  # positions of the text that are read side by side; more on a GPU
     chunk_bytes: int = BY_PRESET  # bytes of each that are read at once
+    check_cache: bool = False  # hash the cached entropies, to find damage that sizes and times do not show
     # patches
     method: str = "global"  # the patching method
     target_patch_size: float | None = None  # find the threshold that gives this many bytes a patch (None: 4.5)
@@ -88,8 +87,12 @@ class CreatePatchesConfig(DataConfig):
         if self.target_patch_size is not None and self.entropy_threshold is not None:
             raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
         if self.target_patch_size is not None:
-            check(self, "target_patch_size", self.target_patch_size >= 1, "1 or more bytes")
+            is_size = self.target_patch_size >= 1 and math.isfinite(self.target_patch_size)
+            check(self, "target_patch_size", is_size, "1 or more bytes")
         check(self, "bpe_vocab_size", self.bpe_vocab_size >= 256, "256 or more")
+        check(
+            self, "picture_text", self.picture_text != "", "at least one character; leave it out for the corpus's text"
+        )
         self.patch_config()  # its checks, before any work is done
 
     def patch_config(self):
@@ -141,7 +144,16 @@ def main(config):
     train = corpus.documents("train", config.max_bytes)
     validation = corpus.documents("validation", config.val_bytes)
     cache = make_entropies(
-        config.cache_dir, corpus, model, record, train, validation, precision, config.streams, config.chunk_bytes
+        config.cache_dir,
+        corpus,
+        model,
+        record,
+        train,
+        validation,
+        precision,
+        config.streams,
+        config.chunk_bytes,
+        full_check=config.check_cache,
     )
     entropies, document_starts = training_sample(cache)
     distribution = entropy_distribution(entropies)
@@ -152,7 +164,7 @@ def main(config):
         documents = (corpus.document(number) for number in train[:BPE_DOCUMENTS])
         train_tokenizer(documents, config.bpe_vocab_size, patch_config.tokenizer_path)
     if config.entropy_threshold is None:
-        target = config.target_patch_size or DEFAULT_PATCH_SIZE
+        target = DEFAULT_PATCH_SIZE if config.target_patch_size is None else config.target_patch_size
         patch_config = calibrate(patch_config, target, entropies, document_starts)
     patcher = EntropyPatcher(model, patch_config, precision=precision)
     began = time.perf_counter()
@@ -166,8 +178,7 @@ def main(config):
         f"(from {statistics['min_patch_size']} to {statistics['max_patch_size']}) in {seconds:.2f} s"
     )
     warn_about_sizes(statistics["total_patches"], total_bytes, n_documents, patch_config.entropy_threshold)
-    chosen = {
-        "patch_config": asdict(patch_config),
+    facts = {
         "entropy_model_path": config.entropy_model_path,
         "entropy_model_sha256": record.weights_sha256,
         "corpus_sha256": corpus.hash,
@@ -176,7 +187,7 @@ def main(config):
         "statistics": statistics,
         "entropy_distribution": distribution,
     }
-    write_json(Path(config.cache_dir) / "patches.json", chosen)
+    write_patches(Path(config.cache_dir) / "patches.json", asdict(patch_config), facts)
     drawn = draw_pictures(config, corpus, validation, patcher, sizes)
     print(f"wrote {config.cache_dir}/patches.json, {', '.join(drawn)}")
     print("next: " + next_command("llm.py", named_presets(config)))
@@ -189,7 +200,7 @@ def draw_pictures(config, corpus, validation, patcher, sizes):
 
     folder = Path(config.cache_dir)
     title = patcher.config.describe()
-    if config.picture_text:
+    if config.picture_text is not None:
         text = pictures.whole_characters(
             config.picture_text.encode("utf-8", "surrogateescape"), pictures.MAX_PAGE_BYTES
         )

@@ -160,7 +160,7 @@ class MinimalLLM(nn.Module):
         for block, layer_past in zip(self.blocks, past):
             x_BTD, layer_new = block(x_BTD, plan, layer_past)
             new_past.append(tuple(_last(old.to(new.dtype), new) for old, new in zip(layer_past, layer_new)))
-        new_state = (_last(past_documents_BW, documents_BT), new_past, documents_BT[:, -1:])
+        new_state = (_last(past_documents_BW, documents_BT), new_past, documents_BT[:, -1:].clone())
         return self.head(self.norm(x_BTD)), new_state
 
     def _empty_state(self, ids_BT):
@@ -181,7 +181,8 @@ class MinimalLLM(nn.Module):
 
 def _last(old_BW, new_BT):
     """The last W positions of the two, one after the other along axis 1."""
-    return torch.cat((old_BW, new_BT), dim=1)[:, new_BT.shape[1] :]
+    # A copy, because a view would keep all W + T positions in memory until the next chunk.
+    return torch.cat((old_BW, new_BT), dim=1)[:, new_BT.shape[1] :].clone()
 
 
 def run_folder(output):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blt.entropies import entropy_distribution, stream_entropies
+from blt.entropies import default_reading, entropy_distribution, stream_entropies
 from blt.files import hash_of_documents, model_hash, write_atomically
 from blt.ids import to_bytes
 from blt.patch_rules import (  # noqa: F401, threshold_for_patch_size is part of this module's interface
@@ -37,7 +37,7 @@ class EntropyPatcher:
     def __init__(self, entropy_model, patch_config=None, *, threshold=None, method=None, precision="fp32"):
         if patch_config is None:
             threshold = 0.6 if threshold is None else threshold
-            patch_config = PatchConfig(method=method or "global", entropy_threshold=threshold)
+            patch_config = PatchConfig(method="global" if method is None else method, entropy_threshold=threshold)
         elif threshold is not None or method is not None:
             raise ValueError("pass either a PatchConfig or threshold and method, not both")
         if not isinstance(patch_config, PatchConfig):
@@ -70,8 +70,14 @@ class EntropyPatcher:
         if not documents:
             return []
         stream = DocumentStream.of_documents(documents)
-        n_streams = min(8, len(documents))
-        flat = stream_entropies(self.entropy_model, stream, n_streams, precision=self.precision, progress=progress)
+        device = next(self.entropy_model.parameters()).device
+        n_streams, chunk_bytes = default_reading(device)
+        # A CPU reads one text in one stream, as generation does, and some more where there are several.
+        if device.type == "cpu":
+            n_streams = min(8, len(documents))
+        flat = stream_entropies(
+            self.entropy_model, stream, n_streams, chunk_bytes, precision=self.precision, progress=progress
+        )
         return np.split(flat, stream.ends[:-1])
 
     def starts(self, byte_sequence, entropies=None):
@@ -128,12 +134,12 @@ class EntropyPatcher:
             "precision": self.precision,
         }
         if path.exists():
-            with np.load(path) as kept:
-                for name, value in made_from.items():
-                    if str(kept[name]) != value:
-                        what = name.replace("_", " ")
-                        raise ValueError(f"{path} was made from another {what}; delete it or use another cache_key")
-                flat = kept["entropies"]
+            kept = read_kept(path)
+            for name, value in made_from.items():
+                if str(kept.get(name)) != value:
+                    what = name.replace("_", " ")
+                    raise ValueError(f"{path} was made from another {what}; delete it or use another cache_key")
+            flat = kept["entropies"]
         else:
             flat = np.concatenate([*self.entropies_with_end(documents), np.empty(0, np.float32)])
 
@@ -145,6 +151,17 @@ class EntropyPatcher:
             write_atomically(path, write)
         ends = np.cumsum([len(document) + 1 for document in documents])
         return np.split(flat, ends[:-1]) if documents else []
+
+
+def read_kept(path):
+    """The arrays of an .npz file. Raises ValueError naming a file that is damaged."""
+    try:
+        # Reading an array compares its checksum.
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    # zipfile and NumPy raise many types for a file that is no archive of arrays.
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it or use another cache_key") from None
 
 
 def analyze_entropy_distribution(entropy_model, byte_sequences):

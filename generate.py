@@ -277,7 +277,7 @@ class FullPass:
         ids = np.concatenate(([BOUNDARY], document, [BOUNDARY]))
         is_start = np.concatenate(([True], self.patcher.starts(document)))
         n_inputs = len(ids) - 1
-        context_bytes = self.context_bytes or n_inputs
+        context_bytes = n_inputs if self.context_bytes is None else self.context_bytes
         # Patches are made over the whole document, but the model's row may begin inside it: a full row
         # restarts half a context later.
         begin = 0
@@ -383,7 +383,7 @@ def main(config):
     device = choose_device(config.device)
     model, patcher, record = load_blt(config.model, device)
     # The model has not been trained on longer rows than these.
-    context_bytes = config.context_bytes or record.settings["row_bytes"]
+    context_bytes = record.settings["row_bytes"] if config.context_bytes is None else config.context_bytes
     if not config.interactive:
         continue_and_print(model, patcher, read_prompts(config), config, context_bytes)
         return

@@ -180,7 +180,7 @@ def train(config, make_patches):
     finish_run(model, record, result, data.validation, output, output / "best.pt", output / "model.json")
 
     if config.sample_bytes:
-        prompt = config.prompt.encode() if config.prompt else data.validation[0][:120].tobytes()
+        prompt = config.prompt.encode() if config.prompt is not None else data.validation[0][:120].tobytes()
         text = generate(model, patcher, prompt, config.sample_bytes, temperature=0.7, seed=config.seed)
         print(f"continuation of {prompt.decode(errors='replace')!r}:\n{text.decode(errors='replace')!r}")
     print("next: " + next_command("generate.py", model=output, prompt="'The history of'"))
@@ -227,7 +227,7 @@ def open_patches(config, context, make=False, start=None):
         cache = open_entropies(config.patch_cache, context.corpus, record, config.entropy_model_path)
     needs_threshold = not uses_start and config.entropy_threshold is None
     if needs_threshold and (config.patch_method is not None or make):
-        target = config.target_patch_size or DEFAULT_PATCH_SIZE
+        target = DEFAULT_PATCH_SIZE if config.target_patch_size is None else config.target_patch_size
         patch_config = calibrate(patch_config, target, *training_sample(cache))
     return EntropyPatcher(model, patch_config, precision=cache.manifest["precision"]), cache
 

@@ -71,7 +71,7 @@ class ShowPatchesConfig:
         of_rule = ("method", "target_patch_size", "entropy_threshold", "monotonic_threshold")
         of_rule += ("min_patch_size", "max_patch_size")
         changed = [name for name in of_rule if getattr(self, name) != getattr(type(self), name)]
-        if self.model and changed:
+        if self.model is not None and changed:
             raise ValueError(
                 f"leave out {' and '.join(changed)}: a BLT reads the patches that it was trained with; "
                 "other rules can be tried in the page"
@@ -81,7 +81,7 @@ class ShowPatchesConfig:
     def patch_config(self):
         """The rule as a `PatchConfig`; without a threshold it has 1, until one is calibrated."""
         return PatchConfig(
-            method=self.method or "global",
+            method="global" if self.method is None else self.method,
             entropy_threshold=1.0 if self.entropy_threshold is None else self.entropy_threshold,
             monotonic_threshold=self.monotonic_threshold,
             min_patch_size=self.min_patch_size,
@@ -100,7 +100,7 @@ def read_text(config):
     else:
         text = sys.stdin.buffer.read()
     if not text:
-        raise ValueError(f"{config.file or 'the text'} is empty: nothing to show")
+        raise ValueError(f"{'the text' if config.file is None else config.file} is empty: nothing to show")
     return text
 
 
@@ -145,7 +145,8 @@ def open_models(config, device):
                 "leave out entropy_model_path: the BLT's patches come from the entropy model that it was trained with"
             )
     if entropy_model is None:
-        entropy_model, _ = load_entropy_model(config.entropy_model_path or "entropy_model.pth", device)
+        path = "entropy_model.pth" if config.entropy_model_path is None else config.entropy_model_path
+        entropy_model, _ = load_entropy_model(path, device)
     return blt, patcher, entropy_model, precision
 
 
@@ -167,7 +168,7 @@ def main(config):
     if patcher is None:
         patch_config = config.patch_config()
         if config.entropy_threshold is None:
-            target = config.target_patch_size or DEFAULT_PATCH_SIZE
+            target = DEFAULT_PATCH_SIZE if config.target_patch_size is None else config.target_patch_size
             patch_config = calibrate(patch_config, target, entropies)
         patcher = EntropyPatcher(entropy_model, patch_config, precision=precision)
     starts = patcher.starts(document, entropies)
@@ -189,7 +190,9 @@ def write_outputs(config, text, entropies, is_start, rule, predicted):
     predicted: {model's name: `TopPredictions`}.
     """
     folder = Path(config.output)
-    title = config.title or (Path(config.file).name if config.file else "Patches")
+    title = config.title
+    if title is None:
+        title = "Patches" if config.file is None else Path(config.file).name
     costs = [(f"{name}, bits a byte", f"{made.bits_per_byte:.3f}") for name, made in predicted.items()]
     subtitle = rule.describe()
     if "BLT" in predicted:

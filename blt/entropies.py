@@ -5,27 +5,44 @@ patching method, threshold or patch size is then a vectorised pass over that fil
 model does not run again.
 """
 
+import contextlib
+import errno
+import hashlib
 import json
+import os
+import shlex
 import shutil
-import tempfile
+import signal
+import threading
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from blt.device import autocast
-from blt.files import write_json
+from blt.device import autocast, detect_machine
+from blt.files import write_atomically
 from blt.ids import to_bytes
-from blt.patch_rules import patch_starts
+from blt.patch_rules import PatchConfig, patch_starts
 from blt.rows import BitArray, DocumentStream
 
 # Positions that are patched at once: tens of megabytes in memory.
 BLOCK = 1 << 22
 # Positions of training text from which a threshold is calibrated.
 SAMPLE_POSITIONS = 2_000_000
+# How a text is read on each machine: (streams side by side, bytes of each that are read at once).
+# A GPU needs many rows to be busy.
+READING = {
+    "cpu": (4, 1024),
+    "colab_t4": (64, 2048),
+    "rtx4090": (256, 2048),
+    "h100": (256, 2048),
+    "h200": (512, 2048),
+}
 
 
 def entropy_of(logits_BTV):
@@ -35,61 +52,113 @@ def entropy_of(logits_BTV):
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def default_reading(device):
+    """(streams, chunk_bytes) for an entropy pass on this torch.device."""
+    return READING[detect_machine(str(device))]
+
+
+@dataclass
+class Shares:
+    """How the positions of a stream are divided among rows that are read side by side.
+
+    Row i answers for the positions first[i] to end[i] - 1. It reads from begin[i] on, one receptive
+    field earlier, so that its first answer is that of a single pass.
+    """
+
+    first: np.ndarray
+    end: np.ndarray
+    begin: np.ndarray
+    receptive_field: int
+
+    @classmethod
+    def of(cls, model_config, total, n_streams):
+        """Equal shares of `total` positions. Short streams get fewer shares, so that little is read twice."""
+        # How many bytes before a byte its entropy depends on: one window less the byte itself, for
+        # each layer.
+        receptive_field = model_config.n_layers * (model_config.max_seq_len - 1)
+        n_streams = max(1, min(n_streams, total // (4 * receptive_field + 1)))
+        bounds = np.linspace(0, total, n_streams + 1).astype(np.int64)
+        begin = np.maximum(bounds[:-1] - receptive_field, 0)
+        return cls(bounds[:-1], bounds[1:], begin, receptive_field)
+
+    @property
+    def longest(self):
+        """Positions that the longest row reads."""
+        return int((self.end - self.begin).max())
+
+    def written(self, n_read):
+        """For each row, the end of what is answered once every row has read n_read positions."""
+        return np.clip(self.begin + n_read, self.first, self.end)
+
+
 @torch.no_grad()
 def stream_entropies(
-    model, stream, n_streams=4, chunk_bytes=1024, precision="fp32", progress=None, out=None, visit=None
+    model,
+    stream,
+    n_streams=None,
+    chunk_bytes=None,
+    precision="fp32",
+    progress=None,
+    out=None,
+    visit=None,
+    done=0,
+    after_chunk=None,
 ):
     """Entropies of every position of a `DocumentStream` but its last boundary: N + 1 numbers a document, in its order.
 
-    The stream is divided into n_streams equal shares, which are read side by side in chunks; the
-    model hands the keys and values of its window on from chunk to chunk. Each share is read from
-    one receptive field before its beginning, so results equal a single pass, whatever n_streams
-    and chunk_bytes are. Short streams get fewer shares, so that little is read twice.
+    The stream is divided into n_streams equal `Shares`, which are read side by side in chunks; the
+    model hands the keys and values of its window on from chunk to chunk. Results equal a single
+    pass, whatever n_streams and chunk_bytes are. None: what suits the model's device.
 
     out: array to write to; None: a new float32 array.
     visit: called with (first, end, logits [n, V]) of every piece, for whatever else is to be read
     from the logits.
     progress: a tqdm bar to update.
+    done: positions of each row that an earlier call has read, a multiple of chunk_bytes or all;
+    their entropies are in `out` already. The rest comes out bit for bit as in one call.
+    after_chunk: called with the positions of each row that are read, after each chunk.
     Returns out.
     """
     device = next(model.parameters()).device
     total = len(stream) - 1
     out = np.empty(total, dtype=np.float32) if out is None else out
-    # How many bytes before a byte its entropy depends on: one window less the byte itself, for
-    # each layer.
-    receptive_field = model.config.n_layers * (model.config.max_seq_len - 1)
-    n_streams = max(1, min(n_streams, total // (4 * receptive_field + 1)))
-
-    # Stream i answers for positions share_first[i] to share_end[i], and reads from read_from[i] on.
-    shares = np.linspace(0, total, n_streams + 1).astype(np.int64)
-    share_first = shares[:-1]
-    share_end = shares[1:]
-    read_from = np.maximum(share_first - receptive_field, 0)
-    longest = int((share_end - read_from).max())
+    default_streams, default_chunk = default_reading(device)
+    n_streams = default_streams if n_streams is None else n_streams
+    chunk_bytes = default_chunk if chunk_bytes is None else chunk_bytes
+    shares = Shares.of(model.config, total, n_streams)
+    longest = shares.longest
+    # After a stop the model has to see one receptive field again. It sees it in the same chunks as
+    # before, because other shapes would round differently.
+    restart = max(0, done - shares.receptive_field) // chunk_bytes * chunk_bytes
     state = None
     was_training = model.training
     model.eval()
     # One autocast context around the loop: it rounds each weight only once.
     with autocast(device, precision):
-        for offset in range(0, longest, chunk_bytes):
+        for offset in range(restart if done < longest else longest, longest, chunk_bytes):
             width = min(chunk_bytes, longest - offset)
-            chunk_first = read_from + offset
+            chunk_first = shares.begin + offset
             ids = np.stack([stream.ids(first, first + width) for first in chunk_first])
             logits, state = model.stream(torch.from_numpy(ids).to(device), state)
+            # What is read again is written already.
+            if offset < done:
+                continue
             entropies = entropy_of(logits).cpu().numpy()
-            done = 0
+            n_new = 0
             for row, first in enumerate(chunk_first):
-                # The part of this chunk that lies in the stream's own share.
-                low = max(first, share_first[row])
-                high = min(first + width, share_end[row])
+                # The part of this chunk that lies in the row's own share.
+                low = max(first, shares.first[row])
+                high = min(first + width, shares.end[row])
                 if low >= high:
                     continue
                 out[low:high] = entropies[row, low - first : high - first]
-                done += high - low
+                n_new += high - low
                 if visit is not None:
                     visit(int(low), int(high), logits[row, low - first : high - first])
             if progress is not None:
-                progress.update(int(done))
+                progress.update(int(n_new))
+            if after_chunk is not None:
+                after_chunk(offset + width)
     model.train(was_training)
     return out
 
@@ -154,34 +223,118 @@ def entropy_distribution(entropies):
     }
 
 
+# Files that say whether they are whole
+#
+# A hash in the file itself costs nothing to check, and one file cannot be half of a pair.
+
+
+class CacheError(ValueError):
+    """A cached file or folder that must not be used: the message names it and says why."""
+
+
+# More than any manifest or patches.json has, and little to read.
+SEALED_LIMIT = 1 << 26
+
+
+def write_sealed(path, facts):
+    """Write a dict as JSON with the sha256 of its other entries in the entry "sha256", atomically."""
+    # As JSON gives it back, because the hash is compared with what a reader gets: its keys are
+    # strings, its tuples lists.
+    text = sealed_text(json.loads(json.dumps(facts)))
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def sealed_text(facts):
+    """What `write_sealed` writes."""
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return json.dumps(facts | {"sha256": digest}, indent=2) + "\n"
+
+
+def read_sealed(path, version):
+    """Read a `write_sealed` file whose "format" is `version`. Raises CacheError if it is not as it was written."""
+    path = Path(path)
+    try:
+        # Before it is read: a file of gigabytes must not fill the memory to be refused.
+        if path.stat().st_size > SEALED_LIMIT:
+            raise CacheError(f"{path} is damaged: {path.stat().st_size:,} bytes")
+        text = path.read_text(encoding="utf-8")
+        facts = json.loads(text)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise CacheError(f"{path} is missing") from None
+    except CacheError:
+        raise
+    # Invalid UTF-8 and invalid JSON are ValueErrors; nested brackets without end are the other.
+    except (ValueError, RecursionError):
+        raise CacheError(f"{path} is damaged: it is no JSON") from None
+    if not isinstance(facts, dict):
+        raise CacheError(f"{path} is damaged: it is no JSON object")
+    # Before the hash: earlier versions wrote none, and "damaged" would be the wrong word.
+    if facts.get("format") != version:
+        raise CacheError(f"{path} is outdated: format {facts.get('format', 1)!r}, not {version}")
+    without_hash = {name: value for name, value in facts.items() if name != "sha256"}
+    # The text, not only the values: a changed byte that means the same is a sign of damage too.
+    if text != sealed_text(without_hash):
+        raise CacheError(f"{path} is damaged or was edited: it is not as it was written")
+    return without_hash
+
+
+def sha256_of_file(path):
+    """sha256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # The cache
+
+# The version of the cache's files and of patches.json.
+FORMAT = 2
+CACHE_FILES = ("entropies.f16", "train.npy", "validation.npy")
+# Seconds between two saves of an unfinished pass.
+SAVE_SECONDS = 5.0
 
 
 class EntropyCache:
     """Entropies of a corpus's documents on disk: N + 1 float16 numbers a document, in nats (its bytes and its end).
 
-    manifest: what made them (corpus and entropy model by hash, precision, dtype) and which
-    documents they cover.
+    manifest: what made them (corpus and entropy model by hash, precision, dtype), which documents
+    they cover, and the size and sha256 of each file.
     train, validation: the document numbers covered.
     numbers: both, in the order of the file.
-    Raises ValueError if the file's length is not what the manifest implies.
+
+    Opening checks the manifest and the sizes. A file that was written or copied since, as its time
+    tells, is hashed as well.
+    model_record: the `RunRecord` of the entropy model that must have made it; None: any.
+    full_check: hash every file.
+    Raises CacheError if the folder is not whole, or is of another corpus or entropy model.
     """
 
-    def __init__(self, folder, corpus):
+    def __init__(self, folder, corpus, model_record=None, full_check=False):
         self.folder = Path(folder)
-        self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        self.train = np.load(self.folder / "train.npy")
-        self.validation = np.load(self.folder / "validation.npy")
+        self.manifest = read_sealed(self.folder / "manifest.json", FORMAT)
+        missing = {"corpus_sha256", "entropy_model_sha256", "precision"} - set(self.manifest)
+        if missing:
+            raise CacheError(f"{folder} is damaged: manifest.json lacks {', '.join(sorted(missing))}")
+        if self.manifest["corpus_sha256"] != corpus.hash:
+            raise CacheError(f"{folder} is of another corpus")
+        if model_record is not None and self.manifest["entropy_model_sha256"] != model_record.weights_sha256:
+            raise CacheError(f"{folder} is of another entropy model")
+        # Before the arrays are used: document numbers of another cache would index other texts.
+        check_files(self.folder, self.manifest, full_check)
+        try:
+            self.train = np.load(self.folder / "train.npy")
+            self.validation = np.load(self.folder / "validation.npy")
+            self.entropies = np.memmap(self.folder / "entropies.f16", dtype=np.float16, mode="r")
+        # What NumPy raises for a file that is none of its own.
+        except (ValueError, EOFError) as error:
+            raise CacheError(f"{folder} is damaged: {error}") from None
         self.numbers = np.concatenate((self.train, self.validation))
+        if len(self.numbers) == 0 or self.numbers.min() < 0 or self.numbers.max() >= len(corpus):
+            raise CacheError(f"{folder} is damaged: its document numbers are not those of the corpus")
         self.lengths = np.diff(corpus.offsets)[self.numbers] + 1
         self.ends = np.cumsum(self.lengths)
-        self.entropies = np.memmap(self.folder / "entropies.f16", dtype=np.float16, mode="r")
         # A cut file would shift every document after the cut.
         if len(self.entropies) != self.ends[-1]:
-            raise ValueError(
-                f"{self.folder} is damaged: {len(self.entropies):,} entropies, not {self.ends[-1]:,}; "
-                "delete it and run: python create_patches.py"
-            )
+            raise CacheError(f"{folder} is damaged: {len(self.entropies):,} entropies, not {self.ends[-1]:,}")
 
     def covers(self, train, validation):
         """Whether the cache begins with these documents, in this order."""
@@ -224,83 +377,427 @@ def cache_folder(cache_dir, corpus, model_record):
     return Path(cache_dir) / f"entropies-{corpus.hash[:8]}-{model_record.weights_sha256[:8]}"
 
 
-def open_entropies(cache_dir, corpus, model_record, entropy_model_path):
+def check_files(folder, manifest, full_check=False):
+    """Compare a cache's files with its manifest. Raises CacheError naming the first that differs."""
+    is_touched = False
+    if set(manifest.get("files", ())) != set(CACHE_FILES):
+        raise CacheError(f"{folder} is damaged: manifest.json does not list {', '.join(CACHE_FILES)}")
+    for name in CACHE_FILES:
+        path = folder / name
+        wanted = manifest["files"][name]
+        if not path.is_file():
+            raise CacheError(f"{folder} is damaged: {name} is missing")
+        found = path.stat()
+        if found.st_size != wanted["bytes"]:
+            raise CacheError(f"{folder} is damaged: {name} has {found.st_size:,} bytes, not {wanted['bytes']:,}")
+        # A copy has another time as well, so a time that differs says nothing yet.
+        has_other_time = found.st_mtime_ns != wanted["mtime_ns"]
+        if full_check or has_other_time:
+            if sha256_of_file(path) != wanted["sha256"]:
+                raise CacheError(f"{folder} is damaged or mixed up: {name} has another hash than in manifest.json")
+        if has_other_time:
+            wanted["mtime_ns"] = found.st_mtime_ns
+            is_touched = True
+    if is_touched:
+        # The hashes are right: the next time the files need not be read for it. Where nothing can be
+        # written they are read each time.
+        with contextlib.suppress(OSError):
+            write_sealed(folder / "manifest.json", manifest)
+
+
+def open_entropies(cache_dir, corpus, model_record, entropy_model_path, dataset=None):
     """Open the cached entropies of this corpus by this model.
 
-    Raises FileNotFoundError that says what the folder holds instead and what to run.
+    dataset: as the user named it, for the command in the message.
+    Raises FileNotFoundError that says what the folder holds instead and what to run, or ValueError
+    if the cache is damaged or outdated.
     """
+    dataset = corpus.manifest["dataset"] if dataset is None else dataset
+    flags = {"dataset": dataset, "entropy_model_path": entropy_model_path, "cache_dir": cache_dir}
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+    advice = "run: python create_patches.py " + " ".join(words)
     folder = cache_folder(cache_dir, corpus, model_record)
     if folder.exists():
-        cache = EntropyCache(folder, corpus)
-        made_by = (cache.manifest["corpus_sha256"], cache.manifest["entropy_model_sha256"])
-        if made_by == (corpus.hash, model_record.weights_sha256):
-            return cache
+        try:
+            return EntropyCache(folder, corpus, model_record)
+        except CacheError as error:
+            raise ValueError(f"{error}; {advice}") from None
     # Say what is there: most often another model was trained, or another dataset named.
     found = []
     for other in sorted(Path(cache_dir).glob("entropies-*")):
-        manifest = json.loads((other / "manifest.json").read_text())
+        if not (other / "manifest.json").exists():
+            continue
+        try:
+            manifest = read_sealed(other / "manifest.json", FORMAT)
+        except CacheError as error:
+            found.append(str(error))
+            continue
         is_other_corpus = manifest["corpus_sha256"] != corpus.hash
         found.append(f"{other.name} is of another {'corpus' if is_other_corpus else 'entropy model'}")
-    dataset = corpus.manifest["dataset"]
     raise FileNotFoundError(
         f"{cache_dir} holds no entropies of dataset {dataset!r} by {entropy_model_path}"
-        f"{' (' + '; '.join(found) + ')' if found else ''}; run: python create_patches.py --dataset {dataset} "
-        f"--entropy_model_path {entropy_model_path} --cache_dir {cache_dir}"
+        f"{' (' + '; '.join(found) + ')' if found else ''}; {advice}"
     )
 
 
-def make_entropies(cache_dir, corpus, model, model_record, train, validation, precision, n_streams=4, chunk_bytes=1024):
+def make_entropies(
+    cache_dir,
+    corpus,
+    model,
+    model_record,
+    train,
+    validation,
+    precision,
+    n_streams=None,
+    chunk_bytes=None,
+    full_check=False,
+):
     """Compute and store the entropies of these documents; open them if they are there already.
 
     train, validation: document numbers.
-    Returns an `EntropyCache`. It is built aside and renamed: an interrupted pass is never taken
-    for a cache.
+    n_streams, chunk_bytes: as for `stream_entropies`.
+    full_check: hash a cache that is there, instead of trusting sizes and times.
+    Returns an `EntropyCache`. A pass that was stopped goes on where its last save was, with the same
+    result bit for bit. A cache that is damaged, outdated or too small is computed again. A second
+    process that wants the same cache waits for the first.
+    Raises OSError if there is no room for it on the disk.
     """
     folder = cache_folder(cache_dir, corpus, model_record)
-    if folder.exists():
-        cache = EntropyCache(folder, corpus)
-        if cache.covers(train, validation) and cache.manifest["precision"] == precision:
-            print(f"entropies: {folder} is there already ({len(cache.entropies):,} numbers)")
-            return cache
-    # In the same folder, because a rename is atomic only within one file system.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name, suffix=".tmp"))
+
+    def existing():
+        return existing_cache(folder, corpus, model_record, train, validation, precision, full_check)
+
+    # Without the lock, so that a folder that is only readable will do.
+    cache, _ = existing()
+    if cache is None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock_of(folder):
+            # Another process may have made it meanwhile.
+            cache, why_not = existing()
+            if cache is None:
+                if why_not is not None:
+                    print(f"entropies: {why_not}; computing them again")
+                reading = default_reading(next(model.parameters()).device)
+                n_streams = reading[0] if n_streams is None else n_streams
+                chunk_bytes = reading[1] if chunk_bytes is None else chunk_bytes
+                compute_cache(folder, corpus, model, model_record, train, validation, precision, n_streams, chunk_bytes)
+                return EntropyCache(folder, corpus, model_record)
+    print(f"entropies: {folder} is there already ({len(cache.entropies):,} numbers)")
+    if full_check:
+        print(f"entropies: checked, {', '.join(CACHE_FILES)} have the hashes of manifest.json")
+    return cache
+
+
+def existing_cache(folder, corpus, model_record, train, validation, precision, full_check=False):
+    """(EntropyCache, None) if the folder has what is wanted, else (None, why not); (None, None) without a folder."""
+    if not folder.exists():
+        return None, None
     try:
-        # mkdtemp lets only the owner in.
-        aside.chmod(0o755)
-        numbers = np.concatenate((train, validation))
-        stream = DocumentStream.of_corpus(corpus, numbers)
-        out = np.memmap(aside / "entropies.f16", dtype=np.float16, mode="w+", shape=(len(stream) - 1,))
-        began = time.perf_counter()
-        with tqdm(total=len(out), unit="B", unit_scale=True, desc="entropies", disable=None) as progress:
-            stream_entropies(model, stream, n_streams, chunk_bytes, precision, progress, out)
-        seconds = time.perf_counter() - began
-        out.flush()
-        np.save(aside / "train.npy", train)
-        np.save(aside / "validation.npy", validation)
-        manifest = {
-            "corpus_sha256": corpus.hash,
-            "dataset": corpus.manifest["dataset"],
-            "entropy_model_sha256": model_record.weights_sha256,
-            "precision": precision,
-            "dtype": "float16",
-            "documents": len(numbers),
-            "train_documents": len(train),
-            "numbers": len(out),
-            "unit": "nats",
-            "layout": "for each document: one number for each byte, about that byte, then one for the document's end",
-        }
-        write_json(aside / "manifest.json", manifest)
-        # A cache of fewer documents, or of another precision, gives way.
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    # On Ctrl-C too, which is no Exception.
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        cache = EntropyCache(folder, corpus, model_record, full_check)
+    except CacheError as error:
+        return None, str(error)
+    if cache.manifest["precision"] != precision:
+        return None, f"{folder} is in {cache.manifest['precision']}, not {precision}"
+    if not cache.covers(train, validation):
+        return None, f"{folder} covers other documents"
+    return cache, None
+
+
+@contextlib.contextmanager
+def lock_of(folder):
+    """Let only one process make this cache. The system lifts the lock of a process that ends, however it ends."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"entropies: another process is computing {folder}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def compute_cache(folder, corpus, model, model_record, train, validation, precision, n_streams, chunk_bytes):
+    """Compute a cache aside, in a partial folder that a later call can go on with, and rename it to `folder`."""
+    stream = DocumentStream.of_corpus(corpus, np.concatenate((train, validation)))
+    total = len(stream) - 1
+    shares = Shares.of(model.config, total, n_streams)
+    # All that the numbers depend on, to the last bit: another value of any gets another folder.
+    inputs = {
+        "corpus_sha256": corpus.hash,
+        "entropy_model_sha256": model_record.weights_sha256,
+        "train_sha256": hashlib.sha256(train.tobytes()).hexdigest(),
+        "validation_sha256": hashlib.sha256(validation.tobytes()).hexdigest(),
+        "precision": precision,
+        "n_streams": n_streams,
+        "chunk_bytes": chunk_bytes,
+        "device": next(model.parameters()).device.type,
+        "torch": torch.__version__,
+    }
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
+    unfinished = UnfinishedPass(folder.with_name(f"{folder.name}-{key}.partial"), inputs, total, shares)
+    partial = unfinished.folder
+    # The lock is held, so a partial folder that is there belongs to a process that has ended.
+    if not unfinished.read():
+        unfinished.begin(train, validation)
+    before = unfinished.count()
+    if before:
+        print(f"entropies: going on with {partial}, {before:,} of {total:,} numbers are there")
+    began = time.perf_counter()
+    try:
+        with sigterm_raises(), progress_bar(total, before) as progress:
+            stream_entropies(
+                model,
+                stream,
+                n_streams,
+                chunk_bytes,
+                precision,
+                progress,
+                out=unfinished.entropies,
+                done=unfinished.n_read,
+                after_chunk=unfinished.after_chunk,
+            )
+    except (KeyboardInterrupt, SystemExit):
+        unfinished.save()
+        print(
+            f"entropies: stopped, {unfinished.count():,} of {total:,} are in {partial}; run the same command to go on"
+        )
         raise
-    print(f"entropies: {len(out):,} numbers in {seconds:.1f} s ({len(out) / seconds / 1e3:.0f} kB/s) -> {folder}")
-    return EntropyCache(folder, corpus)
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        raise OSError(f"the disk of {partial} is full; free some space and run the same command: it goes on") from None
+    unfinished.save()
+    seconds = time.perf_counter() - began
+    manifest = {
+        "format": FORMAT,
+        "corpus_sha256": corpus.hash,
+        "dataset": corpus.manifest["dataset"],
+        "entropy_model_sha256": model_record.weights_sha256,
+        "precision": precision,
+        "dtype": "float16",
+        "documents": len(train) + len(validation),
+        "train_documents": len(train),
+        "numbers": total,
+        "unit": "nats",
+        "layout": "for each document: one number for each byte, about that byte, then one for the document's end",
+        "files": {name: file_facts(partial / name) for name in CACHE_FILES},
+    }
+    write_sealed(partial / "manifest.json", manifest)
+    # The manifest was the last file to be written: a folder that has one is complete. A damaged
+    # cache, one of fewer documents or one of another precision gives way.
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    # Only now: killed before the rename, the next process finds that nothing is left to compute.
+    (folder / PROGRESS).unlink()
+    # Passes with other settings that were stopped: nothing will go on with them. The lock says that
+    # no process is at work on them.
+    for leftover in folder.parent.glob(f"{folder.name}-*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    speed = (total - before) / seconds / 1e3
+    print(f"entropies: {total:,} numbers in {seconds:.1f} s ({speed:.0f} kB/s) -> {folder}")
+
+
+def progress_bar(total, initial):
+    """A tqdm bar over the positions of a pass."""
+    return tqdm(total=total, initial=initial, unit="B", unit_scale=True, desc="entropies", disable=None)
+
+
+def file_facts(path):
+    """What a manifest says about a file."""
+    found = path.stat()
+    return {"bytes": found.st_size, "sha256": sha256_of_file(path), "mtime_ns": found.st_mtime_ns}
+
+
+PROGRESS = "progress.json"
+# A file system that is full, a quota that is used up, and the limit of a process.
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UnfinishedPass:
+    """A cache that is being computed in a folder of its own, and how far it is.
+
+    entropies: float16 memory map [total], to write to.
+    n_read: positions of each row (`Shares`) whose entropies are saved.
+    """
+
+    def __init__(self, folder, inputs, total, shares):
+        self.folder = folder
+        self.inputs = inputs
+        self.total = total
+        self.shares = shares
+        self.entropies = None
+        self.n_done = 0  # read, but perhaps not saved
+        # n_read and each row's checksum, in one object: a signal cannot come between the two.
+        self.saved = (0, [0] * len(shares.first))
+        self.saved_at = time.perf_counter()
+
+    @property
+    def n_read(self):
+        return self.saved[0]
+
+    def count(self):
+        """How many positions are saved."""
+        return int((self.shares.written(self.n_read) - self.shares.first).sum())
+
+    def begin(self, train, validation):
+        """Start from nothing. Raises OSError, and leaves nothing, if the disk has no room."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            # The small files first, so that all that a later step may lack room for is tried here.
+            self.folder.mkdir()
+            np.save(self.folder / "train.npy", train)
+            np.save(self.folder / "validation.npy", validation)
+            reserve(self.folder / "entropies.f16", 2 * self.total)
+            self._map()
+            self.save()
+        except OSError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            # NumPy's own error has no number.
+            if error.errno is not None and error.errno not in DISK_IS_FULL:
+                raise
+            raise OSError(
+                f"{self.folder.parent} has no room for the entropies, {2 * self.total / 1e6:,.1f} MB "
+                f"({error.strerror or error}); free some, or pass another --cache_dir or a smaller --max_bytes"
+            ) from None
+
+    def read(self):
+        """Find out how far an earlier process came. False if there is nothing to go on with."""
+        if not self.folder.exists():
+            return False
+        try:
+            state = read_sealed(self.folder / PROGRESS, FORMAT)
+            self._check(state)
+        except CacheError as error:
+            print(f"entropies: starting again, because {error}")
+            return False
+        self._map()
+        return True
+
+    def _check(self, state):
+        """Take over a saved state. Raises CacheError if it is not about the files that are there."""
+        path = self.folder / "entropies.f16"
+        if state["inputs"] != self.inputs:
+            raise CacheError(f"{self.folder} is of other inputs")
+        if not path.is_file() or path.stat().st_size != 2 * self.total:
+            raise CacheError(f"{path} is damaged: it has another size")
+        for name in ("train", "validation"):
+            array_path = self.folder / f"{name}.npy"
+            try:
+                digest = hashlib.sha256(np.load(array_path).tobytes()).hexdigest()
+            except (OSError, ValueError, EOFError) as error:
+                raise CacheError(f"{array_path} is damaged: {error}") from None
+            if digest != self.inputs[f"{name}_sha256"]:
+                raise CacheError(f"{array_path} is damaged")
+        entropies = np.memmap(path, dtype=np.float16, mode="r")
+        # Each row's part has a checksum of its own, which can be continued; a sha256 cannot.
+        written = self.shares.written(state["n_read"])
+        for first, end, checksum in zip(self.shares.first, written, state["checksums"]):
+            if zlib.crc32(entropies[first:end]) != checksum:
+                raise CacheError(f"{path} is damaged: another checksum than in {PROGRESS}")
+        self.n_done = state["n_read"]
+        self.saved = (state["n_read"], state["checksums"])
+
+    def _map(self):
+        path = self.folder / "entropies.f16"
+        self.entropies = np.memmap(path, dtype=np.float16, mode="r+", shape=(self.total,))
+
+    def after_chunk(self, n_read):
+        """Note that every row is read up to n_read, and save now and then."""
+        self.n_done = n_read
+        if time.perf_counter() - self.saved_at >= SAVE_SECONDS:
+            self.save()
+
+    def save(self):
+        """Bring to disk what is done, then say how much it is."""
+        # In this order: a number that is said to be there is there.
+        self.entropies.flush()
+        n_read, checksums = self.saved
+        spans = zip(self.shares.written(n_read), self.shares.written(self.n_done), checksums)
+        checksums = [zlib.crc32(self.entropies[old_end:new_end], checksum) for old_end, new_end, checksum in spans]
+        self.saved = (self.n_done, checksums)
+        state = {"format": FORMAT, "inputs": self.inputs, "n_read": self.n_done, "checksums": checksums}
+        write_sealed(self.folder / PROGRESS, state)
+        self.saved_at = time.perf_counter()
+
+
+def reserve(path, n_bytes):
+    """Make a file of zeros that has its space on the disk already. Raises OSError if there is too little."""
+    # A file of holes can be mapped on a full disk too; writing to the map then kills the process.
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+                return
+            except OSError as error:
+                # Some file systems cannot reserve.
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        zeros = bytes(1 << 20)
+        for begin in range(0, n_bytes, len(zeros)):
+            file.write(zeros[: n_bytes - begin])
+
+
+@contextlib.contextmanager
+def sigterm_raises():
+    """Let SIGTERM raise SystemExit, as Ctrl-C raises KeyboardInterrupt, unless the program handles it already."""
+    is_main = threading.current_thread() is threading.main_thread()
+    # Python lets only the main thread set handlers.
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# The rule that training uses
+
+
+def write_patches(path, patch_config, facts):
+    """Write patches.json: the rule, and what it was chosen on.
+
+    facts: at least corpus_sha256 and entropy_model_sha256, which `read_patches` compares.
+    """
+    write_sealed(path, {"format": FORMAT, "patch_config": patch_config} | facts)
+
+
+def read_patches(path, corpus, entropy_record, advice="run: python create_patches.py"):
+    """The `PatchConfig` in patches.json, checked.
+
+    corpus: the `Corpus` in use. entropy_record: the `RunRecord` of the entropy model in use. A rule
+    that needs no entropies is about neither, so both may then be None.
+    advice: what a message tells the user to do.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged, outdated, or about another
+    corpus or entropy model.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} not found; {advice}")
+    try:
+        chosen = read_sealed(path, FORMAT)
+        missing = {"patch_config", "corpus_sha256", "entropy_model_sha256"} - set(chosen)
+        if missing:
+            raise CacheError(f"{path} lacks {', '.join(sorted(missing))}")
+        patch_config = PatchConfig(**chosen["patch_config"])
+        if patch_config.needs_entropies:
+            if chosen["corpus_sha256"] != corpus.hash:
+                raise CacheError(f"{path} was made for another corpus (dataset {chosen.get('dataset')!r})")
+            if chosen["entropy_model_sha256"] != entropy_record.weights_sha256:
+                raise CacheError(f"{path} was made with another entropy model ({chosen.get('entropy_model_path')})")
+    # TypeError: settings that a PatchConfig does not have. ValueError: values that it refuses.
+    except (ValueError, TypeError) as error:
+        reason = str(error) if isinstance(error, CacheError) else f"{path} holds no patching rule ({error})"
+        raise ValueError(f"{reason}; {advice}") from None
+    return patch_config
 
 
 # Patch starts of a training corpus

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from blt.attention import slow_attention
 from blt.checkpoints import (
     check_resumable,
     has_checkpoint,
@@ -29,8 +30,9 @@ from blt.checkpoints import (
 )
 from blt.checks import check, check_positive
 from blt.corpus import DataConfig
-from blt.device import autocast, choose_precision
+from blt.device import allow_tf32, autocast, choose_precision, restore_matmul_precision, synchronize
 from blt.files import load_weights, model_hash, save_weights, state_hash, write_atomically
+from blt.layers import SelfAttention
 from blt.metric import evaluate, target_losses
 from blt.optimizers import backward, clip_gradients, learning_rate_scale, make_optimizers, step_optimizers
 
@@ -74,6 +76,7 @@ class RunConfig(DataConfig):
         check(self, "compile", self.compile in ("auto", "yes", "no"), "auto, yes or no")
 
 
+@restore_matmul_precision()
 def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None, begin=None):
     """Train a model. Returns the best evaluation (that of best.pt), last_val_bpb, bytes_per_second and train_seconds.
 
@@ -90,6 +93,7 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     """
     device = next(model.parameters()).device
     precision = choose_precision(config.precision, device)
+    allow_tf32(device, precision)
     out_dir = Path(out_dir)
     refuse_used_folder(out_dir, config)
     check_resumable(out_dir, config)
@@ -112,15 +116,15 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
         # The step is the last one and was scored.
         print(f"nothing was left to do: {out_dir / 'last.pt'} is at step {start} of {config.steps}")
         return kept.result()
+    model.train()
+    step_model = compile_model(model, config, train_rows, device, precision)
+    # Only now: a run that cannot begin changes no file.
     out_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out_dir)
     if not is_resumed:
         remove_old_run(out_dir)
-    # Only now: a run that is refused changes no file.
     if begin is not None:
         begin()
-    model.train()
-    step_model = compile_model(model, config, train_rows, device, precision)
     metrics = Metrics(out_dir, config.tensorboard, start, kept.state["evaluated"])
     progress = Progress(config, metrics, start, kept.state["bytes"], kept.state["seconds"])
 
@@ -141,7 +145,7 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
                 backward(model, loss, scaler)
                 loss_nats += loss.detach()
             gradient_norm = clip_gradients(model, optimizers, scaler, config.clip)
-            step_optimizers(optimizers, scaler)
+            step_optimizers(optimizers, scaler, gradient_norm)
 
             # What follows is the record of the step: log lines, evaluations, checkpoints. Only here
             # does the CPU wait for the device.
@@ -414,26 +418,34 @@ def compile_model(model, config, train_rows, device, precision):
 
     The forward and backward pass are compiled here, before the clock of the training speed
     starts.
-    Raises ValueError if compiled and eager losses disagree: the leak gate has tested the eager
-    model only.
+    Raises ValueError if torch.compile does not work here, or if compiled and eager losses disagree:
+    the leak gate has tested the eager model only.
     """
-    if config.compile == "no" or (config.compile == "auto" and device.type != "cuda"):
+    is_compiled = config.compile == "yes" or (config.compile == "auto" and device.type == "cuda")
+    print_slow_attention(model, device, precision, is_compiled)
+    if not is_compiled:
         return model
-    compiled = torch.compile(model)
+    # A process may train several models. What torch has compiled for another one counts towards its
+    # limit of compilations.
+    torch.compiler.reset()
+    # All batches of a run have one shape. Without dynamic=False, a second model of the process whose
+    # rows have another number of patches is compiled for any number, and FlexAttention does not lower.
+    compiled = torch.compile(model, dynamic=False)
     batch = train_rows.shuffled_batch(0, config.batch_rows, config.seed).to(device)
+    begin = time.perf_counter()
+    # A run that is resumed compiles again: its dropout must go on as if it had not.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        compiled_nats = compiled_pass(compiled, batch, device, precision)
+    model.zero_grad(set_to_none=True)
+    synchronize(device)
+    print(f"compiled in {time.perf_counter() - begin:.0f} s")
     has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
     if has_dropout:
-        # Two passes drop different channels, so there is nothing to compare; the first step
-        # compiles.
+        # Two passes drop different channels, so there is nothing to compare.
         return compiled
-    with autocast(device, precision):
-        compiled_nats, _ = target_losses(compiled, batch)
-        # Only so that the backward pass is compiled as well; its gradients are thrown away.
-        compiled_nats.sum().backward()
-        with torch.no_grad():
-            eager_nats, _ = target_losses(model, batch)
-    model.zero_grad(set_to_none=True)
-    difference = (eager_nats - compiled_nats.detach()).abs().mean().item()
+    with torch.no_grad(), autocast(device, precision):
+        eager_nats, _ = target_losses(model, batch)
+    difference = (eager_nats - compiled_nats).abs().mean().item()
     # bf16 rounds differently in fused kernels, so the bound is loose; a wrong kernel is far off. The
     # comparison is written so that a difference that is not a number fails too.
     if not difference < 0.02:
@@ -442,6 +454,31 @@ def compile_model(model, config, train_rows, device, precision):
             "run with --compile no, and please report this with your torch and GPU"
         )
     return compiled
+
+
+def compiled_pass(compiled, batch, device, precision):
+    """One forward and backward pass, which compiles both: the nats [B, T] of the batch.
+
+    Raises ValueError if torch.compile does not work here, as without a C++ compiler or Triton.
+    """
+    try:
+        with autocast(device, precision):
+            nats_BT, _ = target_losses(compiled, batch)
+        # Only so that the backward pass is compiled as well; its gradients are thrown away.
+        nats_BT.sum().backward()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"torch.compile does not work here ({reason}); run with --compile no") from error
+    return nats_BT.detach()
+
+
+def print_slow_attention(model, device, precision, is_compiled):
+    """Print why attention has no fast kernel here, if so: once for each reason."""
+    layers = [module for module in model.modules() if isinstance(module, SelfAttention)]
+    reasons = {slow_attention(device, precision, layer.head_dim, layer.dropout, is_compiled): None for layer in layers}
+    for reason in reasons:
+        if reason is not None:
+            print(f"attention: {reason}")
 
 
 class Progress:

@@ -278,6 +278,7 @@ class PatchConfig:
     def __post_init__(self):
         check(self, "method", self.method in RULES, "one of " + ", ".join(RULES))
         check(self, "entropy_threshold", math.isfinite(self.entropy_threshold), "a finite number")
+        check(self, "monotonic_threshold", math.isfinite(self.monotonic_threshold), "a finite number")
         if self.rule.unit == "bytes":
             check(self, "entropy_threshold", self.entropy_threshold >= 1, f"1 or more bytes with method {self.method}")
         check(self, "min_patch_size", self.min_patch_size >= 1, "1 or more")
@@ -316,7 +317,7 @@ class PatchConfig:
             words.append(f"rise {self.monotonic_threshold:.3f} nats")
         if self.min_patch_size > 1:
             words.append(f"at least {self.min_patch_size} bytes")
-        if self.max_patch_size:
+        if self.max_patch_size is not None:
             words.append(f"at most {self.max_patch_size} bytes")
         return ", ".join(words)
 

@@ -43,6 +43,9 @@ class TrainingConfig(RunConfig):
             )
         if self.entropy_threshold is not None and self.target_patch_size is not None:
             raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
+        if self.target_patch_size is not None:
+            check(self, "target_patch_size", self.target_patch_size >= 1, "1 or more bytes")
+        check(self, "sample_bytes", self.sample_bytes >= 0, "0 or more")
         if self.patch_slots is not None:
             check(self, "patch_slots", self.patch_slots >= 4, "4 or more")
 
