@@ -25,7 +25,7 @@ from blt.entropies import make_entropies, open_entropies, training_sample
 from blt.files import load_weights, model_hash
 from blt.metric import evaluate
 from blt.patch_rules import DEFAULT_PATCH_SIZE, RULES, PatchConfig, calibrate, refuse_lookahead
-from blt.records import RunRecord, read_record
+from blt.records import RunRecord, config_from, read_record
 from blt.runs import claim_output, finish_run, print_model, start_run
 from blt.training import PatchedDataset, TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel, uninitialized
@@ -275,7 +275,7 @@ def take_over_start(config):
     """
     folder = config.init_from
     record = read_record(folder, "blt")
-    saved = asdict(BLTConfig(**record.model_config))
+    saved = asdict(config_from(BLTConfig, record.model_config, Path(folder) / "model.json"))
     given = given_fields(config)
     of_this_run = {"recompute"} | ({"dropout"} & given)
     differing = [

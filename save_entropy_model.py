@@ -13,7 +13,7 @@ from pathlib import Path
 
 from blt.files import write_atomically
 from blt.patch_rules import PatchConfig
-from blt.records import RunRecord, load_model, read_record, save_model
+from blt.records import RunRecord, config_from, load_model, read_record, save_model
 from blt_model import BLTConfig, uninitialized
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
@@ -55,7 +55,7 @@ def load_entropy_model(path="entropy_model.pth", device="cpu"):
         raise ValueError(f"{path} is not an entropy model but a model of kind {record.kind!r}; run: {retrain}")
 
     def make_model():
-        return MinimalLLM(EntropyConfig(**record.model_config))
+        return MinimalLLM(config_from(EntropyConfig, record.model_config, path.with_suffix(".json")))
 
     model = load_model(make_model, path, record, retrain)
     return model.eval().requires_grad_(False).to(device), record
@@ -70,10 +70,10 @@ def load_blt(folder, device="cpu"):
     record = read_record(folder, "blt")
 
     def make_model():
-        return uninitialized(BLTConfig(**record.model_config), device)
+        return uninitialized(config_from(BLTConfig, record.model_config, folder / "model.json"), device)
 
     model = load_model(make_model, folder / "best.pt", record, f"python llm.py --output {folder}")
-    patch_config = PatchConfig(**record.patch_config)
+    patch_config = config_from(PatchConfig, record.patch_config or {}, folder / "model.json")
     entropy_model = entropy_model_of(folder, record, device)[0] if patch_config.needs_entropies else None
     return model.eval(), EntropyPatcher(entropy_model, patch_config, precision=record.precision), record
 
@@ -81,7 +81,9 @@ def load_blt(folder, device="cpu"):
 def entropy_model_path(folder, record):
     """Where a BLT's entropy model is: the copy in its output folder, else where training read it."""
     path = Path(record.entropy_model_path)
-    candidates = [Path(folder) / ENTROPY_MODEL, Path(folder) / path.name, path]
+    folder = Path(folder)
+    # Folders of earlier versions have no copy; the model may still be beside them.
+    candidates = [folder / ENTROPY_MODEL, folder / path.name, path, folder.parent / path.name]
     for candidate in candidates:
         if candidate.exists() and _recorded_hash(candidate) == record.entropy_model_sha256:
             return str(candidate)

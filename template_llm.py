@@ -33,7 +33,7 @@ from blt.ids import BYTES, documents_of
 from blt.layers import Block, RMSNorm, default_heads, init_weights
 from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
-from blt.records import RunRecord, load_model, read_record
+from blt.records import RunRecord, config_from, load_model, read_record
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
 from blt.runs import claim_output, finish_run, named_presets, print_model, start_run
 from blt.tokens import BPEVocabulary, load_tokenizer, train_tokenizer
@@ -290,9 +290,9 @@ def load_template(folder, device="cpu"):
 
     def make():
         if record.kind == "flat":
-            return FlatByteTransformer(FlatConfig(**record.model_config))
+            return FlatByteTransformer(config_from(FlatConfig, record.model_config, folder / "model.json"))
         vocabulary = BPEVocabulary(read_tokenizer(folder, f"run: {retrain}"), record.bytes_per_token)
-        return BPETransformer(BPEConfig(**record.model_config), vocabulary)
+        return BPETransformer(config_from(BPEConfig, record.model_config, folder / "model.json"), vocabulary)
 
     model = load_model(make, folder / "best.pt", record, retrain)
     return model.to(device).eval(), record

@@ -9,7 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +67,11 @@ class RunConfig(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "row_bytes", "batch_rows", "accumulate", "steps", "lr", "adam_lr", "clip")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float):
+                # Settings are saved as JSON, which has no infinity.
+                check(self, f.name, math.isfinite(value), "a finite number")
         check_positive(self, "eval_every", "log_every", "checkpoint_minutes")
         for name in ("warmup", "cooldown"):
             check(self, name, 0 <= getattr(self, name) <= 1, "a share of the steps, from 0 to 1")

@@ -54,7 +54,8 @@ class RunRecord:
             raise FileNotFoundError(f"{path} not found")
         try:
             values = json.loads(path.read_text())
-        except ValueError as error:
+        # RecursionError: thousands of brackets, one inside the other.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}; restore the file, or train the model again") from None
         # Strict in both directions: a file with other keys was written by other code.
         known = {field.name for field in dataclasses.fields(cls)}
@@ -64,7 +65,30 @@ class RunRecord:
                 f"{path} is not the record of a trained model: it needs {', '.join(sorted(needed))}; "
                 "if an older version of these scripts wrote it, train the model again"
             )
+        dicts = {
+            "model_config": dict,
+            "settings": dict,
+            "corpus": dict,
+            "kind": str,
+            "patch_config": (dict, type(None)),
+        }
+        for name, wanted in dicts.items():
+            if not isinstance(values.get(name), wanted):
+                raise ValueError(
+                    f"{path} is damaged: its {name} is {values.get(name)!r:.40}; restore it, or train again"
+                )
         return cls(**values)
+
+
+def config_from(config_class, values, path):
+    """A config of the values in a record. Raises ValueError, which names the record's path, if they do not fit."""
+    # TypeError: a name that the class does not have, or a word in place of a number.
+    try:
+        return config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not fit this version ({error}); restore the file, or train the model again"
+        ) from None
 
 
 def save_model(model, weights_path, record, record_path):

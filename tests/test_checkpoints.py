@@ -460,6 +460,44 @@ def test_an_interrupted_workflow_goes_on(pipeline, tmp_path, monkeypatch):
         assert record.result["val_bpb"] == row["val_bpb"]
 
 
+def test_the_entropy_model_beside_an_older_folder(pipeline_copy, monkeypatch):
+    """Its record names a path that held where it was trained; from elsewhere the one beside it is taken."""
+    for name in ("entropy_model.pth", "entropy_model.json"):
+        (pipeline_copy / "checkpoints" / name).unlink()
+    monkeypatch.chdir(pipeline_copy.parent)
+    assert load_blt("copy/checkpoints")[1].entropy_model is not None
+
+
+RECORD_DAMAGES = {
+    "a key too many": lambda values: values["model_config"].update(no_such_size=1),
+    "a word for a number": lambda values: values["model_config"].update(global_dim="x"),
+    "a list for a dict": lambda values: values.update(model_config=[1]),
+    "a key missing": lambda values: values.pop("settings"),
+    "a rule too many": lambda values: values["patch_config"].update(no_such_setting=1),
+}
+
+
+@pytest.mark.parametrize("damage", RECORD_DAMAGES.values(), ids=RECORD_DAMAGES.keys())
+def test_a_damaged_record_is_named(pipeline_copy, damage):
+    path = pipeline_copy / "checkpoints" / "model.json"
+    values = json.loads(path.read_text())
+    damage(values)
+    path.write_text(json.dumps(values))
+    line = error_of(pipeline_copy, "generate", "--device", "cpu", "--prompt", "x")
+    assert "model.json" in line and "train" in line
+
+
+def test_deep_json_is_no_record(tmp_path):
+    (tmp_path / "model.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="model.json is not JSON"):
+        RunRecord.load(tmp_path / "model.json")
+
+
+def test_settings_are_finite():
+    with pytest.raises(ValueError, match="clip is inf"):
+        TrainingConfig(clip=math.inf)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_instants(pipeline_copy, seed):
