@@ -322,12 +322,23 @@ def test_lost_best_weights(stopped, capsys):
 # Used folders
 
 
-def test_a_used_folder_is_refused_and_unchanged(finished, straight):
-    before = {path.name: path.read_bytes() for path in finished.iterdir()}
-    with pytest.raises(FileExistsError, match="--resume.*--output.*--overwrite"):
-        train(finished)
-    assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+def test_an_earlier_run_is_kept_beside(finished, capsys):
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    before = contents(finished)
+    train(finished, steps=3, eval_every=3)
+    earlier = finished.with_name(f"{finished.name}.earlier-1")
+    assert f"the earlier run in {finished} is kept in {earlier}" in capsys.readouterr().out
+    assert contents(earlier).items() <= before.items() and {"best.pt", "last.pt"} <= contents(earlier).keys()
+    train(finished, steps=4, eval_every=4)
+    second = torch.load(finished.with_name(f"{finished.name}.earlier-2") / "last.pt", weights_only=True)
+    assert second["step"] == 3 and contents(earlier).items() <= before.items()
+
+
+def test_overwrite_replaces_an_earlier_run(finished):
     train(finished, overwrite=True, steps=3, eval_every=3)
+    assert not list(finished.parent.glob("*.earlier-*"))
     assert torch.load(finished / "last.pt", weights_only=True)["step"] == 3
     assert torch.load(finished / "previous.pt", weights_only=True)["step"] == 3
     assert max(line["step"] for line in read_metrics(finished / "metrics.jsonl")) == 3
@@ -357,23 +368,29 @@ SHORT = dict(steps=4, eval_every=4, val_bytes=20000)
 NO_OVERWRITE = [flag for flag in BLT_FLAGS if flag != "--overwrite"]
 
 
-def test_scripts_do_not_replace_a_run(pipeline_copy):
-    def contents():
-        files = (path for path in pipeline_copy.rglob("*") if path.is_file() and "data_cache" not in path.parts)
-        return {path: path.read_bytes() for path in files}
+def test_scripts_keep_an_earlier_run(pipeline_copy):
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
-    before = contents()
-    assert "checkpoints/best.pt is there already" in error_of(pipeline_copy, "llm", *NO_OVERWRITE)
+    model, text = contents(pipeline_copy / "checkpoints"), contents(pipeline_copy)
+    entropy_run = contents(pipeline_copy / "entropy_model_run")
+    output_of(pipeline_copy, "llm", *NO_OVERWRITE, "--steps", 4, "--eval_every", 4)
+    earlier = contents(pipeline_copy / "checkpoints.earlier-1")
+    assert earlier.items() <= model.items() and {"best.pt", "model.json", "entropy_model.pth"} <= earlier.keys()
     flags = [flag for flag in ENTROPY_FLAGS if flag != "--overwrite"]
-    assert "is there already" in error_of(pipeline_copy, "entropy_llm", *flags)
-    shutil.rmtree(pipeline_copy / "entropy_model_run")
-    assert "entropy_model.pth is there already" in error_of(pipeline_copy, "entropy_llm", *flags)
+    output_of(pipeline_copy, "entropy_llm", *flags, "--steps", 4, "--eval_every", 4)
+    earlier = contents(pipeline_copy / "entropy_model_run.earlier-1")
+    assert earlier.items() <= (entropy_run | text).items()
+    assert {"best.pt", "entropy_model.pth", "entropy_model.json"} <= earlier.keys()
+    assert contents(pipeline_copy)["entropy_model.pth"] != earlier["entropy_model.pth"]
+
+
+def test_an_output_that_cannot_be_written_is_found_first(pipeline_copy):
+    flags = [flag for flag in ENTROPY_FLAGS if flag != "--overwrite"]
     assert "without .json" in error_of(pipeline_copy, "entropy_llm", *flags, "--output", "em.json")
-    # An output that cannot be made is found first.
     (pipeline_copy / "file").write_text("")
     assert "file/x" in error_of(pipeline_copy, "llm", *NO_OVERWRITE, "--output", "file/x")
-    kept = {path: data for path, data in before.items() if "entropy_model_run" not in path.parts}
-    assert kept.items() <= contents().items()
+    assert not list(pipeline_copy.glob("*.earlier-*"))
 
 
 def test_a_resume_on_other_patches_or_text_is_refused(pipeline_copy, monkeypatch):
