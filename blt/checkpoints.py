@@ -66,9 +66,9 @@ def save_checkpoint(path, model, optimizers, scaler, config, state):
     def write(temporary):
         torch.save(checkpoint, temporary)
         # Inside the file, because two files cannot be renamed at once.
-        digest = _hash_of_file(temporary, os.path.getsize(temporary))
+        line = _hash_line(temporary, os.path.getsize(temporary))
         with open(temporary, "ab") as file:
-            file.write(HASH_LABEL + digest.encode() + b"\n")
+            file.write(line)
 
     write_atomically(path, write, keep=path.with_name("previous.pt"))
 
@@ -113,8 +113,8 @@ def _ways_on():
 # Whole or damaged
 
 
-def _hash_of_file(path, n_bytes):
-    """sha256 (hex) of a file's first n_bytes."""
+def _hash_line(path, n_bytes):
+    """The line, as bytes, that names the sha256 of a file's first n_bytes."""
     digest = hashlib.sha256()
     # In pieces: a checkpoint may be larger than the memory that is left.
     with open(path, "rb") as file:
@@ -124,7 +124,7 @@ def _hash_of_file(path, n_bytes):
                 break
             digest.update(piece)
             n_bytes -= len(piece)
-    return digest.hexdigest()
+    return HASH_LABEL + digest.hexdigest().encode() + b"\n"
 
 
 def _read_whole(path):
@@ -137,7 +137,7 @@ def _read_whole(path):
             line = file.read()
     if not line.startswith(HASH_LABEL):
         raise ValueError("the hash at its end is missing: the file was cut, or is no checkpoint of this version")
-    if line[len(HASH_LABEL) : -1].decode(errors="replace") != _hash_of_file(path, n_bytes):
+    if line != _hash_line(path, n_bytes):
         raise ValueError("its bytes do not have the hash at its end")
     try:
         # weights_only: a checkpoint from elsewhere cannot run code.

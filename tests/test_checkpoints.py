@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import BLT_FLAGS, ENTROPY_FLAGS, ROOT, error_of, output_of, run_here, some_words, tiny_blt
 
-from blt import loop
+from blt import checkpoints, loop
 from blt.files import model_hash, write_json
 from blt.loop import read_metrics
 from blt.records import RunRecord
@@ -188,6 +188,27 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, straight, ca
     (finished / "last.pt").unlink()
     train(finished, resume=True)
     assert_same(state_of(finished), state_of(straight[0]))
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped", "exchanged"])
+def test_random_damage_is_always_found(finished, tmp_path, kind):
+    """200 cases of each kind; none is read."""
+    rng = np.random.default_rng(0)
+    data = (finished / "last.pt").read_bytes()
+    other = (finished / "previous.pt").read_bytes()
+    path = tmp_path / "last.pt"
+    for _ in range(200):
+        place = int(rng.integers(len(data)))
+        damaged = {
+            "cut": data[:place],
+            "flipped": data[:place] + bytes([data[place] ^ (1 << int(rng.integers(8)))]) + data[place + 1 :],
+            "exchanged": data[:place] + other[place:],
+        }[kind]
+        if damaged in (data, other):
+            continue
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError):
+            checkpoints._read_whole(path)
 
 
 def test_two_damaged_checkpoints_are_an_error(finished):
@@ -516,22 +537,28 @@ def test_settings_are_finite():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_instants(pipeline_copy, seed):
-    """SIGKILL, a few times, then to the end: the weights are those of the run straight through."""
-    flags = [*NO_OVERWRITE, "--steps", 40, "--eval_every", 5, "--checkpoint_minutes", 1e-9, "--sample_bytes", 0]
-    output_of(pipeline_copy, "llm", *flags, "--output", "straight")
+@pytest.mark.parametrize("script", ["llm", "entropy_llm"])
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_instants(pipeline_copy, script, seed):
+    """SIGKILL, a few times, then to the end: all that is left is that of the run straight through."""
+    of_script = {"llm": [*NO_OVERWRITE, "--sample_bytes", 0], "entropy_llm": ENTROPY_FLAGS}[script]
+    flags = [flag for flag in of_script if flag != "--overwrite"]
+    flags += ["--steps", 40, "--eval_every", 5, "--checkpoint_minutes", 1e-9]
+    outputs = {"llm": ("straight", "killed"), "entropy_llm": ("straight.pth", "killed.pth")}[script]
+    folders = [pipeline_copy / name.replace(".pth", "_run") for name in outputs]
+    output_of(pipeline_copy, script, *flags, "--output", outputs[0])
     rng = np.random.default_rng(seed)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "llm.py"), *map(str, flags), "--output", "killed"]
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags), "--output", outputs[1]]
     for _ in range(6):
-        resume = ["--resume"] if (pipeline_copy / "killed").exists() else []
+        resume = ["--resume"] if folders[1].exists() else []
         process = subprocess.Popen([*command, *resume], cwd=pipeline_copy, env=environment, stdout=subprocess.DEVNULL)
         time.sleep(rng.uniform(2, 6))
         process.kill()
         process.wait()
-    output_of(pipeline_copy, "llm", *flags, "--output", "killed", "--resume")
-    assert_same(state_of(pipeline_copy / "killed"), state_of(pipeline_copy / "straight"))
-    results = [RunRecord.load(pipeline_copy / name / "model.json") for name in ("killed", "straight")]
-    assert results[0].weights_sha256 == results[1].weights_sha256
-    assert results[0].result["val_bpb"] == results[1].result["val_bpb"]
+    output_of(pipeline_copy, script, *flags, "--output", outputs[1], "--resume")
+    assert_same(state_of(folders[1]), state_of(folders[0]))
+    paths = {"llm": [folder / "model.json" for folder in folders], "entropy_llm": ["straight.json", "killed.json"]}
+    records = [RunRecord.load(pipeline_copy / path) for path in paths[script]]
+    assert records[0].weights_sha256 == records[1].weights_sha256
+    assert records[0].result["val_bpb"] == records[1].result["val_bpb"]
