@@ -343,7 +343,7 @@ class OurModel:
 
     def use(self, setting):
         """Run in this setting from now on (its precision is the caller's to set)."""
-        self.step_model = torch.compile(self.model) if setting.is_compiled else self.model
+        self.step_model = torch.compile(self.model, dynamic=False) if setting.is_compiled else self.model
 
     def nats(self, batch):
         """Cross-entropy of each target in nats, [B, T]; 0 where it is not scored."""
@@ -560,8 +560,8 @@ class Runner:
             backward_s += now(self.device) - middle
             loss_nats = loss_nats + loss.detach()
         begin = now(self.device)
-        clip_gradients(self.model, self.candidate.optimizers, self.scaler, RunConfig.clip)
-        step_optimizers(self.candidate.optimizers, self.scaler)
+        gradient_norm = clip_gradients(self.model, self.candidate.optimizers, self.scaler, RunConfig.clip)
+        step_optimizers(self.candidate.optimizers, self.scaler, gradient_norm)
         update_s = now(self.device) - begin
         return [forward_s, backward_s, update_s], loss_nats.item()
 

@@ -36,12 +36,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import constriction
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_output, check_packages, check_positive
+from blt.commands import command
 from blt.config import run_script
 from blt.device import choose_device, threads_for
 from blt.files import model_hash, write_atomically
@@ -50,14 +50,30 @@ from blt.incremental import IncrementalBLT
 from blt.metric import bits_per_byte
 from save_entropy_model import load_blt
 
-# The magic number, the fields of `Header` in their order, and the CRC-32 of all that.
+try:
+    import constriction
+except ImportError:
+    # `check_packages` says what to install; --help and stored files do without it.
+    constriction = None
+
+# The magic number, the fields of `Header` in their order, and the CRC-32 of all that and of the content.
 HEADER = struct.Struct("<4s ? Q I H I H 8s 4s I")
-MAGIC = b"BLT2"
-# The format that had no stored files.
-OLD_MAGIC = b"BLT1"
+MAGIC = b"BLT3"
+# BLT1 had no stored files; the CRC-32 of BLT2 did not cover the content, so that it could have a tail.
+OLD_MAGICS = (b"BLT1", b"BLT2")
 
 # Every probability is raised by this. The coder works with multiples of 2 ** -24, and none may be zero.
 LEAST = 2.0**-20
+
+# No byte costs less than this, because a probability is at most (1 + LEAST) / (1 + 257 * LEAST).
+LEAST_BITS = math.log2((1 + 257 * LEAST) / (1 + LEAST))
+
+# Each stream takes memory, also for a file that only claims to have this many.
+MAX_STREAMS = 4096
+MAX_THREADS = 512
+
+# What every stream reads before a file, to see whether two machines compute alike.
+PROBE = b"The 24 bytes of a probe."
 
 # The default: streams long enough that what they lose at their beginnings is little.
 STREAM_BYTES = 16384
@@ -80,7 +96,7 @@ class CompressConfig:
     def __post_init__(self):
         check_positive(self, "streams")
         check(self, "context_bytes", self.context_bytes is None or 2 <= self.context_bytes < 2**32, "2 or more")
-        check(self, "streams", self.streams is None or self.streams < 2**16, "below 65536")
+        check(self, "streams", self.streams is None or self.streams <= MAX_STREAMS, f"at most {MAX_STREAMS}")
         if (self.file is None) == (self.decompress is None):
             raise ValueError("pass either a file to compress or --decompress with one to restore")
 
@@ -173,18 +189,29 @@ def decode(model, patcher, code, n_bytes, n_streams, context_bytes, progress=Non
     """
     if n_bytes == 0:
         return b""
+    # By what the code can hold, before memory is taken. 1% more, because the coder rounds probabilities.
+    most_bits = 8 * len(code) * 1.01 + 128
+    longer = ValueError("the compressed file is damaged: it says that it holds more bytes than its code can")
+    if n_bytes * LEAST_BITS > most_bits:
+        raise longer
     text = np.zeros(n_bytes, np.uint8)
     begins, lengths = stream_ranges(n_bytes, n_streams)
+    bits = 0.0
     decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(code, "<u4").astype(np.uint32))
     family = constriction.stream.model.Categorical(perfect=False)
 
     def decode_ids(p_SV, streams, position):
+        nonlocal bits
         try:
             ids_S = decoder.decode(family, p_SV)
         except AssertionError:
             # This is how constriction says that no encoder has written the code.
             message = "the compressed file is damaged: its code cannot come from any text"
             raise ValueError(message) from None
+        # Beyond its end a code goes on with zeros, for as many bytes as the header says.
+        bits -= np.log2(p_SV[np.arange(len(ids_S)), ids_S]).sum()
+        if bits > most_bits:
+            raise longer
         is_end = position == lengths[streams[0]]
         if not is_end:
             if (ids_S == BOUNDARY).any():
@@ -212,26 +239,27 @@ class Header:
     model: bytes = bytes(8)  # fingerprint of the models and the patch rule
     machine: bytes = bytes(4)  # fingerprint of what may round differently
 
-    def pack(self):
-        """The header as HEADER.size bytes."""
+    def pack(self, content=b""):
+        """The header of a file with this content, as HEADER.size bytes."""
         # vars() has the fields in their order, which is that of HEADER.
         without_checksum = HEADER.pack(MAGIC, *vars(self).values(), 0)[:-4]
-        return without_checksum + struct.pack("<I", zlib.crc32(without_checksum))
+        return without_checksum + struct.pack("<I", zlib.crc32(content, zlib.crc32(without_checksum)))
 
 
 def read_header(compressed):
     """The `Header` of a compressed file. Raises ValueError for other files, parts of one and damaged ones."""
     packed = compressed[: HEADER.size]
-    if packed[:4] == OLD_MAGIC:
+    if packed[:4] in OLD_MAGICS:
         raise ValueError(
-            "an older compress.py wrote this file, in format BLT1; this one reads BLT2: "
+            f"an older compress.py wrote this file, in format {packed[:4].decode()}; this one reads BLT3: "
             "restore it with the version that wrote it, and compress it again"
         )
-    damaged = ValueError("this is no file that compress.py wrote, or a part of one, or it is damaged")
+    damaged = ValueError("this is no file that compress.py wrote, or a part of one, or it is damaged or too long")
     if len(packed) < HEADER.size or packed[:4] != MAGIC:
         raise damaged
     _, *fields, header_checksum = HEADER.unpack(packed)
-    if header_checksum != zlib.crc32(packed[:-4]):
+    # Of the content too: a cut, changed or longer file is noticed before anything is decoded.
+    if header_checksum != zlib.crc32(memoryview(compressed)[HEADER.size :], zlib.crc32(packed[:-4])):
         raise damaged
     header = Header(*fields)
     content_bytes = len(compressed) - HEADER.size
@@ -255,12 +283,20 @@ def model_fingerprint(model, patcher):
     return hashlib.sha256("\n".join(parts).encode()).digest()[:8]
 
 
-def machine_fingerprint(device):
-    """4 bytes for what may round differently (torch, processor, device), and the same in words."""
+def machine_fingerprint(model, patcher, n_streams, context_bytes):
+    """4 bytes for what may round differently (torch, processor, device, libraries), and the same in words."""
+    device = next(model.parameters()).device
     words = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {device.type}"
     if device.type == "cuda":
         words += f" {torch.cuda.get_device_name(device)}"
-    return hashlib.sha256(words.encode()).digest()[:4], words
+    digest = hashlib.sha256(words.encode())
+    # Libraries choose their code by more than torch tells. So the models read a short text as they will
+    # read the file, with as many streams and threads; most differences show in its probabilities.
+    reader = IncrementalBLT(model, patcher, n_streams, context_bytes)
+    for number in (BOUNDARY, *PROBE):
+        logits_BNV = reader.extend(np.full((n_streams, 1), number, np.int64))
+        digest.update(probabilities(logits_BNV).tobytes())
+    return digest.digest()[:4], words
 
 
 def compress(data, model, patcher, n_streams, context_bytes, progress=None):
@@ -276,16 +312,15 @@ def compress(data, model, patcher, n_streams, context_bytes, progress=None):
     # The bytes are coded in any case: only that shows whether their code is smaller.
     with threads_for(n_streams):
         code, bits = encode(model, patcher, data, n_streams, context_bytes, progress)
-        threads = torch.get_num_threads()
-    header = Header(is_stored=len(code) >= len(data), n_bytes=len(data), checksum=zlib.crc32(data))
-    if header.is_stored:
-        return header.pack() + data, bits
-    header.n_streams = n_streams
-    header.context_bytes = context_bytes
-    header.threads = threads
-    header.model = model_fingerprint(model, patcher)
-    header.machine, _ = machine_fingerprint(next(model.parameters()).device)
-    return header.pack() + code, bits
+        header = Header(is_stored=len(code) >= len(data), n_bytes=len(data), checksum=zlib.crc32(data))
+        if header.is_stored:
+            return header.pack(data) + data, bits
+        header.n_streams = n_streams
+        header.context_bytes = context_bytes
+        header.threads = torch.get_num_threads()
+        header.model = model_fingerprint(model, patcher)
+        header.machine, _ = machine_fingerprint(model, patcher, n_streams, context_bytes)
+    return header.pack(code) + code, bits
 
 
 def decompress(compressed, model, patcher, progress=None):
@@ -312,21 +347,29 @@ def decompress(compressed, model, patcher, progress=None):
 
 def decode_file(header, code, model, patcher, progress=None):
     """The bytes of a coded file. Raises ValueError if another model or kind of machine has coded it."""
-    machine, machine_words = machine_fingerprint(next(model.parameters()).device)
+    # A checksum keeps nobody from writing such numbers, and what follows takes memory by them.
+    is_possible = (
+        1 <= header.n_streams <= min(header.n_bytes, MAX_STREAMS)
+        and header.context_bytes >= 2
+        and 1 <= header.threads <= MAX_THREADS
+    )
+    if not is_possible:
+        raise ValueError("the compressed file is damaged: compress.py writes no such header")
     if header.model != model_fingerprint(model, patcher):
         raise ValueError(
             "the file was compressed with another model, entropy model or patch rule; "
             "pass the folder of that one as --model"
         )
-    if header.machine != machine:
-        raise ValueError(
-            f"the file was compressed on another kind of machine than this one ({machine_words}), "
-            "whose probabilities may differ in the last digit"
-        )
     # The encoder's number of threads: sums over other parts could differ in the last digit.
     threads_before = torch.get_num_threads()
     torch.set_num_threads(header.threads)
     try:
+        machine, machine_words = machine_fingerprint(model, patcher, header.n_streams, header.context_bytes)
+        if header.machine != machine:
+            raise ValueError(
+                f"the file was compressed on another kind of machine than this one ({machine_words}), or with "
+                "other libraries, whose probabilities differ in the last digit; restore it where it was made"
+            )
         sizes = (header.n_bytes, header.n_streams, header.context_bytes)
         return decode(model, patcher, code, *sizes, progress)
     finally:
@@ -342,6 +385,12 @@ def read_file(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass a file")
     return path.read_bytes()
+
+
+def read_start(path):
+    """The first bytes of a file, as many as a header has."""
+    with open(path, "rb") as file:
+        return file.read(HEADER.size)
 
 
 def write_file(path, data):
@@ -362,9 +411,15 @@ def load_model(config):
 
 def compress_file(config):
     """Compress config.file, print sizes and bits per byte, and write the result."""
+    output = f"{config.file}.blt" if config.output is None else config.output
+    check_output(output, reads=[config.file])
+    # Only a name that the user has given may replace a file that this script has not written.
+    if config.output is None and Path(output).exists() and read_start(output)[:3] != MAGIC[:3]:
+        raise ValueError(f"{output} exists, and compress.py has not written it; name another one: --output")
+    check_packages("constriction")
     data = read_file(config.file)
     model, patcher, record = load_model(config)
-    context_bytes = record.settings["row_bytes"] if config.context_bytes is None else config.context_bytes
+    context_bytes = record.row_bytes() if config.context_bytes is None else config.context_bytes
     n_streams = stream_count(len(data), config.streams)
     started = time.perf_counter()
     with progress_bar(len(data), "compressing") as progress:
@@ -376,7 +431,6 @@ def compress_file(config):
             restored = decompress(compressed, model, patcher, progress)
         if restored != data:
             raise ValueError("the compressed file does not restore the bytes; nothing was written")
-    output = f"{config.file}.blt" if config.output is None else config.output
     write_file(output, compressed)
 
     print_sizes(data, compressed, bits)
@@ -388,10 +442,14 @@ def compress_file(config):
     verified = "restored and compared" if config.verify else "not restored (--no_verify)"
     print(f"{seconds:.1f} s, {len(data) / seconds / 1e3:.2f} kB/s; {verified}")
     print(f"wrote {output}")
-    next_command = f"python compress.py --decompress {output}"
+    flags = {"decompress": output}
     if not read_header(compressed).is_stored:
-        next_command += f" --model {config.model}"
-    print(f"next: {next_command}")
+        flags["model"] = config.model
+        if config.device != "auto":
+            flags["device"] = config.device
+    # The file itself has the name that the restored one would get.
+    flags["output"] = f"{config.file}.restored"
+    print("next: " + command("compress.py", **flags))
 
 
 def print_sizes(data, compressed, bits):
@@ -412,12 +470,14 @@ def decompress_file(config):
     output = config.output
     if output is None:
         output = name.removesuffix(".blt") if name.endswith(".blt") else f"{name}.restored"
+    check_output(output, reads=[name])
     # Only a name that the user has given may replace a file.
     if Path(output).exists() and config.output is None:
         raise ValueError(f"{output} exists; say with --output where the restored file is to go")
     header = read_header(compressed)
     model, patcher = None, None
     if not header.is_stored:
+        check_packages("constriction")
         model, patcher, _ = load_model(config)
     started = time.perf_counter()
     with progress_bar(header.n_bytes, "restoring") as progress:

@@ -62,7 +62,8 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from blt.checks import check
+from blt.checks import check, check_output
+from blt.commands import command
 from blt.config import run_script
 from blt.files import git_commit, load_weights, model_hash, write_atomically, write_json
 from blt.ids import BOUNDARY, to_bytes
@@ -617,14 +618,18 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
         )
     record = read_record(folder, "blt")
     # The model maps the file into memory. A copy would need the weights' size again.
-    with torch.device("meta"):
-        model = BLTModel(BLTConfig(**record.model_config))
+    try:
+        with torch.device("meta"):
+            model = BLTModel(record.config(BLTConfig))
+    except (RuntimeError, TypeError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder}/model.json describes a model that cannot be made: {reason}") from None
     load_weights(folder / "best.pt", model, assign=True)
     wanted = DTYPES[dtype] or model.head.weight.dtype
     entropy_model = None
     patch_config = None
     if not without_patcher:
-        patch_config = PatchConfig(**record.patch_config)
+        patch_config = record.config(PatchConfig, "patch_config")
         advice = " (or leave the patcher out: --without_patcher; patches must then be passed to transformers)"
         _need(patch_config, "method", "global", advice)
         entropy_model = entropy_model_of(folder, record)[0].to(wanted)
@@ -704,7 +709,7 @@ def write_from_transformers(source, output, dtype="keep", patches_of=None):
 def _patches_of_folder(folder):
     """Return the `PatchConfig` of an output folder of ours, and its entropy model or None."""
     record = read_record(folder, "blt")
-    patch_config = PatchConfig(**record.patch_config)
+    patch_config = record.config(PatchConfig, "patch_config")
     if not patch_config.needs_entropies:
         return patch_config, None
     return patch_config, entropy_model_of(folder, record)[0]
@@ -744,8 +749,11 @@ def open_hf_model(source, dtype="auto"):
         config = transformers.AutoConfig.from_pretrained(source)
         if config.model_type != "blt":
             raise ValueError(f"its config says model_type {config.model_type!r}, not 'blt'")
+        if is_there:
+            _check_size(config, Path(source))
         hf_model, report = transformers.BltForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    # transformers and safetensors raise many types for damaged files.
+    except Exception as error:
         # The first line says what is wrong. The advice that follows is not about this script.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         note = "" if is_there else "; there is no such folder here, so it was taken for a Hugging Face id"
@@ -758,6 +766,19 @@ def open_hf_model(source, dtype="auto"):
     if problems:
         raise ValueError(f"the weights of {source} are not those of its config: {'; '.join(problems)}")
     return hf_model.eval()
+
+
+def _check_size(config, folder):
+    """Raise ValueError if the weights in a folder are too few for its config: before memory is taken by the config."""
+    # On the meta device a model has shapes and no memory.
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in transformers.BltForCausalLM(config).parameters())
+    file_bytes = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
+    # A weight has 2 bytes at least.
+    if file_bytes and 2 * size > file_bytes:
+        raise ValueError(
+            f"its config.json describes {size:,} parameters, but its weights are only {file_bytes:,} bytes"
+        )
 
 
 # Check and command line
@@ -823,6 +844,7 @@ def print_check(folder, hf_folder):
 
 
 def main(config):
+    check_output(config.output, is_folder=True, reads=[config.to_hf, config.from_hf, config.patches_of])
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if config.to_hf is not None:
@@ -840,10 +862,8 @@ def main(config):
         files = "best.pt, model.json"
         if record.entropy_model_sha256:
             files += ", entropy_model.pth, entropy_model.json"
-        next_step = (
-            f"python generate.py --model {config.output} --prompt 'The history of', "
-            f"or python train_blt.py --init_from {config.output}"
-        )
+        continue_text = command("generate.py", model=config.output, prompt="The history of")
+        next_step = f"{continue_text}, or {command('train_blt.py', init_from=config.output)}"
     size = print_summary(folder, *summary)
     if config.check == "yes" or (config.check == "auto" and size <= CHECKED_SIZE):
         difference = print_check(folder, hf_folder)

@@ -32,6 +32,7 @@ from blt.entropies import (
     training_starts,
     write_patches,
 )
+from blt.ids import argument_bytes
 from blt.patch_rules import (
     DEFAULT_PATCH_SIZE,
     RULES,
@@ -190,7 +191,13 @@ def main(config):
     write_patches(Path(config.cache_dir) / "patches.json", asdict(patch_config), facts)
     drawn = draw_pictures(config, corpus, validation, patcher, sizes)
     print(f"wrote {config.cache_dir}/patches.json, {', '.join(drawn)}")
-    print("next: " + next_command("llm.py", named_presets(config)))
+    # Paths that differ from what the next script takes by itself.
+    named = {}
+    if config.entropy_model_path != "entropy_model.pth":
+        named["entropy_model_path"] = config.entropy_model_path
+    if config.cache_dir != "patch_cache":
+        named["patch_cache"] = config.cache_dir
+    print("next: " + next_command("llm.py", named_presets(config), config, **named))
 
 
 def draw_pictures(config, corpus, validation, patcher, sizes):
@@ -201,9 +208,7 @@ def draw_pictures(config, corpus, validation, patcher, sizes):
     folder = Path(config.cache_dir)
     title = patcher.config.describe()
     if config.picture_text is not None:
-        text = pictures.whole_characters(
-            config.picture_text.encode("utf-8", "surrogateescape"), pictures.MAX_PAGE_BYTES
-        )
+        text = pictures.whole_characters(argument_bytes(config.picture_text), pictures.MAX_PAGE_BYTES)
     else:
         beginnings = [pictures.whole_characters(corpus.document(number)[:4001], 4000) for number in validation[:8]]
         text = b"\n\n".join(beginnings)

@@ -66,12 +66,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_output, check_packages, check_positive
+from blt.commands import command
 from blt.config import BY_PRESET, SIZE_NAMES, Presets, print_header, print_table, run_script
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
 from blt.files import git_commit, hash_of_documents, model_hash, write_json
-from blt.ids import BYTES
+from blt.ids import BYTES, argument_bytes
 from blt.metric import (
     add_up,
     compressors_bpb,
@@ -204,14 +205,14 @@ def open_model(path, row_bytes=None, device="cpu"):
     if not record_path.exists():
         raise FileNotFoundError(
             f"{record_path} not found: --model takes output folders of llm.py, train_blt.py or "
-            f"template_llm.py, and files like entropy_model.pth; train one: python llm.py --output {path}"
+            f"template_llm.py, and files like entropy_model.pth; train one: {command('llm.py', output=path)}"
         )
     patcher = None
     if RunRecord.load(record_path).kind == "blt":
         model, patcher, record = load_blt(path, device)
     else:
         model, record = load_template(path, device)
-    row_bytes = record.settings["row_bytes"] if row_bytes is None else row_bytes
+    row_bytes = record.row_bytes() if row_bytes is None else row_bytes
     return ModelUnderTest(str(path), NAMES[record.kind], model, patcher, row_bytes)
 
 
@@ -514,7 +515,7 @@ def sample_record(under_test, config, precision):
     """Continue the prompt: the texts, and how many are valid UTF-8. None without samples or without a BLT."""
     if not config.samples or under_test.kind != "BLT":
         return None
-    prompt = config.prompt.encode("utf-8", "surrogateescape")
+    prompt = argument_bytes(config.prompt)
     texts = generate(
         under_test.model,
         under_test.patcher,
@@ -660,6 +661,12 @@ def make_card(config, device, precision, what, documents, records):
 
 def main(config):
     """Score every model, print the report, write card.json and evaluation.png. Returns the card."""
+    # What is needed last is checked first.
+    output = Path(config.output)
+    check_output(output, is_folder=True)
+    for name in ("card.json", "evaluation.png"):
+        check_output(output / name, reads=config.file)
+    check_packages("matplotlib")
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
@@ -679,7 +686,6 @@ def main(config):
     card = make_card(config, device, precision, what, documents, records)
     # The report comes first: a full disk or a broken font then loses no number.
     print_report(card, config)
-    output = Path(config.output)
     write_json(output / "card.json", card)
     draw(output / "evaluation.png", card)
     print(f"wrote {output}/card.json, evaluation.png")

@@ -26,7 +26,7 @@ import torch
 from blt.checks import check, check_positive
 from blt.config import run_script
 from blt.device import autocast, choose_device, threads_for
-from blt.ids import BOUNDARY, to_bytes
+from blt.ids import BOUNDARY, argument_bytes, to_bytes
 from blt.incremental import MAX_STEP, IncrementalBLT
 from blt.patch_rules import refuse_lookahead
 from blt.rows import make_batch
@@ -366,33 +366,30 @@ def print_speed(generator, prompt_seconds, seconds):
 def read_prompts(config):
     """The prompts that the command line names, as bytes."""
     if config.prompt_file is None:
-        return [command_line_bytes(prompt) for prompt in config.prompt]
+        return [argument_bytes(prompt) for prompt in config.prompt]
     path = Path(config.prompt_file)
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: --prompt_file takes a file to continue")
     return [path.read_bytes()]
 
 
-def command_line_bytes(text):
-    """The bytes that were typed."""
-    # Python reads bytes that are not UTF-8 as surrogates; this undoes it.
-    return text.encode("utf-8", "surrogateescape")
-
-
 def main(config):
+    # Before the model is read, which takes longer than to see that a file is missing.
+    prompts = read_prompts(config)
     device = choose_device(config.device)
     model, patcher, record = load_blt(config.model, device)
     # The model has not been trained on longer rows than these.
-    context_bytes = record.settings["row_bytes"] if config.context_bytes is None else config.context_bytes
+    context_bytes = record.row_bytes() if config.context_bytes is None else config.context_bytes
     if not config.interactive:
-        continue_and_print(model, patcher, read_prompts(config), config, context_bytes)
+        continue_and_print(model, patcher, prompts, config, context_bytes)
         return
     print("a line is a prompt; an empty one ends", file=sys.stderr)
-    for line in sys.stdin:
-        prompt = line.removesuffix("\n")
+    # As bytes: a line of text would have to be UTF-8.
+    for line in sys.stdin.buffer:
+        prompt = line.removesuffix(b"\n")
         if not prompt:
             return
-        continue_and_print(model, patcher, [command_line_bytes(prompt)], config, context_bytes)
+        continue_and_print(model, patcher, [prompt], config, context_bytes)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,20 @@
 """
 
 import dataclasses
+import shutil
+from functools import partial
 from pathlib import Path
 
+from blt.commands import command
+from blt.files import write_atomically
 from blt.patch_rules import PatchConfig
 from blt.records import RunRecord, load_model, read_record, save_model
 from blt_model import BLTConfig, uninitialized
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
+
+# The name of the copy in a BLT's output folder.
+ENTROPY_MODEL = "entropy_model.pth"
 
 
 def save_entropy_model(model, path="entropy_model.pth", **facts):
@@ -21,6 +28,8 @@ def save_entropy_model(model, path="entropy_model.pth", **facts):
 
     facts: further fields of the record, such as settings, corpus and result.
     """
+    if Path(path).suffix == ".json":
+        raise ValueError(f"{path} is where the record goes; name the weights otherwise, such as entropy_model.pth")
     facts = {"settings": {}, "corpus": {"dataset": None, "sha256": None}} | facts
     record = RunRecord(kind="entropy", model_config=dataclasses.asdict(model_config_of(model)), **facts)
     save_model(model, path, record, Path(path).with_suffix(".json"))
@@ -38,7 +47,7 @@ def load_entropy_model(path="entropy_model.pth", device="cpu"):
     Raises FileNotFoundError or ValueError saying what to do.
     """
     path = Path(path)
-    retrain = f"python entropy_llm.py --output {path}"
+    retrain = command("entropy_llm.py", output=path)
     for file in (path, path.with_suffix(".json")):
         if not file.exists():
             raise FileNotFoundError(f"{file} not found; run: {retrain}")
@@ -47,7 +56,7 @@ def load_entropy_model(path="entropy_model.pth", device="cpu"):
         raise ValueError(f"{path} is not an entropy model but a model of kind {record.kind!r}; run: {retrain}")
 
     def make_model():
-        return MinimalLLM(EntropyConfig(**record.model_config))
+        return MinimalLLM(record.config(EntropyConfig))
 
     model = load_model(make_model, path, record, retrain)
     return model.eval().requires_grad_(False).to(device), record
@@ -62,19 +71,55 @@ def load_blt(folder, device="cpu"):
     record = read_record(folder, "blt")
 
     def make_model():
-        return uninitialized(BLTConfig(**record.model_config), device)
+        return uninitialized(record.config(BLTConfig), device)
 
-    model = load_model(make_model, folder / "best.pt", record, f"python llm.py --output {folder}")
-    patch_config = PatchConfig(**record.patch_config)
+    model = load_model(make_model, folder / "best.pt", record, command("llm.py", output=folder))
+    patch_config = record.config(PatchConfig, "patch_config")
     entropy_model = entropy_model_of(folder, record, device)[0] if patch_config.needs_entropies else None
     return model.eval(), EntropyPatcher(entropy_model, patch_config, precision=record.precision), record
 
 
 def entropy_model_path(folder, record):
-    """Where a BLT's entropy model is: in its output folder, as convert_hf.py writes it, else where training read it."""
+    """Where a BLT's entropy model is: the copy in its output folder, else where training read it."""
     path = Path(record.entropy_model_path)
-    inside = Path(folder) / path.name
-    return str(inside if inside.exists() else path)
+    folder = Path(folder)
+    # Folders of earlier versions have no copy; the model may still be beside them.
+    candidates = [folder / ENTROPY_MODEL, folder / path.name, path, folder.parent / path.name]
+    for candidate in candidates:
+        if candidate.exists() and _recorded_hash(candidate) == record.entropy_model_sha256:
+            return str(candidate)
+    # None is the right one; the error of whoever opens it names the first that is there.
+    there = [candidate for candidate in candidates if candidate.exists()]
+    return str(there[0] if there else path)
+
+
+def _recorded_hash(path):
+    """The hash of the weights that the record beside an entropy model names; None without a readable record."""
+    try:
+        return RunRecord.load(Path(path).with_suffix(".json")).weights_sha256
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def keep_entropy_model(path, sha256, folder, overwrite=False):
+    """Copy an entropy model, weights and record, into a BLT's output folder, which then works wherever it is moved.
+
+    sha256: the hash that the model must have.
+    overwrite: another entropy model that is in the folder may be replaced.
+    Raises ValueError if the copy is not that model.
+    """
+    path = Path(path)
+    copy = Path(folder) / ENTROPY_MODEL
+    if copy.exists() and _recorded_hash(copy) != sha256 and not overwrite:
+        raise ValueError(f"{copy} is another entropy model; pass another --output, or --overwrite to replace it")
+    if copy.exists() and copy.samefile(path):
+        return
+    for suffix in (path.suffix, ".json"):
+        source = path.with_suffix(suffix)
+        write_atomically(copy if suffix != ".json" else copy.with_suffix(".json"), partial(shutil.copyfile, source))
+    # The file may have been replaced since it was opened.
+    if load_entropy_model(copy)[1].weights_sha256 != sha256:
+        raise ValueError(f"{path} was replaced while it was copied; run the same command again with --overwrite")
 
 
 def entropy_model_of(folder, record, device="cpu"):

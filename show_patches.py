@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_output, check_positive
 from blt.config import run_script
 from blt.device import autocast, choose_device, choose_precision
 from blt.entropies import TopPredictions, stream_predictions
+from blt.ids import argument_bytes
 from blt.metric import row_logits
 from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, calibrate, causal_methods
 from blt.pictures import MAX_FIGURE_BYTES, MAX_PAGE_BYTES, draw_entropy_figure, whole_characters, write_patch_page
@@ -92,7 +93,7 @@ class ShowPatchesConfig:
 def read_text(config):
     """The bytes to show, from --text, --file or standard input."""
     if config.text is not None:
-        text = config.text.encode("utf-8", "surrogateescape")
+        text = argument_bytes(config.text)
     elif config.file is not None:
         text = Path(config.file).read_bytes()
     elif sys.stdin.isatty():
@@ -155,6 +156,9 @@ def progress_bar(total, what):
 
 
 def main(config):
+    check_output(config.output, is_folder=True)
+    for name in ("patches.html", "patches.png"):
+        check_output(Path(config.output) / name, reads=[config.file])
     device = choose_device(config.device)
     whole = read_text(config)
     text = whole_characters(whole, MAX_PAGE_BYTES)

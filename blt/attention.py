@@ -20,6 +20,14 @@ NO_DOCUMENT = -1
 # softmax over no key at all would be NaN, and NaN would spread through the gradients.
 AFTER_ROW = -2
 
+# Widths of a head that FlexAttention's kernels take. Below 16 they do not lower. Wider than these they
+# need more shared memory than a card has: 256 channels take 149 KiB of the 99 KiB of an RTX 4090.
+LEAST_FLEX_CHANNELS = 16
+MOST_FLEX_CHANNELS = 128
+# An H100 (capability 9) and a B200 (10) have 227 KiB. Consumer cards of capability 12 have 99 again.
+MOST_FLEX_CHANNELS_OF_LARGE_CARDS = 256
+LARGE_CARDS = (9, 10)
+
 # A band on a CPU has at most about this many attention scores, so that they stay in a core's cache.
 BAND_SCORES = 1 << 19
 
@@ -91,6 +99,7 @@ class AttentionPlan:
 
     def __init__(self, documents_BT, head_dim, theta, window=None, past_documents_BW=None):
         self.documents = documents_BT
+        self.head_dim = head_dim
         self.past_documents = past_documents_BW
         self.window = window
         self.length = documents_BT.shape[1]
@@ -125,19 +134,43 @@ class AttentionPlan:
             v_BTHK = torch.cat((past_v.to(v_BTHK.dtype), v_BTHK), dim=1)
         q = apply_rotary(q_BTHK, self.cos_sin[self.past_length :])
         k = apply_rotary(k_BTHK, self.cos_sin)
-        # The only place that chooses an implementation. Bands and FlexAttention have no dropout, and
-        # the mask for FlexAttention has no past: streams are read without torch.compile.
-        if q.device.type == "cpu" and not dropout:
+        self.make_mask(q.shape[2], q.dtype, dropout)
+        implementation = self.implementation(dropout)
+        if implementation == "bands":
             return self._by_bands(q, k, v_BTHK)
-        if not dropout and past is None and runs_flex_attention(q.device):
+        if implementation == "flex":
             return self._by_flex_attention(q, k, v_BTHK)
         return self._by_blocks(q, k, v_BTHK, dropout)
 
+    def implementation(self, dropout=0.0):
+        """The name of the implementation that `attend` chooses: "bands", "flex" or "blocks"."""
+        device = self.documents.device
+        # Bands and FlexAttention have no dropout, and the mask for FlexAttention has no past: streams
+        # are read without torch.compile.
+        if device.type == "cpu" and not dropout:
+            return "bands"
+        if not dropout and not self.past_length and runs_flex_attention(device, self.head_dim):
+            return "flex"
+        return "blocks"
+
+    def make_mask(self, n_heads, dtype, dropout=0.0):
+        """Make the mask that `attend` needs, if it is not made yet. n_heads, dtype: of the queries.
+
+        Layers inside torch's `checkpoint` need it made before: a plan that they changed would be a side
+        effect, for which torch.compile gives up the graph.
+        """
+        implementation = self.implementation(dropout)
+        # A band's bias is added to the scores in place, so both need one dtype.
+        has_bands = self.bands is not None and self.bands[0][-1].dtype == dtype
+        if implementation == "bands" and not has_bands:
+            self.bands = self._make_bands(n_heads, dtype)
+        elif implementation == "flex" and self.flex_mask is None:
+            self.flex_mask = self._make_flex_mask()
+        elif implementation == "blocks" and self.blocks is None:
+            self.blocks = BlockAttention(self.documents, self.window, self.past_documents)
+
     def _by_bands(self, q_BTHK, k_BSHK, v_BSHK):
         """For CPUs: one band of queries after another, each with the keys that it can see."""
-        # A band's bias is added to the scores in place, so both need one dtype.
-        if self.bands is None or self.bands[0][-1].dtype != q_BTHK.dtype:
-            self.bands = self._make_bands(q_BTHK.shape[2], q_BTHK.dtype)
         q = q_BTHK.transpose(1, 2)
         k = k_BSHK.transpose(1, 2)
         v = v_BSHK.transpose(1, 2)
@@ -185,26 +218,29 @@ class AttentionPlan:
 
     def _by_flex_attention(self, q_BTHK, k_BTHK, v_BTHK):
         """For compiled code on recent GPUs: a kernel made from the mask, which skips empty tiles."""
-        if self.flex_mask is None:
-            # Plain names, because torch.compile has to see through this function's closure.
-            documents_BT = self.documents
-            window = self.window
-            B, T = documents_BT.shape
-
-            def is_visible(row, head, query, key):
-                is_same_document = documents_BT[row, query] == documents_BT[row, key]
-                return may_attend(query - key, is_same_document, window)
-
-            self.flex_mask = create_block_mask(is_visible, B, None, T, T, device=q_BTHK.device)
         q = q_BTHK.transpose(1, 2)
         k = k_BTHK.transpose(1, 2)
         v = v_BTHK.transpose(1, 2)
-        return flex_attention(q, k, v, block_mask=self.flex_mask).transpose(1, 2)
+        # Rows of fewer than 128 positions would otherwise get the kernel for decoding, which takes a
+        # minute to compile and spills its registers.
+        options = {"FORCE_USE_FLEX_ATTENTION": True}
+        return flex_attention(q, k, v, block_mask=self.flex_mask, kernel_options=options).transpose(1, 2)
+
+    def _make_flex_mask(self):
+        """The row's mask for FlexAttention."""
+        # Plain names, because torch.compile has to see through this function's closure.
+        documents_BT = self.documents
+        window = self.window
+        B, T = documents_BT.shape
+
+        def is_visible(row, head, query, key):
+            is_same_document = documents_BT[row, query] == documents_BT[row, key]
+            return may_attend(query - key, is_same_document, window)
+
+        return create_block_mask(is_visible, B, None, T, T, device=documents_BT.device)
 
     def _by_blocks(self, q_BTHK, k_BSHK, v_BSHK, dropout):
         """For all else (older GPUs, code that is not compiled, dropout): torch's attention on blocks."""
-        if self.blocks is None:
-            self.blocks = BlockAttention(self.documents, self.window, self.past_documents)
         return self.blocks.attend(q_BTHK, k_BSHK, v_BSHK, dropout)
 
 
@@ -218,11 +254,49 @@ class Band(NamedTuple):
     bias: torch.Tensor  # [B, 1, queries, keys]: added to the scores, 0 where visible and -inf where not
 
 
-def runs_flex_attention(device):
-    """Whether this is code under torch.compile for a GPU that FlexAttention's kernels support."""
+def runs_flex_attention(device, head_dim):
+    """Whether this is code under torch.compile for a GPU, and a head width, that FlexAttention's kernels support."""
     if not torch.compiler.is_compiling() or device.type != "cuda":
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and head_dim in flex_head_dims(device)
+
+
+def flex_head_dims(device):
+    """The widths of a head, a range, for which FlexAttention's kernels compile on this CUDA device."""
+    most = MOST_FLEX_CHANNELS
+    if torch.cuda.get_device_capability(device)[0] in LARGE_CARDS:
+        most = MOST_FLEX_CHANNELS_OF_LARGE_CARDS
+    return range(LEAST_FLEX_CHANNELS, most + 1)
+
+
+def slow_attention(device, precision, head_dim, dropout, is_compiled):
+    """Why training with heads of this width has no fast attention kernel on a GPU, in words; None: it has.
+
+    dropout: the rate. is_compiled: whether the model runs under torch.compile.
+    """
+    if device.type != "cuda":
+        return None
+    is_recent = torch.cuda.get_device_capability(device) >= (8, 0)
+    has_flex = is_compiled and is_recent
+    if has_flex and not dropout and head_dim in flex_head_dims(device):
+        return None
+    # torch's kernels that take a mask read 16 bytes of a head at a time. For other widths it
+    # multiplies whole matrices of scores.
+    multiple = 4 if precision == "fp32" else 8
+    if head_dim % multiple:
+        return (
+            f"heads of {head_dim} channels are no multiple of {multiple}: torch has only its slow attention for "
+            "them, which keeps all scores"
+        )
+    if has_flex and dropout:
+        return "with dropout attention runs without FlexAttention, with masks: slower"
+    if has_flex:
+        widths = flex_head_dims(device)
+        return (
+            f"heads of {head_dim} channels: FlexAttention takes {widths[0]} to {widths[-1]} on this GPU; "
+            "attention runs with masks instead: slower"
+        )
+    return None
 
 
 class BlockAttention:

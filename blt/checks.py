@@ -1,5 +1,8 @@
 """Checks of settings: a bad value raises ValueError naming the field, the value and what is allowed."""
 
+import importlib.util
+import os
+from pathlib import Path
 from typing import get_type_hints
 
 
@@ -16,3 +19,35 @@ def check_positive(config, *names):
         value = getattr(config, name)
         may_be_none = value is None and isinstance(None, types[name])
         check(config, name, may_be_none or (isinstance(value, (int, float)) and value > 0), "above 0")
+
+
+def check_output(path, is_folder=False, reads=()):
+    """Raise ValueError unless a result can be written to this path: called before the work, not after it.
+
+    is_folder: the path is a folder, to be made if it is missing.
+    reads: paths that the run reads; a result must not replace them.
+    """
+    path = Path(path)
+    advice = "give another --output"
+    for read in reads:
+        if read is not None and path.resolve() == Path(read).resolve():
+            raise ValueError(f"{path} is read by this run and would be overwritten; {advice}")
+    if is_folder and path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, and results go into a folder of this name; {advice}")
+    # A file is replaced whole, which would remove a device such as /dev/null.
+    if not is_folder and path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file that can be replaced; {advice}")
+    ancestor = path if is_folder else path.parent
+    while not ancestor.exists() and ancestor != ancestor.parent:
+        ancestor = ancestor.parent
+    if not ancestor.is_dir():
+        raise ValueError(f"{path} cannot be written, because {ancestor} is a file and no folder; {advice}")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: no permission in {ancestor}; {advice}")
+
+
+def check_packages(*names):
+    """Raise ValueError for packages that are not installed: called before the work that ends in using them."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"missing packages: {', '.join(missing)}; run: pip install {' '.join(missing)}")

@@ -15,11 +15,14 @@ So a number that a user writes in place of BY_PRESET takes effect with every pre
 
 import argparse
 import ast
+import codecs
 import dataclasses
 import difflib
 import inspect
 import io
+import linecache
 import os
+import re
 import sys
 import textwrap
 import tokenize
@@ -30,6 +33,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from blt.commands import command
 from blt.device import MACHINE_NAMES, detect_machine
 from blt.files import git_commit
 
@@ -44,6 +48,18 @@ class ByPreset:
 BY_PRESET = ByPreset()
 # Names of model sizes; each script has its own numbers for them.
 SIZE_NAMES = ("nano", "tiny", "small", "medium", "large")
+
+# Fields of all configs that hold a path (dataset may also be an id of the hub). On the command line
+# a "~" at their beginning is the home folder, also where a shell leaves it: in quotes, after "=".
+PATH_FIELDS = frozenset(
+    """output model file decompress dataset data_cache cache_dir patch_cache entropy_model_path
+    prompt_file init_from to_hf from_hf patches_of""".split()
+)
+# Fields of `DataConfig` that the next script must be told if this one was: `next_command`.
+SHARED_FIELDS = (
+    *"preset dataset text_field corpus_bytes val_fraction max_document_bytes max_bytes val_bytes".split(),
+    *"data_cache device precision".split(),
+)
 
 
 @dataclass(frozen=True)
@@ -146,24 +162,109 @@ def parse_config(config_class, description, argv=None):
     """Read a config from the command line, where every field of the dataclass is a flag.
 
     The config's `given_flags` says which flags were given. The field that a config class names as
-    its POSITIONAL may be given first, without its flag. CHOICES, {field: function}, limits a
-    field to the words that the function returns.
+    its POSITIONAL may be given anywhere without its flag. CHOICES, {field: function}, limits a
+    field to the words that the function returns. Of a flag that is given twice the last value
+    counts, and a note says so; the values of a list add up.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if hasattr(config_class, "POSITIONAL") and argv and not argv[0].startswith("-"):
-        argv = [f"--{config_class.POSITIONAL}", *argv]
     parser = make_parser(config_class, description)
+    words, repeated = _prepare_words(argv, config_class, parser)
     # parse_known_args, because argparse's own message for unknown flags suggests nothing.
-    given, unknown = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}{_did_you_mean(unknown, config_class)}")
+    given = vars(given)
+    for name in repeated:
+        print(f"note: --{name} is given more than once; {given[name]!r}, the last, counts", file=sys.stderr)
+    empty = [name for name in sorted(PATH_FIELDS & set(given)) if given[name] == ""]
+    if empty:
+        parser.error(f"--{empty[0]} is empty; give a path, or leave the flag out")
     try:
-        config = config_class(**vars(given))
+        config = config_class(**(_default_paths(config_class) | given))
     except ValueError as error:
         parser.error(str(error))
     # Not a field: it says how this run was asked for, and is not a setting to save.
-    config.given_flags = set(vars(given))
+    config.given_flags = set(given)
     return config
+
+
+def _default_paths(config_class):
+    """{field: path} for the default paths that begin with "~": those that a user has written into a script."""
+    fields = [f for f in dataclasses.fields(config_class) if f.name in PATH_FIELDS and isinstance(f.default, str)]
+    return {f.name: os.path.expanduser(f.default) for f in fields if f.default.startswith("~")}
+
+
+# Put before a value that begins with a dash, which argparse would take for a flag. No argument of a
+# process can contain this character.
+IS_VALUE = "\0"
+
+
+def _is_flag(word):
+    # "-5", "- item" and "-hello" are values where one is expected. So is "--", and what is no word.
+    return re.match(r"--[A-Za-z][\w-]*(=|$)", word) is not None
+
+
+def _prepare_words(argv, config_class, parser):
+    """Rewrite a command line so that argparse reads it as people mean it.
+
+    Values that begin with a dash are marked by IS_VALUE, and a word that belongs to no flag gets the
+    flag of POSITIONAL. Returns the words, and the names of flags that are given more than once.
+    """
+    types_of_flags = {}
+    for name, field_type in get_type_hints(config_class).items():
+        types_of_flags |= {f"--{name}": field_type, f"--no_{name}": type(None)}
+    positional = getattr(config_class, "POSITIONAL", None)
+    words = []
+    seen = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag = word.split("=")[0]
+        is_loose = not word.startswith("-") or word == "--"
+        if is_loose and positional is not None:
+            # After "--" every word is one, whatever it begins with.
+            loose = rest if word == "--" else [word]
+            words += [f"--{positional}={name}" for name in loose]
+            seen += [f"--{positional}"] * len(loose)
+            rest = [] if word == "--" else rest
+            continue
+        words.append(word)
+        if flag in types_of_flags and get_origin(types_of_flags[flag]) is not list:
+            seen.append(flag)
+        if word == flag:
+            n_values = _count_values(types_of_flags.get(flag), rest) if _is_flag(flag) else 0
+            words += [_marked(value, types_of_flags.get(flag)) for value in rest[:n_values]]
+            rest = rest[n_values:]
+    repeated = sorted({flag.removeprefix("--") for flag in seen if seen.count(flag) > 1})
+    if positional in repeated:
+        parser.error(f"there is more than one {positional}; give one")
+    return words, repeated
+
+
+def _count_values(field_type, rest):
+    """How many of the words after a flag are its values.
+
+    field_type: NoneType for a flag that takes none, None for one that does not exist.
+    """
+    values = 0
+    # "-h" directly after a flag is its value; later it asks for help.
+    for number, word in enumerate(rest):
+        if _is_flag(word) or word == "--" or (word == "-h" and number > 0):
+            break
+        values = number + 1
+    if field_type is type(None):
+        return 0
+    if field_type is bool:
+        # --verify FILE: the next word is a value only if it says yes or no.
+        return int(values > 0 and rest[0].lower() in BOOL_WORDS)
+    takes_many = field_type is None or get_origin(field_type) is list
+    return values if takes_many else min(values, 1)
+
+
+def _marked(value, field_type):
+    """A value with IS_VALUE before it if argparse would take it for a flag. Numbers need no mark."""
+    holds_text = any(t is str for t in (field_type, *get_args(field_type)))
+    return IS_VALUE + value if holds_text and value.startswith("-") else value
 
 
 def given_fields(config):
@@ -198,6 +299,8 @@ def make_parser(config_class, description):
         options = _argparse_options(types_of_fields[f.name], choices_of_fields.get(f.name))
         # A "%" in a help text would be a format to argparse.
         text = f.metadata.get("help", comments.get(f.name, "")) + _describe_default(config_class, f)
+        if f.name in PATH_FIELDS:
+            options["type"] = _expanding(options["type"])
         parser.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **options)
         if types_of_fields[f.name] is bool:
             parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
@@ -215,7 +318,7 @@ def _argparse_options(field_type, choices=None):
         options["type"] = _named(lambda text: None if text == "None" else convert(text), convert)
         return options
     if get_origin(field_type) is list:
-        return {**_argparse_options(arguments[0], choices), "nargs": "*"}
+        return {**_argparse_options(arguments[0], choices), "nargs": "*", "action": "extend"}
     if get_origin(field_type) is Literal:
         return {"type": str, "choices": arguments, "metavar": "{" + ",".join(arguments) + "}"}
     # --flag, --flag True and --flag False; make_parser adds --no_flag.
@@ -223,7 +326,20 @@ def _argparse_options(field_type, choices=None):
         return {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
     if choices is not None:
         return {"type": _one_of(choices), "metavar": "{" + ",".join(choices) + "}"}
-    return {"type": field_type, "metavar": field_type.__name__.upper()}
+    return {"type": _text if field_type is str else field_type, "metavar": field_type.__name__.upper()}
+
+
+def _text(word):
+    """A word of the command line without the mark of `_prepare_words`."""
+    return word.removeprefix(IS_VALUE)
+
+
+def _expanding(convert):
+    def convert_path(word):
+        path = convert(word)
+        return os.path.expanduser(path) if isinstance(path, str) else path
+
+    return _named(convert_path, convert)
 
 
 def _named(convert, original):
@@ -233,7 +349,8 @@ def _named(convert, original):
 
 
 def _one_of(choices):
-    def convert(text):
+    def convert(word):
+        text = _text(word)
         if text not in choices:
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(choices)})")
         return text
@@ -241,11 +358,13 @@ def _one_of(choices):
     return convert
 
 
+BOOL_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
 def _parse_bool(text):
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in words:
+    if text.lower() not in BOOL_WORDS:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return words[text.lower()]
+    return BOOL_WORDS[text.lower()]
 
 
 def _describe_default(config_class, f):
@@ -266,7 +385,9 @@ def _describe_default(config_class, f):
 
 def _did_you_mean(unknown, config_class):
     names = [f"--{f.name}" for f in dataclasses.fields(config_class)]
-    close = [match for flag in unknown for match in difflib.get_close_matches(flag, names, n=1)]
+    # "--stpes=4" is compared without its value, and "-steps" and "--row-bytes" as they are meant.
+    flags = ["--" + word.split("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("-")]
+    close = [match for flag in flags for match in difflib.get_close_matches(flag, names, n=1)]
     return f"; did you mean {' '.join(close)}?" if close else ""
 
 
@@ -277,7 +398,7 @@ def field_comments(config_class):
         if not dataclasses.is_dataclass(base):
             continue
         try:
-            source = textwrap.dedent(inspect.getsource(base))
+            source = _class_source(base)
         except OSError:  # a class that was made by code has no source
             continue
         # The comments of the class body by line. ast drops comments, so tokenize finds them.
@@ -292,16 +413,44 @@ def field_comments(config_class):
     return comments
 
 
+def _class_source(config_class):
+    """The lines of a class. For a class at the top of its file this is 20 times faster than inspect.getsource.
+
+    (inspect parses the whole file to find the class, for each class again; --help would wait for that.)
+    """
+    if "." in config_class.__qualname__:
+        return textwrap.dedent(inspect.getsource(config_class))
+    lines = linecache.getlines(inspect.getsourcefile(config_class))
+    is_head = re.compile(rf"class {config_class.__name__}\b").match
+    first = next((number for number, line in enumerate(lines) if is_head(line)), None)
+    if first is None:
+        raise OSError(f"no source of {config_class.__name__}")
+    end = first + 1
+    while end < len(lines) and (lines[end][:1].isspace() or not lines[end].strip()):
+        end += 1
+    return "".join(lines[first:end])
+
+
 def run_script(main, config_class, description):
     """Parse the command line and run main(config). A user's mistake ends in one line and exit status 1.
 
     Set BLT_TRACEBACK=1 to see where an error came from.
     """
-    # Lines appear at once in a file or pipe too, and text that the terminal cannot show is replaced.
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    config = parse_config(config_class, description)
+    prepare_streams()
     try:
-        main(config)
+        try:
+            main(parse_config(config_class, description))
+        finally:
+            # Here and not when Python ends, so that a closed pipe is noticed below: after --help, too.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough, as in "| head". Python flushes once more when it ends;
+        # that must go somewhere, or it complains.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        # As a process ends that the signal SIGPIPE has stopped.
+        sys.exit(141)
     except (ValueError, OSError) as error:  # FileNotFoundError, PermissionError and ConnectionError are OSErrors
         if os.environ.get("BLT_TRACEBACK"):
             raise
@@ -315,6 +464,28 @@ def run_script(main, config_class, description):
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def prepare_streams():
+    """Let every print succeed: whatever the text holds, whatever the terminal can show, with closed streams too."""
+    # In the order of their numbers: a file that is opened gets the lowest number that is free.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    codecs.register_error("show", _show_what_cannot_be_encoded)
+    # Lines appear at once in a file or pipe too.
+    sys.stdout.reconfigure(line_buffering=True, errors="show")
+    # Tests and notebooks may have put another object here.
+    if hasattr(sys.stderr, "reconfigure"):
+        sys.stderr.reconfigure(errors="show")
+
+
+def _show_what_cannot_be_encoded(error):
+    """Write bytes that came from a file's name or the command line as they were, and "?" for other characters."""
+    # Python reads such a byte xx as the character U+DCxx.
+    unknown = error.object[error.start : error.end]
+    shown = [ord(char) - 0xDC00 if "\udc80" <= char <= "\udcff" else ord("?") for char in unknown]
+    return bytes(shown), error.end
 
 
 # What scripts print
@@ -342,13 +513,17 @@ def print_table(header, rows):
         print("  ".join([first, *others]).rstrip())
 
 
-def next_command(script, preset=(), **flags):
-    """The command that a script prints as the next step, with the presets that were named on its own command line."""
-    words = [f"python {script}"]
-    if preset:
-        words.append("--preset " + " ".join(preset))
-    words += [f"--{name} {value}" for name, value in flags.items()]
-    return " ".join(words)
+def next_command(script, preset=(), config=None, shared_fields=SHARED_FIELDS, **flags):
+    """The command that a script prints as the next step.
+
+    preset: the presets that were named on this script's own command line.
+    config: this script's config; of the shared_fields, those that were given are in the command.
+    """
+    shared = {"preset": list(preset)} if preset else {}
+    if config is not None:
+        given = given_fields(config)
+        shared |= {name: getattr(config, name) for name in shared_fields if name in given}
+    return command(script, **(shared | flags))
 
 
 def part_of(config, config_class):

@@ -10,16 +10,25 @@ import torch
 def choose_device(name="auto"):
     """The torch.device of this name; "auto" is CUDA if there is one, else the CPU.
 
-    Raises ValueError for a name that torch does not know and for CUDA on a machine without it.
+    Raises ValueError for any other name than auto, cpu, cuda, cuda:N and mps, and for a device that
+    this machine does not have.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch finds no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, but torch finds {torch.cuda.device_count()} CUDA device(s) here, numbered from cuda:0"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device is {name!r}, but torch finds no Apple GPU here; use --device cpu")
     return device
 
 
@@ -47,6 +56,26 @@ def autocast(device, precision):
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def restore_matmul_precision():
+    """Restore at the end how torch multiplies fp32 matrices, which `allow_tf32` changes."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def allow_tf32(device, precision):
+    """On CUDA in fp32, let matrix products round their factors to TF32: several times faster.
+
+    For training, inside `restore_matmul_precision`. The leak gate, generation and compression compare
+    numbers to more digits than TF32 has.
+    """
+    if device.type == "cuda" and precision == "fp32":
+        torch.set_float32_matmul_precision("high")
 
 
 def set_seed(seed):

@@ -782,8 +782,8 @@ def write_patches(path, patch_config, facts):
 def read_patches(path, corpus, entropy_record, advice="run: python create_patches.py"):
     """The `PatchConfig` in patches.json, checked.
 
-    corpus: the `Corpus` in use. entropy_record: the `RunRecord` of the entropy model in use. A rule
-    that needs no entropies is about neither, so both may then be None.
+    corpus: the `Corpus` in use. entropy_record: the `RunRecord` of the entropy model in use. None of
+    either: it is not compared. A rule that needs no entropies is about neither.
     advice: what a message tells the user to do.
     Raises FileNotFoundError if there is none, ValueError if it is damaged, outdated, or about another
     corpus or entropy model.
@@ -798,9 +798,10 @@ def read_patches(path, corpus, entropy_record, advice="run: python create_patche
             raise CacheError(f"{path} lacks {', '.join(sorted(missing))}")
         patch_config = PatchConfig(**chosen["patch_config"])
         if patch_config.needs_entropies:
-            if chosen["corpus_sha256"] != corpus.hash:
+            if corpus is not None and chosen["corpus_sha256"] != corpus.hash:
                 raise CacheError(f"{path} was made for another corpus (dataset {chosen.get('dataset')!r})")
-            if chosen["entropy_model_sha256"] != entropy_record.weights_sha256:
+            is_named = entropy_record is not None
+            if is_named and chosen["entropy_model_sha256"] != entropy_record.weights_sha256:
                 raise CacheError(f"{path} was made with another entropy model ({chosen.get('entropy_model_path')})")
     # TypeError: settings that a PatchConfig does not have. ValueError: values that it refuses.
     except (ValueError, TypeError) as error:

@@ -67,3 +67,20 @@ def to_bytes(byte_sequence):
     if not is_row_of_bytes:
         raise ValueError("a byte sequence must be bytes, str, or one row of whole numbers from 0 to 255")
     return values.astype(np.uint8)
+
+
+def argument_bytes(text):
+    """The bytes that a user typed as an argument, or that are in a file's name.
+
+    Python reads bytes that are not UTF-8 as surrogates; this undoes it. A surrogate that comes from
+    elsewhere (JSON can hold half of a pair) is stored as `to_bytes` stores it.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def drawable(text):
+    """A text without surrogates, for what refuses them (matplotlib): bytes that are no UTF-8 become "�"."""
+    return argument_bytes(text).decode(errors="replace")

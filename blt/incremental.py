@@ -241,8 +241,9 @@ class IncrementalBLT:
         self.n_patches = np.zeros(n_rows, np.int64)
         self.newest_latent_BG = torch.zeros(n_rows, config.global_dim, device=self.device)
         if context_bytes is not None:
-            self.row_ids = np.zeros((n_rows, context_bytes), np.int64)
-            self.row_is_end = np.zeros((n_rows, context_bytes), bool)
+            # They grow with the text: a context may be far longer than any text.
+            self.row_ids = np.zeros((n_rows, min(context_bytes, 256)), np.int64)
+            self.row_is_end = np.zeros(self.row_ids.shape, bool)
             self.restart_length = context_bytes - max(1, context_bytes // 2)
 
         # The open patch: its bytes, and for each cross-attention their states [B, capacity, D].
@@ -488,6 +489,7 @@ class IncrementalBLT:
         """
         if not is_full_B.any():
             return
+        # A full row has grown to context_bytes.
         ids_BT = self.row_ids[:, -self.restart_length :].copy()
         is_end_BT = self.row_is_end[:, -self.restart_length :].copy()
         is_end_BT[:, 0] = True
@@ -534,6 +536,7 @@ class IncrementalBLT:
             # For the restart of a full row, which reads its last half again.
             rows, columns = np.nonzero(is_counted(counts_B, N))
             positions = self.row_length[rows] + columns
+            self._grow_rows_to(int((self.row_length + counts_B).max()))
             self.row_ids[rows, positions] = step.ids_BN[rows, columns]
             self.row_is_end[rows, positions] = is_end_BN[rows, columns]
         n_recent = self.recent_ids.shape[1]
@@ -543,6 +546,14 @@ class IncrementalBLT:
             self.recent_ids = ids_BT.gather(1, last_BR)
         self.row_length = self.row_length + counts_B
         self.n_patches = self.n_patches + n_complete_B
+
+    def _grow_rows_to(self, n_needed):
+        """Make room for n_needed ids in the rows: twice the room, or more, but at most context_bytes."""
+        capacity = self.row_ids.shape[1]
+        if n_needed > capacity:
+            n_more = min(max(n_needed, 2 * capacity), self.context_bytes) - capacity
+            self.row_ids = np.pad(self.row_ids, ((0, 0), (0, n_more)))
+            self.row_is_end = np.pad(self.row_is_end, ((0, 0), (0, n_more)))
 
     def _drop_complete_patches(self, is_end_BN, counts_B):
         """Forget the encoder states of bytes whose patch is complete.

@@ -65,6 +65,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False, dropout=0.0):
         super().__init__()
         self.n_heads = n_heads
+        self.head_dim = dim // n_heads
         self.dropout = dropout
         self.wq = nn.Linear(dim, dim, bias=False)
         self.wk = nn.Linear(dim, dim, bias=False)
@@ -84,10 +85,13 @@ class SelfAttention(nn.Module):
         v_BTHK = self.wv(x_BTD).unflatten(-1, (self.n_heads, -1))
         q_BTHK = self.q_norm(q_BTHK)
         k_BTHK = self.k_norm(k_BTHK)
-        dropout = self.dropout if self.training else 0.0
         # The plan applies the rotary embedding, because it knows the positions.
-        out_BTHK = plan.attend(q_BTHK, k_BTHK, v_BTHK, past, dropout)
+        out_BTHK = plan.attend(q_BTHK, k_BTHK, v_BTHK, past, self.dropout_now())
         return self.wo(out_BTHK.flatten(2)), (k_BTHK, v_BTHK)
+
+    def dropout_now(self):
+        """The share of attention weights to drop: none outside training."""
+        return self.dropout if self.training else 0.0
 
 
 class FeedForward(nn.Module):
@@ -135,6 +139,12 @@ def run_block(block, x_BTD, plan, recompute=False, past=None):
         return block(x_BTD, plan, past)[0]
 
     if recompute and torch.is_grad_enabled():
+        # Ahead of the checkpoint, which must not change the plan.
+        attention = block.attention
+        dtype = attention.wq.weight.dtype
+        if torch.is_autocast_enabled(x_BTD.device.type):
+            dtype = torch.get_autocast_dtype(x_BTD.device.type)
+        plan.make_mask(attention.n_heads, dtype, attention.dropout_now())
         return checkpoint(new_states, x_BTD, use_reentrant=False)
     return new_states(x_BTD)
 

@@ -68,7 +68,9 @@ def add_up(scored_batches):
     totals = {"nats": 0.0, "right": 0, "targets": 0, "bytes": 0}
     for batch, nats_BT, is_right_BT in scored_batches:
         # In float64, so that the order of the batches does not matter to the digits that are printed.
-        totals["nats"] += nats_BT.sum(dtype=torch.float64).item()
+        # Apple's GPUs have no float64, so the CPU adds up for them.
+        summed_BT = nats_BT.cpu() if nats_BT.device.type == "mps" else nats_BT
+        totals["nats"] += summed_BT.sum(dtype=torch.float64).item()
         totals["right"] += int(is_right_BT.sum())
         totals["targets"] += batch.targets
         totals["bytes"] += batch.bytes
@@ -153,8 +155,9 @@ def leak_gate(model, patcher, text, positions=6):
 
     At some positions t of the first 512 bytes of the text: (1) changing the bytes from t on must
     not change the logits of bytes 0 to t, and (2) cutting the text off at t must not change the
-    last logits. The patcher makes the patches again each time. patcher None: a model without
-    patches.
+    last logits. The patcher makes the patches again each time. (3) At more positions, because it is
+    cheap: cutting the text off at t must not change the patch starts up to t.
+    patcher None: a model without patches.
     Returns the largest difference seen, in nats.
 
     A model over BPE tokens is tested with tokens in place of bytes: the text is tokenised once,
@@ -172,6 +175,8 @@ def leak_gate(model, patcher, text, positions=6):
     text = vocabulary.encode(np.frombuffer(bytes(text), dtype=np.uint8)[:512])
     if len(text) < 2:
         raise ValueError(f"the leak gate needs a text of at least 2 {'bytes' if vocabulary is BYTES else 'tokens'}")
+    if patcher is not None:
+        _check_patch_starts(patcher, text)
     was_training = model.training
     model.eval()
 
@@ -195,6 +200,18 @@ def leak_gate(model, patcher, text, positions=6):
             worst = max(worst, difference.item())
     model.train(was_training)
     return worst
+
+
+def _check_patch_starts(patcher, text, positions=32):
+    """Raise ValueError if a patch start depends on its own byte or on later ones."""
+    whole = patcher.starts(text)
+    for t in np.unique(np.linspace(1, len(text) - 1, positions).astype(int)):
+        # The last start of a prefix is about byte t, which the prefix does not hold.
+        if not np.array_equal(patcher.starts(text[:t]), whole[: t + 1]):
+            raise ValueError(
+                f"leak: patch method {patcher.config.method!r} starts other patches when the text is cut off at {t}; "
+                "whether byte t starts a patch must depend on the bytes before it only"
+            )
 
 
 def _log_probabilities(model, patcher, document, vocabulary):

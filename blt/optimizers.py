@@ -2,7 +2,7 @@
 
     backward(model, loss, scaler)                              add the loss's gradients
     clip_gradients(model, optimizers, scaler, max_norm)        limit the norm of all of them
-    step_optimizers(optimizers, scaler)                        change the weights, clear the gradients
+    step_optimizers(optimizers, scaler, gradient_norm)         change the weights, clear the gradients
 
 `make_optimizers` puts every parameter into exactly one of three: Muon for the matrices of layers, a
 row-wise Adam for hash tables, AdamW for the rest (embeddings, output head, norms).
@@ -98,20 +98,30 @@ class GroupedMuon(torch.optim.Muon):
         torch._foreach_add_(params, steps, alpha=-group["lr"] * scale)
 
 
-def orthogonalize(x_NRC, coefficients, steps, eps):
-    """Push all singular values of each matrix towards 1, by Newton-Schulz steps in bf16.
+def products_dtype(device):
+    """The dtype of `orthogonalize`: bf16, but fp16 on GPUs before Ampere, which only emulate bf16."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16
+
+
+def orthogonalize(x_NRC, coefficients, steps, eps, dtype=None):
+    """Push all singular values of each matrix towards 1, by Newton-Schulz steps in bf16 (`products_dtype`).
 
     A step is x <- (a + b g + c g g) x with the Gram matrix g = x x' and (a, b, c) = coefficients. It
     keeps the singular vectors of x, and takes each singular value s to a s + b s ** 3 + c s ** 5.
     """
     a, b, c = coefficients
-    x = x_NRC.bfloat16()
+    dtype = products_dtype(x_NRC.device) if dtype is None else dtype
+    # fp16 holds no gradient: numbers of 1e-8 would be zeros. So its norm is taken before the cast, and
+    # after it no number exceeds 1.
+    x = x_NRC.float() if dtype == torch.float16 else x_NRC.to(dtype)
     # The Gram matrix is rows by rows: of a tall matrix that of its transpose is smaller.
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
     # No singular value exceeds the norm of the matrix: dividing by it brings all of them into 0..1.
-    x = x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]
+    x = (x / x.flatten(1).norm(dim=1).clamp(min=eps)[:, None, None]).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -201,14 +211,17 @@ def clip_gradients(model, optimizers, scaler, max_norm):
     return norm
 
 
-def step_optimizers(optimizers, scaler):
-    """Update all weights and clear the gradients.
+def step_optimizers(optimizers, scaler, gradient_norm):
+    """Update all weights and clear the gradients. gradient_norm: what `clip_gradients` returned.
 
-    With fp16, the scaler skips a step whose gradients overflowed. To know that, the CPU waits for the
-    device.
+    With fp16, gradients may overflow; then no weight changes, and the scaler's factor falls. To know
+    that, the CPU waits for the device once.
     """
-    for optimizer in optimizers:
-        scaler.step(optimizer)
+    # One decision for all optimizers. The scaler's own is one for each, and an optimizer without an
+    # overflow of its own would step with gradients that the common norm has made NaN or zero.
+    if not scaler.is_enabled() or torch.isfinite(gradient_norm).item():
+        for optimizer in optimizers:
+            optimizer.step()
     scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)

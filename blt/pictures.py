@@ -30,8 +30,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from blt.files import write_atomically
+from blt.ids import drawable
 from blt.patch_rules import RULES
 
 BLUE = "#2f6db3"
@@ -495,6 +497,8 @@ def _draw_bars(axes, n_models, rows, is_change):
 
 def _shortened(label, most=28):
     """A label of at most `most` characters; the end of a path says more than its beginning."""
+    # Here and not in `_save`, because axes make the labels of their ticks when they are drawn.
+    label = drawable(label)
     return label if len(label) <= most else "…" + label[1 - most :]
 
 
@@ -621,6 +625,9 @@ def _bare(*all_axes):
 
 def _save(path, figure, dpi=150):
     """Write a figure in the format that the file name says, else as PNG; return the path."""
+    # Titles and legends hold file names, which need not be UTF-8.
+    for text in figure.findobj(Text):
+        text.set_text(drawable(text.get_text()))
     drawn = io.BytesIO()
     figure.savefig(drawn, format=Path(path).suffix[1:] or "png", dpi=dpi, facecolor="white")
     return _write(path, drawn.getvalue())

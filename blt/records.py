@@ -12,10 +12,15 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from blt.commands import command
 from blt.files import load_weights, model_hash, save_weights, state_hash, write_json
 
-# Which script trains a kind of model, and what it is called in messages.
-SCRIPTS = {"blt": "llm.py", "flat": "template_llm.py --model flat", "bpe": "template_llm.py --model bpe"}
+# Which script trains a kind of model, with which flags, and what it is called in messages.
+SCRIPTS = {
+    "blt": ("llm.py", {}),
+    "flat": ("template_llm.py", {"model": "flat"}),
+    "bpe": ("template_llm.py", {"model": "bpe"}),
+}
 NAMES = {"blt": "BLT", "flat": "flat byte transformer", "bpe": "BPE transformer", "entropy": "entropy model"}
 
 
@@ -54,7 +59,8 @@ class RunRecord:
             raise FileNotFoundError(f"{path} not found")
         try:
             values = json.loads(path.read_text())
-        except ValueError as error:
+        # Brackets in brackets, thousands deep, are a RecursionError.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}; restore the file, or train the model again") from None
         # Strict in both directions: a file with other keys was written by other code.
         known = {field.name for field in dataclasses.fields(cls)}
@@ -64,7 +70,53 @@ class RunRecord:
                 f"{path} is not the record of a trained model: it needs {', '.join(sorted(needed))}; "
                 "if an older version of these scripts wrote it, train the model again"
             )
-        return cls(**values)
+        record = cls(**values)
+        record.check(path)
+        return record
+
+    def check(self, path):
+        """Raise ValueError, naming the file at path, unless the fields have values that a record can have."""
+        if self.kind not in list(NAMES):
+            raise ValueError(f"{path} describes a model of kind {self.kind!r}; it must be one of {', '.join(NAMES)}")
+        for name in ("model_config", "settings", "corpus"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{path} is damaged: its {name} is no object; restore the file, or train again")
+        needs_path = self.entropy_model_sha256 is not None
+        if needs_path and not isinstance(self.entropy_model_path, str):
+            raise ValueError(f"{path} is damaged: its entropy_model_path is no text; restore the file, or train again")
+        if self.precision not in (None, "bf16", "fp16", "fp32"):
+            raise ValueError(f"{path} is damaged: its precision is {self.precision!r}; it must be bf16, fp16 or fp32")
+
+    def row_bytes(self):
+        """The bytes of a row in training. Raises ValueError for a record that does not say it."""
+        row_bytes = self.settings.get("row_bytes")
+        if not isinstance(row_bytes, int) or row_bytes < 2:
+            raise ValueError(
+                "the record of this model does not say in which rows it was trained; "
+                "pass --context_bytes (evaluate.py: --row_bytes)"
+            )
+        return row_bytes
+
+    def config(self, config_class, name="model_config"):
+        """The config in a field of the record. Raises ValueError for settings that are missing or too many.
+
+        A missing setting must not become a default: the model would compute something else.
+        """
+        values = getattr(self, name)
+        if not isinstance(values, dict):
+            raise ValueError(f"the record of the {NAMES[self.kind]} is damaged: it has no {name}; train again")
+        known = {field.name for field in dataclasses.fields(config_class)}
+        wrong = [f"lacks {key}" for key in sorted(known - set(values))]
+        wrong += [f"has {key}, which is no setting" for key in sorted(set(values) - known)]
+        if wrong:
+            raise ValueError(
+                f"the record of the {NAMES[self.kind]} is damaged, or of another version: its {name} "
+                f"{', '.join(wrong)}; restore the file, or train again"
+            )
+        try:
+            return config_class(**values)
+        except TypeError as error:
+            raise ValueError(f"the record of the {NAMES[self.kind]} is damaged: in its {name}, {error}") from None
 
 
 def save_model(model, weights_path, record, record_path):
@@ -81,8 +133,8 @@ def read_record(folder, *kinds):
     kinds = kinds or ("blt", "flat", "bpe")
     for file in (folder / "model.json", folder / "best.pt"):
         if not file.exists():
-            commands = " or ".join(f"python {SCRIPTS[kind]} --output {folder}" for kind in kinds)
-            raise FileNotFoundError(f"{file} not found; run: {commands}")
+            commands = [command(SCRIPTS[kind][0], **SCRIPTS[kind][1], output=folder) for kind in kinds]
+            raise FileNotFoundError(f"{file} not found; run: {' or '.join(commands)}")
     record = RunRecord.load(folder / "model.json")
     if record.kind not in kinds:
         wanted = " or a ".join(NAMES[kind] for kind in kinds)
@@ -99,7 +151,15 @@ def load_model(make_model, weights_path, record, retrain):
     """
     if not Path(weights_path).exists():
         raise FileNotFoundError(f"{weights_path} not found; run: {retrain}")
-    model = make_model()
+    try:
+        model = make_model()
+    # Sizes that are numbers, but that no model can have.
+    except (RuntimeError, MemoryError, OverflowError, TypeError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"the JSON beside {weights_path} describes a model that cannot be made ({reason}); "
+            f"restore it, or run: {retrain}"
+        ) from None
     # The file's weights are hashed, not the model's: a bf16 file may be read into an fp32 model.
     state = load_weights(weights_path, model)
     if record.weights_sha256 is not None and record.weights_sha256 != state_hash(state):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from blt.checks import check, check_positive
-from blt.ids import BOUNDARY
+from blt.ids import BOUNDARY, argument_bytes
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Sampler:
         self.max_length = len(prompt) + max_new_bytes
         self.is_over = False
         self.random = np.random.default_rng(config.seed + row)
-        self.stops = [stop.encode("utf-8", "surrogateescape") for stop in config.stop]
+        self.stops = [argument_bytes(stop) for stop in config.stop]
         # For no_repeat_bytes = n: which bytes have followed each sequence of n - 1 bytes.
         self.followers = {}
         if config.no_repeat_bytes:

@@ -168,9 +168,10 @@ def test_a_stored_file_needs_no_model_and_is_checked(monkeypatch):
             decompress(flipped, None, None)
 
 
-def test_the_format_before_gets_an_error_that_names_it():
-    with pytest.raises(ValueError, match="format BLT1.*restore it with the version that wrote it"):
-        decompress(b"BLT1" + bytes(36), None, None)
+@pytest.mark.parametrize("name", ["BLT1", "BLT2"])
+def test_the_formats_before_get_an_error_that_names_them(name):
+    with pytest.raises(ValueError, match=f"format {name}.*restore it with the version that wrote it"):
+        decompress(name.encode() + bytes(36), None, None)
 
 
 def test_a_header_is_read_as_it_was_written():
@@ -262,6 +263,6 @@ def test_the_script_stores_what_it_cannot_compress(folder, trained, capsys):
 
 
 def test_a_mistake_is_one_line(folder):
-    (folder / "broken.blt").write_bytes(b"BLT2" + bytes(50))
+    (folder / "broken.blt").write_bytes(b"BLT3" + bytes(50))
     line = error_of(folder, "compress", "--decompress", "broken.blt", "--output", "x")
     assert "it is damaged" in line

@@ -402,7 +402,9 @@ def test_hub_dataset(opened, hub):
 
 def test_hub_dataset_needs_a_limit(opened, hub):
     calls = hub([])
-    with pytest.raises(ValueError, match="owner/name is on the Hugging Face hub .* --corpus_bytes"):
+    with pytest.raises(
+        ValueError, match="owner/name is not found here as a file .* Hugging Face dataset owner/name, .* --corpus_bytes"
+    ):
         opened("owner/name")
     assert calls == []
 
@@ -736,7 +738,7 @@ def test_broken_manifest_is_refused(tmp_path, opened, manifest):
 def test_unwritable_cache(tmp_path, opened):
     path = write(tmp_path / "a.jsonl", json_lines(numbered(10)))
     write(tmp_path / "file", b"")
-    with pytest.raises(OSError, match="cannot write .*file/cache/.*pass --cache_dir") as caught:
+    with pytest.raises(OSError, match="cannot write .*file/cache/.*pass --data_cache") as caught:
         opened(path, cache_dir=tmp_path / "file" / "cache")
     assert "\n" not in str(caught.value)
 
@@ -746,7 +748,7 @@ def test_full_disk(tmp_path, opened, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", save)
-    with pytest.raises(OSError, match="cannot write .*No space left on device.*pass --cache_dir"):
+    with pytest.raises(OSError, match="cannot write .*No space left on device.*pass --data_cache"):
         opened(write(tmp_path / "a.jsonl", json_lines(numbered(10))))
     assert list((tmp_path / "cache").iterdir()) == []
 

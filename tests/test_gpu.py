@@ -86,7 +86,7 @@ def test_compiled_steps_do_not_wait(precision):
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     model = BLTModel(BLTConfig(**CONFIG)).cuda()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     batches = []
@@ -102,8 +102,8 @@ def test_compiled_steps_do_not_wait(precision):
                     nats, _ = target_losses(compiled, batch.to("cuda"))
                     loss = nats.sum() / batch.targets
                 loss.backward()
-                clip_gradients(model, optimizers, scaler, config.clip)
-                step_optimizers(optimizers, scaler)
+                norm = clip_gradients(model, optimizers, scaler, config.clip)
+                step_optimizers(optimizers, scaler, norm)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -281,6 +281,7 @@ def test_every_way_of_attention_equals_a_dense_mask(way, T, window):
     elif way == "blocks":
         got = BlockAttention(documents, window).attend(q_rotated, k_rotated, v, dropout=0.0)
     else:
+        plan.flex_mask = plan._make_flex_mask()
         # FlexAttention has no backward pass on a CPU.
         with torch.no_grad():
             got = plan._by_flex_attention(q_rotated.detach(), k_rotated.detach(), v.detach())

@@ -106,8 +106,8 @@ class Trainee:
         backward(self.model, nats.sum() / batch.targets, self.scaler)
 
     def update(self):
-        clip_gradients(self.model, self.optimizers, self.scaler, RATES.clip)
-        step_optimizers(self.optimizers, self.scaler)
+        norm = clip_gradients(self.model, self.optimizers, self.scaler, RATES.clip)
+        step_optimizers(self.optimizers, self.scaler, norm)
 
     def step(self, batch):
         self.backward(batch)
@@ -376,15 +376,15 @@ def check_compiled(model, batches, fullgraph):
     return torch._dynamo.utils.counters
 
 
-def by_blocks(self, q, k, v):
-    """What GPUs without FlexAttention run, on a CPU."""
-    return self._by_blocks(q, k, v, dropout=0.0)
+def by_blocks(plan, dropout=0.0):
+    """In place of `AttentionPlan.implementation`: what GPUs without FlexAttention run, on a CPU."""
+    return "blocks"
 
 
 @pytest.mark.parametrize("attention", ["bands", "blocks"])
 def test_blt_is_one_graph_and_compiles_once(attention, monkeypatch):
     if attention == "blocks":
-        monkeypatch.setattr(layers.AttentionPlan, "_by_bands", by_blocks)
+        monkeypatch.setattr(layers.AttentionPlan, "implementation", by_blocks)
     counters = check_compiled(blt(ngram_sizes=[3]), [batch_of(seed=seed) for seed in range(3)], fullgraph=True)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
@@ -472,7 +472,7 @@ def test_memory_is_linear_in_the_row(attention, monkeypatch):
     """The same 16 patches in rows of any length: between patches attention is dense."""
     monkeypatch.setattr(layers, "BAND_SCORES", 0)
     if attention == "blocks":
-        monkeypatch.setattr(layers.AttentionPlan, "_by_bands", by_blocks)
+        monkeypatch.setattr(layers.AttentionPlan, "implementation", by_blocks)
     trainee = Trainee(blt())
     kept = [kept_bytes(trainee.model, row_bytes=n) for n in (1024, 2048, 4096)]
     peak = [peak_bytes(trainee, row_bytes=n) for n in (1024, 2048, 4096)]
