@@ -16,9 +16,9 @@ $(VENV)/ready: requirements.txt constraints.txt
 
 demo: $(VENV)/ready
 	mkdir -p $(DEMO)
-	cd $(DEMO) && ../$(VENV)/bin/python ../entropy_llm.py
+	cd $(DEMO) && ../$(VENV)/bin/python ../entropy_llm.py --overwrite
 	cd $(DEMO) && ../$(VENV)/bin/python ../create_patches.py
-	cd $(DEMO) && ../$(VENV)/bin/python ../llm.py
+	cd $(DEMO) && ../$(VENV)/bin/python ../llm.py --overwrite
 	@echo "pictures: $(DEMO)/entropy_model_run/curves.png $(DEMO)/patch_cache/entropy.png $(DEMO)/patch_cache/patch_sizes.png $(DEMO)/patch_cache/patches.html $(DEMO)/checkpoints/curves.png"
 
 test: $(VENV)/ready

@@ -7,7 +7,7 @@ Run     python complete_entropy_workflow.py --quick_demo --train_entropy [--meth
 Every method's threshold is set to the same average patch size, so that all models spend alike on
 the latent transformer; space patches are as long as the text makes them. Training bytes, steps,
 seed and model are the same for all. One seed says little about small differences: --seeds 3
-repeats each run and prints the spread.
+repeats each run and prints the spread. Interrupted, it goes on with the same command and --resume.
 """
 
 from dataclasses import dataclass, field, fields
@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 
 import entropy_llm
+from blt.checkpoints import refuse_used_folder
 from blt.checks import check, check_positive
 from blt.config import run_script
 from blt.corpus import DataConfig
 from blt.files import write_atomically, write_json
 from blt.patch_rules import RULES, causal_methods
 from blt.pictures import draw_comparison
+from blt.runs import claim_output
 from llm import run
 from train_blt import TrainBLTConfig
 
@@ -59,19 +61,31 @@ def train_entropy_model(config):
     if config.entropy_steps is not None:
         settings.update(steps=config.entropy_steps, eval_every=config.entropy_steps)
     entropy_config = entropy_llm.EntropyRunConfig(
-        preset=config.entropy_preset, output=config.entropy_model_path, **settings
+        preset=config.entropy_preset,
+        output=config.entropy_model_path,
+        resume=config.resume and entropy_llm.run_folder(config.entropy_model_path).exists(),
+        overwrite=config.overwrite,
+        **settings,
     )
     entropy_llm.main(entropy_config)
 
 
+def folder_of(config, method, seed):
+    """The output folder of one run."""
+    return Path(config.output) / f"{method}_seed{seed}"
+
+
 def run_method(config, method, seed):
     """Train one BLT on patches of one method: `train_blt`'s dict."""
+    folder = folder_of(config, method, seed)
     settings = {f.name: getattr(config, f.name) for f in fields(TrainBLTConfig)}
     settings.update(
         patch_method=method,
         seed=seed,
         sample_bytes=0,
-        output=str(Path(config.output) / f"{method}_seed{seed}"),
+        output=str(folder),
+        # A run that has ended only reads its result again; one that had not begun is made.
+        resume=config.resume and folder.exists(),
         target_patch_size=None if RULES[method].unit is None else config.patch_size,
     )
     print(f"\n=== {method}, seed {seed} ===")
@@ -111,6 +125,18 @@ def markdown_table(rows, seeds):
 
 
 def main(config):
+    output = Path(config.output)
+    # Before the first model is trained: an earlier comparison may hold hours of work.
+    refuse_used_folder(output, config, output / "comparison.json")
+    for method in config.methods:
+        for i in range(config.seeds):
+            refuse_used_folder(folder_of(config, method, config.seed + i), config)
+    with claim_output(config, output):
+        run_all(config)
+
+
+def run_all(config):
+    """The whole workflow, with its folder held."""
     if config.train_entropy:
         print("=== entropy model ===")
         train_entropy_model(config)

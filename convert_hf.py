@@ -383,7 +383,7 @@ def _hf_stack(dim, heads, layers, ffn_dim, rope_theta, norm_eps, dropout):
         num_attention_heads=heads,
         num_hidden_layers=layers,
         # Always written: transformers has other defaults than ours.
-        intermediate_size=ffn_dim or feed_forward_width(dim),
+        intermediate_size=feed_forward_width(dim) if ffn_dim is None else ffn_dim,
         rope_parameters={"rope_type": "default", "rope_theta": float(rope_theta)},
         rms_norm_eps=norm_eps,
         dropout=dropout,
@@ -698,7 +698,9 @@ def write_from_transformers(source, output, dtype="keep", patches_of=None):
         dtype=str(model.head.weight.dtype).removeprefix("torch."),
     )
     if entropy_model is not None:
-        save_entropy_model(entropy_model, record.entropy_model_path, converted_from=str(patches_of or source))
+        save_entropy_model(
+            entropy_model, record.entropy_model_path, converted_from=str(source if patches_of is None else patches_of)
+        )
         record.entropy_model_sha256 = model_hash(entropy_model)
     save_model(model, output / "best.pt", record, record_file)
     return record

@@ -29,7 +29,7 @@ from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
 from blt.records import RunRecord
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
-from blt.runs import finish_run, named_presets, print_model, start_run
+from blt.runs import claim_output, finish_run, named_presets, print_model, start_run
 
 SIZES = {
     "nano": dict(d_model=192, n_heads=3, n_layers=2, max_seq_len=128),
@@ -97,6 +97,10 @@ class EntropyRunConfig(RunConfig, EntropyConfig):
     def __post_init__(self):
         RunConfig.__post_init__(self)
         EntropyConfig.__post_init__(self)
+        check(self, "output", Path(self.output).name != "", "a file's name, such as entropy_model.pth")
+        # The record goes beside the weights under the same name.
+        ends_well = Path(self.output).suffix != ".json"
+        check(self, "output", ends_well, "a name without .json, where the record goes: such as entropy_model.pth")
 
 
 class MinimalLLM(nn.Module):
@@ -181,7 +185,20 @@ def _last(old_BW, new_BT):
     return torch.cat((old_BW, new_BT), dim=1)[:, new_BT.shape[1] :].clone()
 
 
+def run_folder(output):
+    """Where the checkpoints and metrics of the entropy model in the file `output` are."""
+    output = Path(output)
+    return output.with_name(output.stem + "_run")
+
+
 def main(config):
+    record_path = Path(config.output).with_suffix(".json")
+    with claim_output(config, run_folder(config.output), config.output, record_path):
+        train(config)
+
+
+def train(config):
+    """One training run, with its folder held."""
     run = start_run(config)
     stream = DocumentStream.of_corpus(run.corpus, run.train)
     # The model has no class for a document's end, so ends are not scored.
@@ -198,8 +215,9 @@ def main(config):
     print(f"leak gate passed: largest difference {gate:.1e} nats")
 
     output = Path(config.output)
-    run_dir = output.with_name(output.stem + "_run")
-    result = fit(model, config, train_rows, validation_batches, run_dir)
+    run_dir = run_folder(output)
+    depends_on = {"kind": "entropy", **asdict(model_config), "corpus_sha256": run.corpus.hash}
+    result = fit(model, config, train_rows, validation_batches, run_dir, depends_on)
     load_weights(run_dir / "best.pt", model)
     record = RunRecord(
         kind="entropy",

@@ -199,7 +199,8 @@ def open_model(path, row_bytes=None, device="cpu"):
         model, record = load_entropy_model(path, device)
         # A converted model's record does not say in which rows it was trained.
         trained_row_bytes = record.settings.get("row_bytes", 2048)
-        return ModelUnderTest(str(path), NAMES[record.kind], model, None, row_bytes or trained_row_bytes)
+        row_bytes = trained_row_bytes if row_bytes is None else row_bytes
+        return ModelUnderTest(str(path), NAMES[record.kind], model, None, row_bytes)
     record_path = path / "model.json"
     if not record_path.exists():
         raise FileNotFoundError(
@@ -211,7 +212,8 @@ def open_model(path, row_bytes=None, device="cpu"):
         model, patcher, record = load_blt(path, device)
     else:
         model, record = load_template(path, device)
-    return ModelUnderTest(str(path), NAMES[record.kind], model, patcher, row_bytes or record.row_bytes())
+    row_bytes = record.row_bytes() if row_bytes is None else row_bytes
+    return ModelUnderTest(str(path), NAMES[record.kind], model, patcher, row_bytes)
 
 
 def read_files(paths, limit):

@@ -1,7 +1,8 @@
 """Train a Byte Latent Transformer on the patches of create_patches.py.
 
 Reads   a corpus, entropy_model.pth (python entropy_llm.py), patch_cache/ (python create_patches.py)
-Writes  checkpoints/: best.pt (weights), model.json (what made it), last.pt, metrics.jsonl, curves.png
+Writes  checkpoints/: best.pt (weights), model.json (what made it), entropy_model.pth and .json (a copy), last.pt,
+        previous.pt, metrics.jsonl, curves.png
 Run     python llm.py [--preset [SIZE] [MACHINE]] [--field value ...]
 Next    python generate.py --model checkpoints
 Time    2 to 5 minutes on 2 CPU cores (size nano)
@@ -26,12 +27,12 @@ from blt.ids import argument_bytes
 from blt.metric import evaluate
 from blt.patch_rules import DEFAULT_PATCH_SIZE, RULES, PatchConfig, calibrate, refuse_lookahead
 from blt.records import RunRecord, read_record
-from blt.runs import finish_run, print_model, start_run
+from blt.runs import claim_output, finish_run, print_model, start_run
 from blt.training import PatchedDataset, TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel, uninitialized
 from entropy_patcher import EntropyPatcher
 from generate import generate
-from save_entropy_model import entropy_model_path, load_entropy_model
+from save_entropy_model import entropy_model_path, keep_entropy_model, load_entropy_model
 
 # What the model is. Parameters of the latent transformer, local layers and head, beside those in
 # hash tables: nano 5.5M + 9.4M, tiny 4.6M + 12.6M, small 13.3M + 18.9M, medium 32.3M + 25.2M,
@@ -131,6 +132,12 @@ def run(config, make_patches=False):
 
     make_patches: compute the entropies that are missing, instead of asking for create_patches.py.
     """
+    with claim_output(config, config.output):
+        return train(config, make_patches)
+
+
+def train(config, make_patches):
+    """`run`, with the output folder held."""
     start = None
     if config.init_from is not None:
         config, start = take_over_start(config)
@@ -155,9 +162,22 @@ def run(config, make_patches=False):
     )
     if start is not None:
         record.init_from = origin_of(model, data, config, context, start)
-    # Written before training, so that an interrupted run can be used too.
-    record.save(output / "model.json")
-    result = train_blt(model, data, config)
+
+    def begin():
+        # Before training, so that an interrupted run can be used too.
+        record.save(output / "model.json")
+        if cache is not None:
+            keep_entropy_model(config.entropy_model_path, record.entropy_model_sha256, output, config.overwrite)
+
+    depends_on = {
+        "kind": record.kind,
+        **record.model_config,
+        "corpus_sha256": context.corpus.hash,
+        "patch_rule": patcher.config.arguments(),
+        "entropy_model_sha256": record.entropy_model_sha256,
+        "start_sha256": None if start is None else start.weights_sha256,
+    }
+    result = train_blt(model, data, config, depends_on, begin)
     finish_run(model, record, result, data.validation, output, output / "best.pt", output / "model.json")
 
     if config.sample_bytes:
@@ -257,7 +277,7 @@ def take_over_start(config):
     """
     folder = config.init_from
     record = read_record(folder, "blt")
-    saved = asdict(BLTConfig(**record.model_config))
+    saved = asdict(record.config(BLTConfig))
     given = given_fields(config)
     of_this_run = {"recompute"} | ({"dropout"} & given)
     differing = [

@@ -7,14 +7,20 @@
 """
 
 import dataclasses
+import shutil
+from functools import partial
 from pathlib import Path
 
 from blt.commands import command
+from blt.files import write_atomically
 from blt.patch_rules import PatchConfig
 from blt.records import RunRecord, load_model, read_record, save_model
 from blt_model import BLTConfig, uninitialized
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
+
+# The name of the copy in a BLT's output folder.
+ENTROPY_MODEL = "entropy_model.pth"
 
 
 def save_entropy_model(model, path="entropy_model.pth", **facts):
@@ -22,6 +28,8 @@ def save_entropy_model(model, path="entropy_model.pth", **facts):
 
     facts: further fields of the record, such as settings, corpus and result.
     """
+    if Path(path).suffix == ".json":
+        raise ValueError(f"{path} is where the record goes; name the weights otherwise, such as entropy_model.pth")
     facts = {"settings": {}, "corpus": {"dataset": None, "sha256": None}} | facts
     record = RunRecord(kind="entropy", model_config=dataclasses.asdict(model_config_of(model)), **facts)
     save_model(model, path, record, Path(path).with_suffix(".json"))
@@ -72,10 +80,46 @@ def load_blt(folder, device="cpu"):
 
 
 def entropy_model_path(folder, record):
-    """Where a BLT's entropy model is: in its output folder, as convert_hf.py writes it, else where training read it."""
+    """Where a BLT's entropy model is: the copy in its output folder, else where training read it."""
     path = Path(record.entropy_model_path)
-    inside = Path(folder) / path.name
-    return str(inside if inside.exists() else path)
+    folder = Path(folder)
+    # Folders of earlier versions have no copy; the model may still be beside them.
+    candidates = [folder / ENTROPY_MODEL, folder / path.name, path, folder.parent / path.name]
+    for candidate in candidates:
+        if candidate.exists() and _recorded_hash(candidate) == record.entropy_model_sha256:
+            return str(candidate)
+    # None is the right one; the error of whoever opens it names the first that is there.
+    there = [candidate for candidate in candidates if candidate.exists()]
+    return str(there[0] if there else path)
+
+
+def _recorded_hash(path):
+    """The hash of the weights that the record beside an entropy model names; None without a readable record."""
+    try:
+        return RunRecord.load(Path(path).with_suffix(".json")).weights_sha256
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def keep_entropy_model(path, sha256, folder, overwrite=False):
+    """Copy an entropy model, weights and record, into a BLT's output folder, which then works wherever it is moved.
+
+    sha256: the hash that the model must have.
+    overwrite: another entropy model that is in the folder may be replaced.
+    Raises ValueError if the copy is not that model.
+    """
+    path = Path(path)
+    copy = Path(folder) / ENTROPY_MODEL
+    if copy.exists() and _recorded_hash(copy) != sha256 and not overwrite:
+        raise ValueError(f"{copy} is another entropy model; pass another --output, or --overwrite to replace it")
+    if copy.exists() and copy.samefile(path):
+        return
+    for suffix in (path.suffix, ".json"):
+        source = path.with_suffix(suffix)
+        write_atomically(copy if suffix != ".json" else copy.with_suffix(".json"), partial(shutil.copyfile, source))
+    # The file may have been replaced since it was opened.
+    if load_entropy_model(copy)[1].weights_sha256 != sha256:
+        raise ValueError(f"{path} was replaced while it was copied; run the same command again with --overwrite")
 
 
 def entropy_model_of(folder, record, device="cpu"):

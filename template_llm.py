@@ -14,6 +14,7 @@ Sizes and machines are llm.py's. A training byte costs as much computation as in
 same size (`SHAPES`), and rows, updates, rates and data are llm.py's too.
 """
 
+import hashlib
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ import numpy as np
 import torch.nn as nn
 
 from blt.attention import AttentionPlan
+from blt.checkpoints import has_checkpoint
 from blt.checks import check, check_positive
 from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
@@ -34,7 +36,7 @@ from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
 from blt.records import RunRecord, load_model, read_record
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
-from blt.runs import finish_run, named_presets, print_model, start_run
+from blt.runs import claim_output, finish_run, named_presets, print_model, start_run
 from blt.tokens import BPEVocabulary, load_tokenizer, train_tokenizer
 from llm import MACHINES, PAIRS
 
@@ -211,12 +213,13 @@ def make_model(config, vocabulary):
 # Training
 
 
-def train_template(model, stream, validation, config):
+def train_template(model, stream, validation, config, depends_on=None, begin=None):
     """Train a `PlainTransformer`. The leak gate runs first and stops a model that sees ahead.
 
     stream: `DocumentStream` of the training documents in the model's ids.
     validation: list of uint8 documents.
     config: a `RunConfig` with an `output` folder.
+    depends_on, begin: as in `loop.fit`.
     Returns `fit`'s dict and byte_padding. val_loss is in nats per target and val_accuracy is of
     targets, which are tokens for BPE. The best weights are in output/best.pt, and in the model
     afterwards.
@@ -235,7 +238,7 @@ def train_template(model, stream, validation, config):
     unit = "bytes" if vocabulary is BYTES else "tokens"
     byte_padding = train_rows.padding()[0]
     print(f"rows: {len(train_rows):,} of {row_ids:,} {unit} | padding {byte_padding:.1%}")
-    result = fit(model, config, train_rows, batches, config.output)
+    result = fit(model, config, train_rows, batches, config.output, depends_on, begin)
     load_weights(Path(config.output) / "best.pt", model)
     return {**result, "byte_padding": byte_padding}
 
@@ -250,7 +253,7 @@ def training_stream(corpus, numbers, vocabulary=BYTES):
 
 def make_tokenizer(config, corpus):
     """Train the BPE on the first training documents; a resumed run takes the one that it began with."""
-    if config.resume:
+    if config.resume and has_checkpoint(config.output):
         return read_tokenizer(config.output, "nothing to resume; run without --resume")
     limit = config.tokenizer_bytes
     if config.max_bytes is not None:
@@ -269,6 +272,11 @@ def read_tokenizer(folder, advice):
     if not path.exists():
         raise FileNotFoundError(f"{path} not found: {advice}")
     return load_tokenizer(path)
+
+
+def hash_of_tokenizer(tokenizer):
+    """sha256 (hex) of what a tokenizer's file holds."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
 def load_template(folder, device="cpu"):
@@ -292,6 +300,12 @@ def load_template(folder, device="cpu"):
 
 
 def main(config):
+    with claim_output(config, config.output):
+        train(config)
+
+
+def train(config):
+    """One training run, with the output folder held."""
     run = start_run(config)
     train_bytes = int(np.diff(run.corpus.offsets)[run.train].sum())
     vocabulary, tokenizer = BYTES, None
@@ -319,11 +333,22 @@ def main(config):
         bytes_per_token=vocabulary.bytes_per_id if config.model == "bpe" else None,
     )
     output = Path(config.output)
-    # Written before training, so that an interrupted run can be used too.
-    record.save(output / "model.json")
-    if tokenizer is not None and not config.resume:
-        write_atomically(output / "tokenizer.json", tokenizer.save)
-    result = train_template(model, stream, run.validation, config)
+
+    is_resumed = config.resume and has_checkpoint(output)
+
+    def begin():
+        # Before training, so that an interrupted run can be used too.
+        record.save(output / "model.json")
+        if tokenizer is not None and not is_resumed:
+            write_atomically(output / "tokenizer.json", tokenizer.save)
+
+    depends_on = {
+        "kind": record.kind,
+        **record.model_config,
+        "corpus_sha256": run.corpus.hash,
+        "tokenizer_sha256": None if tokenizer is None else hash_of_tokenizer(tokenizer),
+    }
+    result = train_template(model, stream, run.validation, config, depends_on, begin)
     paths = (output, output / "best.pt", output / "model.json")
     finish_run(model, record, result, run.validation, *paths, vocabulary.bytes_per_id)
     other = "bpe" if config.model == "flat" else "flat"

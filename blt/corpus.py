@@ -406,7 +406,9 @@ def find_files(path, cache_dir, text_field, split=None):
     if not path.is_dir():
         if split is not None:
             raise ValueError(f"{shown(path)} is a file, which has no split {split!r}; leave out :{split}")
-        if kind_of(path)[0] is None or not path.is_file():
+        if not path.is_file():
+            raise ValueError(f"cannot read {shown(path)}: it is a pipe or a device; store it as a file first")
+        if kind_of(path)[0] is None:
             raise ValueError(f"cannot read {shown(path)}: its extension is none of {READABLE}")
         return {shown(path.name): path}, "files: 1, skipped for their extension: 0"
 

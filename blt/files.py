@@ -33,11 +33,12 @@ def _git(*arguments):
     return done.stdout.strip()
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, keep=None):
     """Call write(temporary path), then rename it to path.
 
     A reader never sees half a file, and a failed write leaves the old file as it was. Makes the
     folder if needed.
+    keep: where an old file at path goes; None: it is replaced.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +49,21 @@ def write_atomically(path, write):
         write(temporary)
         # mkstemp lets only the owner read its file; give it the permissions of any other new file.
         os.chmod(temporary, 0o666 & ~_umask())
+        # Without this, a power cut after the rename can leave an empty file under the final name.
+        _sync(temporary)
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     # Also on Ctrl-C, which is no Exception.
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _sync(path):
+    """Wait until a file's content is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _umask():
@@ -64,8 +75,12 @@ def _umask():
 
 
 def write_json(path, value):
-    """Write a value as indented JSON, atomically."""
-    text = json.dumps(value, indent=2) + "\n"
+    """Write a value as indented JSON, atomically. Raises ValueError for a number that JSON does not have."""
+    # Python writes NaN by default, and no other reader of JSON takes it.
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: a value in it is infinite or not a number ({error})") from None
     write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 

@@ -32,7 +32,7 @@ def block_flops(dim, ffn_dim=None):
 
     These are the 4 projections of the attention and the 3 matrices of the SwiGLU.
     """
-    ffn_dim = ffn_dim or feed_forward_width(dim)
+    ffn_dim = feed_forward_width(dim) if ffn_dim is None else ffn_dim
     return 2.0 * (4 * dim * dim + 3 * dim * ffn_dim)
 
 

@@ -99,7 +99,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim, ffn_dim=None):
         super().__init__()
-        hidden = ffn_dim or feed_forward_width(dim)
+        hidden = feed_forward_width(dim) if ffn_dim is None else ffn_dim
         self.w1 = nn.Linear(dim, hidden, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)

@@ -1,12 +1,15 @@
 """The training loop, its checkpoints and its metrics. Every model of the project is trained by `fit`."""
 
-import dataclasses
+import hashlib
 import json
 import math
+import signal
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +19,19 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from blt.attention import slow_attention
+from blt.checkpoints import (
+    check_resumable,
+    has_checkpoint,
+    load_checkpoint,
+    refuse_used_folder,
+    remove_leftovers,
+    remove_old_run,
+    save_checkpoint,
+)
 from blt.checks import check, check_positive
 from blt.corpus import DataConfig
 from blt.device import allow_tf32, autocast, choose_precision, restore_matmul_precision, synchronize
-from blt.files import save_weights, write_atomically
+from blt.files import load_weights, model_hash, save_weights, state_hash, write_atomically
 from blt.layers import SelfAttention
 from blt.metric import evaluate, target_losses
 from blt.optimizers import backward, clip_gradients, learning_rate_scale, make_optimizers, step_optimizers
@@ -47,13 +59,20 @@ class RunConfig(DataConfig):
     # output
     eval_every: int = 250  # updates between evaluations
     log_every: int = 10  # updates between log lines
+    checkpoint_minutes: float = 10.0  # also write last.pt when it is this old, beside at each evaluation
     resume: bool = False  # go on from the last checkpoint in the output folder
+    overwrite: bool = False  # replace an earlier run in the output folder; --resume comes first
     tensorboard: bool = False  # also write TensorBoard scalars (pip install tensorboard)
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "row_bytes", "batch_rows", "accumulate", "steps", "lr", "adam_lr", "clip")
-        check_positive(self, "eval_every", "log_every")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float):
+                # Settings are saved as JSON, which has no infinity.
+                check(self, f.name, math.isfinite(value), "a finite number")
+        check_positive(self, "eval_every", "log_every", "checkpoint_minutes")
         for name in ("warmup", "cooldown"):
             check(self, name, 0 <= getattr(self, name) <= 1, "a share of the steps, from 0 to 1")
         check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
@@ -63,69 +82,309 @@ class RunConfig(DataConfig):
 
 
 @restore_matmul_precision()
-def fit(model, config, train_rows, validation_batches, out_dir):
+def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None, begin=None):
     """Train a model. Returns the best evaluation (that of best.pt), last_val_bpb, bytes_per_second and train_seconds.
 
     train_rows: `TrainingRows`.
     validation_batches: list of `RowBatch`, scored every eval_every updates and at the end.
-    Writes to out_dir: last.pt (everything to go on from), best.pt (weights of the best
-    evaluation), metrics.jsonl. Stopped and resumed gives the weights of a run straight through: a
-    batch depends on its number only.
+    depends_on: {name: value} of what the run depends on beside its settings, such as the hash of
+    the text; a resumed run must have the same. None: a hash of the first row.
+    begin: called without arguments when the run is known to be allowed, before its first step; None:
+    nothing is called.
+    Writes to out_dir: last.pt and previous.pt (everything to go on from), best.pt (weights of the
+    best evaluation), metrics.jsonl. Stopped and resumed gives the weights of a run straight
+    through: a batch depends on its number only. Ctrl-C and SIGTERM save the last finished step first.
+    Raises ValueError when a loss, a gradient or a score is not finite; no such state is saved.
     """
     device = next(model.parameters()).device
     precision = choose_precision(config.precision, device)
     allow_tf32(device, precision)
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    refuse_used_folder(out_dir, config)
+    check_resumable(out_dir, config)
+    is_resumed = config.resume and has_checkpoint(out_dir)
     # Every parameter is in exactly one optimizer: matrices in Muon, hash tables in row-wise Adam, the
     # rest in AdamW.
     optimizers = make_optimizers(model, config)
     # fp16 gradients underflow, so their loss is scaled; for other precisions the scaler does
     # nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    start, best, trained_bytes = 0, None, 0
-    if config.resume:
-        start, best, trained_bytes = load_checkpoint(out_dir / "last.pt", model, optimizers, scaler, config)
-        print(f"resumed {out_dir / 'last.pt'} at step {start}")
-    last = best
+    if depends_on is None:
+        depends_on = first_row_of(train_rows, config.seed)
+    kept = Kept(out_dir, model, optimizers, scaler, config, depends_on, validation_batches, precision)
+    if is_resumed:
+        kept.load()
+    elif config.resume:
+        print(f"note: {out_dir} has no checkpoint yet; the run begins at its first step")
+    start = kept.state["step"]
+    if start == config.steps and not kept.lacks_evaluation():
+        # The step is the last one and was scored.
+        print(f"nothing was left to do: {out_dir / 'last.pt'} is at step {start} of {config.steps}")
+        return kept.result()
     model.train()
     step_model = compile_model(model, config, train_rows, device, precision)
-    progress = Progress(config, Metrics(out_dir, config.tensorboard, start), start, trained_bytes, out_dir)
+    # Only now: a run that cannot begin changes no file.
+    out_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out_dir)
+    if not is_resumed:
+        remove_old_run(out_dir)
+    if begin is not None:
+        begin()
+    metrics = Metrics(out_dir, config.tensorboard, start, kept.state["evaluated"])
+    progress = Progress(config, metrics, start, kept.state["bytes"], kept.state["seconds"])
 
-    for step, batches in batches_of_steps(train_rows, config, start, device):
-        learning_rate = set_learning_rates(optimizers, learning_rate_scale(step, config))
-        # The loss is a mean over all scored targets of the update, so passes with more padding weigh
-        # less, and accumulating gradients gives the same update as one large batch.
-        targets = sum(batch.targets for batch in batches)
-        loss_nats = torch.zeros((), device=device)
-        for batch in batches:
-            with autocast(device, precision):
-                # The forward pass.
-                nats_BT, _ = target_losses(step_model, batch.to(device))
-                loss = nats_BT.sum() / targets
-            backward(model, loss, scaler)
-            loss_nats += loss.detach()
-        gradient_norm = clip_gradients(model, optimizers, scaler, config.clip)
-        step_optimizers(optimizers, scaler, gradient_norm)
+    with closing(progress), StopSignals() as stop:
+        if kept.lacks_evaluation():
+            kept.evaluate(start, progress, stop)
+        for step, batches in batches_of_steps(train_rows, config, start, device):
+            learning_rate = set_learning_rates(optimizers, learning_rate_scale(step, config))
+            # The loss is a mean over all scored targets of the update, so passes with more padding
+            # weigh less, and accumulating gradients gives the same update as one large batch.
+            targets = sum(batch.targets for batch in batches)
+            loss_nats = torch.zeros((), device=device)
+            for batch in batches:
+                with autocast(device, precision):
+                    # The forward pass.
+                    nats_BT, _ = target_losses(step_model, batch.to(device))
+                    loss = nats_BT.sum() / targets
+                backward(model, loss, scaler)
+                loss_nats += loss.detach()
+            gradient_norm = clip_gradients(model, optimizers, scaler, config.clip)
+            step_optimizers(optimizers, scaler, gradient_norm)
 
-        # What follows is the record of the step: log lines, evaluations, checkpoints.
-        done = step + 1
-        evaluate_now = done % config.eval_every == 0 or done == config.steps
-        progress.count(batches)
-        if done % config.log_every == 0 or evaluate_now:
-            progress.log(done, loss_nats, gradient_norm, learning_rate)
-        if evaluate_now:
-            with progress.paused():
-                last = evaluate(model, validation_batches, device, precision)
-                progress.log_evaluation(done, last)
-                if best is None or last["val_bpb"] < best["val_bpb"]:
-                    best = last
-                    save_weights(out_dir / "best.pt", model)
-                # After the evaluation, so that a resumed run knows the best one.
-                state = {"step": done, "best": best, "bytes": progress.trained_bytes}
-                save_checkpoint(out_dir / "last.pt", model, optimizers, scaler, config, state)
-    progress.close()
-    return {**best, "last_val_bpb": last["val_bpb"], **progress.speed()}
+            # What follows is the record of the step: log lines, evaluations, checkpoints. Only here
+            # does the CPU wait for the device.
+            done = step + 1
+            evaluate_now = done % config.eval_every == 0 or done == config.steps
+            save_now = stop.signal is not None or kept.is_due()
+            progress.count(batches)
+            if done % config.log_every == 0 or evaluate_now or save_now:
+                kept.check_step(done, loss_nats, gradient_norm)
+            if done % config.log_every == 0 or evaluate_now:
+                progress.log(done, loss_nats, gradient_norm, learning_rate)
+            if evaluate_now:
+                kept.evaluate(done, progress, stop)
+            elif save_now:
+                with progress.paused():
+                    kept.save(done, progress)
+            if stop.signal is not None:
+                stop.leave(out_dir / "last.pt", done)
+    return kept.result()
+
+
+class Kept:
+    """What a run keeps: its state, checkpoints and best weights. Nothing that is not finite is kept.
+
+    `state` holds step, best (the best evaluation), best_sha256 (of its weights), last (the last
+    evaluation), evaluated (its step), bytes and seconds of training, depends_on, and
+    validation_sha256, the text of the evaluations.
+    """
+
+    def __init__(self, out_dir, model, optimizers, scaler, config, depends_on, validation_batches, precision):
+        self.out_dir = out_dir
+        self.model = model
+        self.optimizers = optimizers
+        self.scaler = scaler
+        self.config = config
+        self.depends_on = depends_on
+        self.validation_batches = validation_batches
+        self.precision = precision
+        self.saved_at = time.perf_counter()
+        self.state = dict(
+            step=0,
+            best=None,
+            best_sha256=None,
+            last=None,
+            evaluated=0,
+            bytes=0,
+            seconds=0.0,
+            depends_on=depends_on,
+            validation_sha256=hash_of_batches(validation_batches),
+        )
+
+    def load(self):
+        """Restore the last checkpoint, and make sure that its best score is that of best.pt on this validation text."""
+        text = self.state["validation_sha256"]
+        last_pt = self.out_dir / "last.pt"
+        arguments = (self.model, self.optimizers, self.scaler, self.config, self.depends_on)
+        self.state = load_checkpoint(last_pt, *arguments)
+        is_other_text = self.state["validation_sha256"] != text
+        self.state["validation_sha256"] = text
+        if self.state["best"] is None:
+            return
+        best_pt = self.out_dir / "best.pt"
+        reason = "the validation text is another one" if is_other_text else None
+        # The weights to go on from are in the model; they give way to the best ones for a moment.
+        trained = {name: value.clone() for name, value in self.model.state_dict().items()}
+        try:
+            sha256 = state_hash(load_weights(best_pt, self.model))
+            if reason is None and sha256 != self.state["best_sha256"]:
+                # The run was killed between best.pt and last.pt.
+                reason = f"{best_pt} is newer or older than the checkpoint"
+            if reason is not None:
+                print(f"note: {reason}; what {best_pt} scores is measured again")
+                self.state["best"] = self._score()
+                self.state["best_sha256"] = sha256
+        except ValueError:
+            print(f"note: {best_pt} is missing or damaged; the best weights are chosen among those from here on")
+            self.state["best"] = None
+        self.model.load_state_dict(trained)
+        if is_other_text:
+            self.state["evaluated"] = min(self.state["evaluated"], self.state["step"] - 1)
+
+    def _score(self):
+        return evaluate(self.model, self.validation_batches, next(self.model.parameters()).device, self.precision)
+
+    def lacks_evaluation(self):
+        """Whether the checkpoint is of a step whose evaluation was cut off, or has no best weights at the end."""
+        step = self.state["step"]
+        is_evaluation_step = step > 0 and (step % self.config.eval_every == 0 or step == self.config.steps)
+        is_missing = self.state["evaluated"] < step or self.state["best"] is None
+        return is_evaluation_step and is_missing
+
+    def is_due(self):
+        """Whether the last checkpoint is older than checkpoint_minutes."""
+        return time.perf_counter() - self.saved_at > 60 * self.config.checkpoint_minutes
+
+    def check_step(self, done, loss_nats, gradient_norm):
+        """Raise ValueError for a loss or a gradient that is infinite or not a number."""
+        loss = loss_nats.item()
+        if not math.isfinite(loss):
+            self._refuse("the loss", loss, done)
+        norm = gradient_norm.item()
+        # In fp16 a gradient that overflows is usual: the scaler leaves the step out.
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            self._refuse("the norm of the gradient", norm, done)
+
+    def _refuse(self, what, value, done):
+        last_pt = self.out_dir / "last.pt"
+        ways = "lower --lr and --adam_lr, or --clip, or use --precision fp32"
+        if last_pt.exists() and self.state["step"] > 0:
+            ways += f"; the last good state is that of step {self.state['step']} in {last_pt}: add --resume"
+        raise ValueError(f"{what} is {value} at step {done}, and nothing of it was saved; {ways}")
+
+    def evaluate(self, done, progress, stop):
+        """Score the validation text; save the weights if they are the best so far, and a checkpoint."""
+        with progress.paused():
+            try:
+                with stop.at_once():
+                    result = self._score()
+            except Interrupted:
+                # The step is finished and its evaluation is not: a resumed run does it first.
+                self.save(done, progress)
+                stop.leave(self.out_dir / "last.pt", done)
+            for name in ("val_bpb", "val_loss"):
+                if not math.isfinite(result[name]):
+                    self._refuse(f"the validation score {name}", result[name], done)
+            progress.log_evaluation(done, result)
+            if not (self.out_dir / "last.pt").exists():
+                # best.pt never exists without a checkpoint, so that a killed run can always be resumed.
+                self.save(done, progress)
+            best = self.state["best"]
+            if best is None or result["val_bpb"] < best["val_bpb"]:
+                self._check_weights(done)
+                save_weights(self.out_dir / "best.pt", self.model)
+                self.state.update(best=result, best_sha256=model_hash(self.model))
+            self.state.update(last=result, evaluated=done)
+            # After the evaluation, so that a resumed run knows the best one.
+            self.save(done, progress)
+
+    def save(self, done, progress):
+        """Write a checkpoint of a finished step."""
+        self._check_weights(done)
+        # Set only after the file is written, so that messages name a state that exists.
+        state = self.state | {"step": done, "bytes": progress.trained_bytes, "seconds": progress.seconds_so_far()}
+        save_checkpoint(self.out_dir / "last.pt", self.model, self.optimizers, self.scaler, self.config, state)
+        self.state = state
+        self.saved_at = time.perf_counter()
+
+    def _check_weights(self, done):
+        """Raise ValueError for weights that are infinite or not a number."""
+        # The loss is of the weights before the update, so a finite loss says nothing about these.
+        finite = [torch.isfinite(value).all() for value in self.model.state_dict().values()]
+        if not torch.stack(finite).all().item():
+            self._refuse("a weight", "infinite or not a number", done)
+
+    def result(self):
+        """What `fit` returns."""
+        seconds = self.state["seconds"]
+        return {
+            **self.state["best"],
+            "last_val_bpb": self.state["last"]["val_bpb"],
+            "bytes_per_second": self.state["bytes"] / seconds if seconds else 0.0,
+            "train_seconds": seconds,
+        }
+
+
+def first_row_of(train_rows, seed):
+    """What a run depends on, where no hash of its text is known: a hash of the first row that it reads."""
+    return {"first_row_sha256": hash_of_batches([train_rows.shuffled_batch(0, 1, seed)])}
+
+
+def hash_of_batches(batches):
+    """sha256 (hex) over the ids of batches and which of them are scored."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(str(list(batch.ids.shape)).encode())
+        for tensor in (batch.ids, batch.is_scored):
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM in a place where the work can be thrown away."""
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM, held back until a step is done. A second one stops at once.
+
+    signal: the number of the one that came; None: none did.
+    """
+
+    def __init__(self):
+        self.signal = None
+        self.is_at_once = False
+        self.handlers = {}
+
+    def __enter__(self):
+        # Python allows this in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        # An evaluation may take longer than the seconds between SIGTERM and SIGKILL.
+        if self.is_at_once:
+            raise Interrupted
+        print("\nstopping after this step; again: at once", file=sys.stderr)
+
+    @contextmanager
+    def at_once(self):
+        """Raise Interrupted from inside this block when a signal comes."""
+        self.is_at_once = True
+        try:
+            if self.signal is not None:
+                raise Interrupted
+            yield
+        finally:
+            self.is_at_once = False
+
+    def leave(self, path, done):
+        """End the process as the signal asks, and say how to go on."""
+        print(
+            f"\nstopped after step {done}, saved in {path}; go on with the same command and --resume", file=sys.stderr
+        )
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + self.signal)
 
 
 def batches_of_steps(train_rows, config, start, device):
@@ -228,46 +487,46 @@ def print_slow_attention(model, device, precision, is_compiled):
 
 
 class Progress:
-    """Log lines, progress bar, metrics and speed of a run. The time of evaluations is not training time."""
+    """Log lines, progress bar, metrics and time of a run. The time of evaluations is not training time."""
 
-    def __init__(self, config, metrics, start, trained_bytes, out_dir):
+    def __init__(self, config, metrics, start, trained_bytes, seconds):
         self.config = config
         self.metrics = metrics
-        self.out_dir = out_dir
-        self.trained_bytes = trained_bytes  # since the first step of the run, before it was stopped and resumed too
-        self.bytes_here = 0  # by this process
-        self.seconds = 0.0  # of training, up to the last pause
-        self.running_since = time.perf_counter()
-        self.last_log = {"seconds": 0.0, "bytes": 0, "step": start}
+        # Both count from the first step of the run, before it was stopped and resumed too.
+        self.trained_bytes = trained_bytes
+        self.seconds = seconds
+        self.running_since = time.perf_counter()  # None in a pause
+        self.last_log = {"seconds": seconds, "bytes": trained_bytes, "step": start}
         self.bar = tqdm(total=config.steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
 
     def count(self, batches):
         """Count the bytes of an update."""
-        new_bytes = sum(batch.bytes for batch in batches)
-        self.bytes_here += new_bytes
-        self.trained_bytes += new_bytes
+        self.trained_bytes += sum(batch.bytes for batch in batches)
         self.bar.update(1)
 
+    def seconds_so_far(self):
+        """Seconds of training."""
+        if self.running_since is None:
+            return self.seconds
+        return self.seconds + time.perf_counter() - self.running_since
+
     def log(self, done, loss_nats, gradient_norm, learning_rate):
-        """Print and record a training step. Raises ValueError for a loss that is infinite or not a number."""
+        """Print and record a training step."""
         # .item() waits for the device, so the clock that is read next is right.
         loss = loss_nats.item()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {done}; lower --lr or --adam_lr, or use --precision fp32 "
-                f"(the last good state is in {self.out_dir / 'last.pt'})"
-            )
-        seconds = self.seconds + time.perf_counter() - self.running_since
+        norm = gradient_norm.item()
+        seconds = self.seconds_so_far()
         since_log = seconds - self.last_log["seconds"]
-        speed = (self.bytes_here - self.last_log["bytes"]) / since_log
+        speed = (self.trained_bytes - self.last_log["bytes"]) / since_log
         step_ms = 1000 * since_log / (done - self.last_log["step"])
-        self.last_log = {"seconds": seconds, "bytes": self.bytes_here, "step": done}
+        self.last_log = {"seconds": seconds, "bytes": self.trained_bytes, "step": done}
         self.metrics.write(
             step=done,
             bytes=self.trained_bytes,
             loss=loss,
             lr=learning_rate,
-            gradient_norm=gradient_norm.item(),
+            # JSON has no infinity, which fp16 gradients reach now and then.
+            gradient_norm=norm if math.isfinite(norm) else None,
             bytes_per_second=speed,
         )
         self.bar.set_postfix_str(f"{loss:.3f} nats, {speed / 1e3:.1f} kB/s", refresh=False)
@@ -287,17 +546,11 @@ class Progress:
 
     @contextmanager
     def paused(self):
-        """Stop the clock of the training speed."""
-        self.seconds += time.perf_counter() - self.running_since
+        """Stop the clock of the training time."""
+        self.seconds = self.seconds_so_far()
+        self.running_since = None
         yield
         self.running_since = time.perf_counter()
-
-    def speed(self):
-        """{"bytes_per_second", "train_seconds"} of this process; call it after the last evaluation."""
-        return {
-            "bytes_per_second": self.bytes_here / self.seconds if self.seconds else 0.0,
-            "train_seconds": self.seconds,
-        }
 
     def close(self):
         self.bar.close()
@@ -307,12 +560,13 @@ class Progress:
 class Metrics:
     """metrics.jsonl, one object a line, and TensorBoard scalars if asked. A resumed run drops lines after its start."""
 
-    def __init__(self, out_dir, tensorboard=False, start=0):
+    def __init__(self, out_dir, tensorboard=False, start=0, evaluated=0):
         path = Path(out_dir) / "metrics.jsonl"
         # A run that died after its last checkpoint has logged steps that the resumed run does again.
-        kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
+        # The evaluation of its last step may be missing in the checkpoint, and is then done again too.
+        kept = [line for line in read_metrics(path) if line["step"] <= (evaluated if "val_bpb" in line else start)]
         # Line buffering below: a killed run loses no finished line.
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
         write_atomically(path, lambda temporary: Path(temporary).write_text(text))
         self.file = open(path, "a", buffering=1)
         self.board = None
@@ -324,10 +578,11 @@ class Metrics:
             self.board = SummaryWriter(out_dir)
 
     def write(self, step, **values):
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         if self.board:
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
 
     def close(self):
         self.file.close()
@@ -336,66 +591,19 @@ class Metrics:
 
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts; [] if there is no file."""
+    """The lines of a metrics.jsonl as dicts; [] if there is no file. Lines that a crash has damaged are left out."""
     path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-# Checkpoints
-
-# Settings that may differ between the run that stopped and the one that goes on.
-FREE_TO_CHANGE = {
-    "preset", "resume", "eval_every", "log_every", "tensorboard", "data_cache", "device", "compile", "val_bytes",
-}  # fmt: skip
-
-
-def save_checkpoint(path, model, optimizers, scaler, config, state):
-    """Write everything that `load_checkpoint` needs to go on as if never stopped. state: step, best and bytes."""
-    checkpoint = {
-        **state,
-        "settings": dataclasses.asdict(config),
-        "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        # The loss scale of fp16 adapts during training.
-        "scaler": scaler.state_dict(),
-        # Dropout draws from these.
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
-
-
-def load_checkpoint(path, model, optimizers, scaler, config):
-    """Restore a `save_checkpoint` file into model, optimizers, scaler and random state.
-
-    Returns (step, best evaluation so far, bytes trained on).
-    Raises FileNotFoundError, or ValueError if the settings of the stopped run differ from the
-    config's.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} not found: nothing to resume; run without --resume")
-    # weights_only: a checkpoint from elsewhere cannot run code.
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    then = checkpoint["settings"]
-    # Half a run with one setting and half with another would be a run that no command repeats.
-    differing = [
-        f"{name}: {then.get(name)!r} then, {value!r} now"
-        for name, value in dataclasses.asdict(config).items()
-        if name not in FREE_TO_CHANGE and then.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"cannot resume {path} with other settings ({'; '.join(differing)}); use those, or run without --resume"
-        )
-    model.load_state_dict(checkpoint["model"])
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
-        optimizer.load_state_dict(saved)
-    scaler.load_state_dict(checkpoint["scaler"])
-    torch.set_rng_state(checkpoint["random"])
-    if checkpoint["random_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(checkpoint["random_cuda"])
-    return checkpoint["step"], checkpoint["best"], checkpoint["bytes"]
+    lines = []
+    if path.exists():
+        for text in path.read_text(errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                # last.pt is what a run goes on from; a line less here costs a point of a curve.
+                continue
+            if isinstance(line, dict) and "step" in line:
+                lines.append(line)
+    return lines
 
 
 def training_curves(path, out_dir, bytes_per_id=1.0):
@@ -408,11 +616,14 @@ def training_curves(path, out_dir, bytes_per_id=1.0):
     from blt.pictures import draw_curves
 
     lines = read_metrics(Path(out_dir) / "metrics.jsonl")
+    scores = [line for line in lines if "val_bpb" in line]
+    # A resumed run may be scored on other text than before; one curve shows one text.
+    scores = [line for line in scores if line["val_bytes"] == scores[-1]["val_bytes"]]
     points = {
         "training batches": [
             (line["bytes"] / 1e6, line["loss"] / math.log(2) / bytes_per_id) for line in lines if "loss" in line
         ],
-        "validation": [(line["bytes"] / 1e6, line["val_bpb"]) for line in lines if "val_bpb" in line],
+        "validation": [(line["bytes"] / 1e6, line["val_bpb"]) for line in scores],
     }
     curves = {name: tuple(np.array(axis) for axis in zip(*pairs)) for name, pairs in points.items()}
     draw_curves(path, curves, "training bytes seen (MB)", "bits per byte")

@@ -15,6 +15,8 @@ reads ids 0 to t and predicts id t + 1. Only scored targets count in the loss an
 that score whole documents.
 """
 
+import mmap
+from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -29,6 +31,12 @@ from blt.segments import check_patch_lengths
 MAX_PATCH_PADDING = 0.045
 # Patch starts of the training stream are read this many ids at a time, which takes at most 40 MB.
 BLOCK_IDS = 1 << 22
+# Evaluation rows of up to this many ids keep their shape even if the text is shorter: models are compiled for it.
+KEPT_ROW_BYTES = 1 << 16
+# What a stream has read of a memory map is given back to the system after this many bytes.
+MAPPED_BYTES = 1 << 26
+# A read of one byte makes the system map the pages around it, too.
+PAGES_AROUND = 1 << 18
 
 
 class DocumentStream:
@@ -49,6 +57,7 @@ class DocumentStream:
         self.lengths = np.asarray(lengths)
         self.vocabulary = vocabulary
         self.ends = np.cumsum(self.lengths + 1)
+        self._mapped_bytes = 0
 
     @classmethod
     def of_corpus(cls, corpus, numbers):
@@ -94,8 +103,23 @@ class DocumentStream:
             if low < high:
                 shift = int(self.offsets[document]) - first
                 ids[low - begin : high - begin] = self.flat[low + shift : high + shift]
+                self._mapped_bytes += max(high - low, PAGES_AROUND)
             document += 1
+        self._release()
         return ids
+
+    def _release(self):
+        """Take the pages of a memory map that were read off this process's memory, from time to time.
+
+        The system would do so itself when memory gets short. But until then a pass over 100 GB shows as
+        100 GB, and a container with a limit may end the process.
+        """
+        if self._mapped_bytes < MAPPED_BYTES:
+            return
+        self._mapped_bytes = 0
+        # Only where nothing can be lost: a map for reading. Windows and macOS differ.
+        if getattr(self.flat, "mode", None) == "r" and hasattr(mmap, "MADV_DONTNEED"):
+            self.flat._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 class BitArray:
@@ -106,7 +130,8 @@ class BitArray:
     """
 
     def __init__(self):
-        self._packed = []
+        # It grows in place: pieces that are joined at the end would be in memory twice.
+        self._packed = bytearray()
         # Items that do not fill a byte yet, fewer than 8.
         self._rest = np.empty(0, dtype=bool)
         self._length = 0
@@ -115,14 +140,15 @@ class BitArray:
         """Add a bool array at the end."""
         flags = np.concatenate((self._rest, flags))
         whole = len(flags) // 8 * 8
-        self._packed.append(np.packbits(flags[:whole]))
+        self._packed += np.packbits(flags[:whole]).data
         self._rest = flags[whole:]
         self._length += whole
 
     def close(self):
         """Call once after the last `append`."""
         self._length += len(self._rest)
-        self._packed = np.concatenate((*self._packed, np.packbits(self._rest)))
+        self._packed += np.packbits(self._rest).data
+        self._packed = np.frombuffer(self._packed, dtype=np.uint8)
 
     def __len__(self):
         return self._length
@@ -201,7 +227,8 @@ def make_batch(rows, row_bytes, patch_slots=None, score_ends=True, vocabulary=BY
 
     patch_lengths_BP = None
     if lengths_of_rows:
-        patch_slots = patch_slots or max(len(lengths) for lengths in lengths_of_rows)
+        if patch_slots is None:
+            patch_slots = max(len(lengths) for lengths in lengths_of_rows)
         padded = np.zeros((len(rows), patch_slots), dtype=np.int64)
         for r, lengths in enumerate(lengths_of_rows):
             padded[r, : len(lengths)] = lengths
@@ -248,7 +275,7 @@ class TrainingRows:
     patch_slots: None lets the text decide, see `_choose_slots`.
     row_positions: int64 [rows], the stream position of each row's first id.
     row_lengths: int64 [rows], the ids of each row without padding; at most row_bytes + 1.
-    Raises ValueError if the stream has fewer than two ids.
+    Raises ValueError if the stream has fewer than two ids, or a row fewer than 4 patch slots.
     """
 
     def __init__(self, stream, row_bytes, is_start=None, patch_slots=None, score_ends=True):
@@ -260,12 +287,16 @@ class TrainingRows:
         last = len(stream) - 1
         if last < 1:
             raise ValueError("there is no training text")
+        # Two for a row's first ids, one for another patch and one for padding: with fewer, rows make no
+        # progress.
+        if patch_slots is not None and patch_slots < 4:
+            raise ValueError(f"patch_slots is {patch_slots}; it must be 4 or more")
         if is_start is None:
             self.patch_slots = None
             self.row_positions = np.arange(0, last, row_bytes)
             self.row_lengths = np.minimum(row_bytes, last - self.row_positions) + 1
         else:
-            self.patch_slots = patch_slots or self._choose_slots()
+            self.patch_slots = self._choose_slots() if patch_slots is None else patch_slots
             self.row_positions, self.row_lengths = self._split_by_patches()
 
     def __len__(self):
@@ -308,8 +339,9 @@ class TrainingRows:
         has the patches 0, 1-2, 3; a fourth would need the slot that is kept for padding. It ends
         before 4. The next row begins at 3, the id that both share.
         """
-        row_positions = []
-        row_lengths = []
+        # Arrays, because a list of numbers takes several times the memory.
+        row_positions = array("q")
+        row_lengths = array("q")
         blocks = self._start_blocks()
         # Start positions from the current row on, complete below `read_to`.
         start_positions = np.empty(0, dtype=np.int64)
@@ -335,7 +367,7 @@ class TrainingRows:
             row_positions.append(position)
             row_lengths.append(end - position)
             position = end - 1
-        return np.array(row_positions), np.array(row_lengths)
+        return np.frombuffer(row_positions, np.int64), np.frombuffer(row_lengths, np.int64)
 
     def batch(self, numbers):
         """The rows of these numbers as a `RowBatch`."""
@@ -403,8 +435,9 @@ def evaluation_batches(documents, is_start=None, row_bytes=4096, batch_rows=8, s
     Windows begin at fixed distances from the document's start, never from its end: a generator that
     writes the document from left to right would use the same ones.
     """
-    # A row has memory for all its ids, so it is no longer than all documents together.
-    row_bytes = min(row_bytes, sum(len(document) + 1 for document in documents))
+    # A setting of billions must not take memory for padding when the text has thousands.
+    all_inputs = sum(len(document) + 1 for document in documents)
+    row_bytes = min(row_bytes, max(all_inputs, KEPT_ROW_BYTES))
     rows = []
     short = []
     for number, document in enumerate(documents):

@@ -9,7 +9,7 @@ from blt.checks import check
 from blt.entropies import training_starts
 from blt.files import load_weights
 from blt.ids import to_bytes
-from blt.loop import RunConfig, fit
+from blt.loop import RunConfig, first_row_of, fit
 from blt.metric import leak_gate
 from blt.patch_rules import causal_methods, warn_about_sizes
 from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
@@ -120,10 +120,11 @@ class PatchedDataset:
         return total_bytes / patches
 
 
-def train_blt(model, patched_dataset, training_config):
+def train_blt(model, patched_dataset, training_config, depends_on=None, begin=None):
     """Train a `BLTModel` on a `PatchedDataset`. The leak gate runs first and stops a model that sees ahead.
 
     training_config: `TrainingConfig`, or any `RunConfig` with an `output` folder.
+    depends_on, begin: as in `loop.fit`.
     Returns a dict with val_bpb, val_loss (nats per target) and val_accuracy of the best weights,
     last_val_bpb, bytes_per_second, train_seconds, avg_patch_size and, of the padding in the
     training rows, byte_padding and patch_padding. The best weights are in output/best.pt, and in
@@ -144,9 +145,13 @@ def train_blt(model, patched_dataset, training_config):
         f"padding {byte_padding:.1%} of bytes, {patch_padding:.1%} of patches | "
         f"{bytes_per_patch:.2f} bytes a patch in validation"
     )
-    result = fit(model, training_config, data.train_rows, data.validation_batches, training_config.output)
+    output = training_config.output
+    if depends_on is None:
+        depends_on = first_row_of(data.train_rows, training_config.seed)
+        depends_on["patch_rule"] = data.patcher.config.arguments()
+    result = fit(model, training_config, data.train_rows, data.validation_batches, output, depends_on, begin)
     # The last weights need not be the best.
-    load_weights(Path(training_config.output) / "best.pt", model)
+    load_weights(Path(output) / "best.pt", model)
     return {
         **result,
         "avg_patch_size": bytes_per_patch,

@@ -87,12 +87,13 @@ def random_bytes(n, seed=0):
 CORPUS_FLAGS = "--max_bytes 60000 --val_bytes 20000 --device cpu".split()
 ENTROPY_FLAGS = [
     *"--d_model 32 --n_heads 2 --n_layers 1 --max_seq_len 16 --row_bytes 128 --batch_rows 4".split(),
-    *"--steps 12 --eval_every 6".split(),
+    *"--steps 12 --eval_every 6 --overwrite".split(),
     *CORPUS_FLAGS,
 ]
 BLT_FLAGS = [
     *"--encoder_dim 32 --global_dim 32 --global_layers 1 --decoder_dim 32 --decoder_layers 1".split(),
     *"--hash_rows 64 --window 16 --row_bytes 128 --batch_rows 4 --steps 12 --eval_every 6 --sample_bytes 5".split(),
+    "--overwrite",
     *CORPUS_FLAGS,
 ]
 

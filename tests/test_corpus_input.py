@@ -451,6 +451,12 @@ def test_a_misspelt_folder_is_no_hub_dataset(tmp_path, monkeypatch):
     assert "did you mean" not in str(caught.value)
 
 
+def test_a_pipe_is_no_dataset(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match="pipe.txt: it is a pipe or a device; store it as a file first"):
+        open_corpus(tmp_path / "pipe.txt", cache_dir=tmp_path / "cache")
+
+
 def test_huge_numbers(tmp_path, folder):
     huge = 10**30
     corpus = open_corpus(folder, max_bytes=huge, max_documents=huge, cache_dir=tmp_path / "cache")

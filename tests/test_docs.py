@@ -134,6 +134,8 @@ def small_runs(monkeypatch):
         config.max_bytes = 60000
         config.val_bytes = 20000
         config.device = "cpu"
+        # The folder has a run of the fixture, and a page may train twice.
+        config.overwrite = True
 
     monkeypatch.setattr(RunConfig, "__post_init__", shrink)
 

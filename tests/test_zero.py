@@ -20,6 +20,7 @@ from helpers import (
 
 from blt.config import parse_config
 from blt.patch_rules import PatchConfig
+from blt.rows import BitArray, DocumentStream, TrainingRows
 from blt_model import BLTConfig
 from entropy_patcher import EntropyPatcher
 from template_llm import FlatConfig
@@ -127,6 +128,15 @@ def test_an_empty_prompt_is_a_new_document(pipeline_copy):
     assert "continuation of '':" in printed
 
 
+def test_no_patch_slots_are_no_default():
+    stream = DocumentStream.of_documents([np.arange(50, dtype=np.uint8)])
+    is_start = BitArray()
+    is_start.append(np.ones(len(stream), dtype=bool))
+    is_start.close()
+    with pytest.raises(ValueError, match="patch_slots is 0"):
+        TrainingRows(stream, 16, is_start, patch_slots=0)
+
+
 # No expression `config.x or default`: it would replace 0 and "".
 
 
@@ -141,12 +151,15 @@ def replaced(path):
             conditions |= {id(inner) for inner in ast.walk(node.test)}
     for node in ast.walk(tree):
         is_or = isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or) and id(node) not in conditions
-        if is_or and isinstance(node.values[0], ast.Attribute) and node.values[0].attr in fields:
+        first = node.values[0] if is_or else None
+        # "config.name", or an argument of that name.
+        name = first.attr if isinstance(first, ast.Attribute) else getattr(first, "id", None)
+        if name in fields:
             yield f"{path.name}:{node.lineno}: {ast.unparse(node)}"
 
 
 def test_no_setting_is_replaced_by_or():
-    # A list of models that is empty has no other meaning.
-    allowed = {"config.models or default_names"}
+    # A list of models that is empty and a title that is empty have no other meaning.
+    allowed = {"config.models or default_names", "title or ''"}
     found = [place for path in [*ROOT.glob("*.py"), *ROOT.glob("blt/*.py")] for place in replaced(path)]
     assert [place for place in found if place.split(": ", 1)[1] not in allowed] == []

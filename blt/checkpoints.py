@@ -1,0 +1,264 @@
+"""Checkpoints of a run: written whole with a hash, the last two kept. And which run may go on from one, and where.
+
+    last.pt        everything to go on from
+    previous.pt    the one before it, for when last.pt is damaged
+    best.pt        weights of the best evaluation
+
+A checkpoint is a file of `torch.save` with one more line at its end, the sha256 of all before.
+torch.load reads it without looking at that line.
+"""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from blt.files import write_atomically
+
+# The files by which a folder shows that a run has begun in it.
+RUN_FILES = ("best.pt", "last.pt", "previous.pt")
+# What a new run in a used folder removes first: a mixture of two runs would pass for one.
+OLD_FILES = (*RUN_FILES, "last.pt.damaged", "metrics.jsonl", "curves.png")
+
+# Settings that may differ between the run that stopped and the one that goes on: they change no
+# number of the training.
+FREE_TO_CHANGE = {
+    "preset", "quick_demo", "resume", "overwrite", "eval_every", "log_every", "checkpoint_minutes", "tensorboard",
+    "data_cache", "device", "compile", "recompute", "val_bytes", "output", "prompt", "sample_bytes",
+}  # fmt: skip
+# Ways to name the text, the patches and the start. A run that says by their hashes what it
+# depends on may name them in another way: a folder moves, a path becomes absolute.
+NAMES_OF_INPUTS = {
+    "dataset", "text_field", "corpus_bytes", "max_document_bytes", "patch_cache", "entropy_model_path",
+    "patch_method", "entropy_threshold", "target_patch_size", "init_from",
+}  # fmt: skip
+# Changes that a user needs in the middle of a run: gentler steps after a loss that was no number,
+# and a longer run.
+GENTLER = ("lr", "adam_lr", "clip")
+
+HASH_LABEL = b"\nsha256 "
+HASH_LINE_BYTES = len(HASH_LABEL) + 64 + 1
+
+
+def save_checkpoint(path, model, optimizers, scaler, config, state):
+    """Write everything that `load_checkpoint` needs to go on as if never stopped; the old file becomes previous.pt.
+
+    state: a dict of plain values; it needs "step", and "depends_on" (see `load_checkpoint`).
+    """
+    path = Path(path)
+    checkpoint = {
+        **state,
+        "settings": dataclasses.asdict(config),
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        # The loss scale of fp16 adapts during training.
+        "scaler": scaler.state_dict(),
+        # Dropout draws from these.
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+    def write(temporary):
+        torch.save(checkpoint, temporary)
+        # Inside the file, because two files cannot be renamed at once.
+        digest = _hash_of_file(temporary, os.path.getsize(temporary))
+        with open(temporary, "ab") as file:
+            file.write(HASH_LABEL + digest.encode() + b"\n")
+
+    write_atomically(path, write, keep=path.with_name("previous.pt"))
+
+
+def load_checkpoint(path, model, optimizers, scaler, config, depends_on):
+    """Restore a `save_checkpoint` file into model, optimizers, scaler and random state; returns its state.
+
+    A damaged file is named, and previous.pt is read in its place.
+
+    depends_on: {name: value} of what the run depends on beside its settings, such as the hash of
+    the text.
+    Raises FileNotFoundError, or ValueError if no file is whole or the stopped run was another one.
+    """
+    path, checkpoint = _read_last_whole(Path(path))
+    _check_same_run(path, checkpoint, config, depends_on)
+    # Loading an optimizer replaces its rates by the saved ones.
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    try:
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is of another model ({reason}); {_ways_on()}") from None
+    for optimizer, peaks_of_groups in zip(optimizers, peaks):
+        for group, peak in zip(optimizer.param_groups, peaks_of_groups):
+            # The saved group has the peak of the stopped run; the rate may have been lowered since.
+            group["initial_lr"] = peak
+    scaler.load_state_dict(checkpoint["scaler"])
+    torch.set_rng_state(checkpoint["random"])
+    if checkpoint["random_cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(checkpoint["random_cuda"])
+    print(f"resumed {path} at step {checkpoint['step']}")
+    not_state = {"settings", "model", "optimizers", "scaler", "random", "random_cuda"}
+    return {name: value for name, value in checkpoint.items() if name not in not_state}
+
+
+def _ways_on():
+    return "use what the run began with, or begin again with another --output or with --overwrite"
+
+
+# Whole or damaged
+
+
+def _hash_of_file(path, n_bytes):
+    """sha256 (hex) of a file's first n_bytes."""
+    digest = hashlib.sha256()
+    # In pieces: a checkpoint may be larger than the memory that is left.
+    with open(path, "rb") as file:
+        while n_bytes > 0:
+            piece = file.read(min(n_bytes, 1 << 20))
+            if not piece:
+                break
+            digest.update(piece)
+            n_bytes -= len(piece)
+    return digest.hexdigest()
+
+
+def _read_whole(path):
+    """The dict in a checkpoint. Raises ValueError if its hash is missing or wrong."""
+    n_bytes = path.stat().st_size - HASH_LINE_BYTES
+    line = b""
+    if n_bytes > 0:
+        with open(path, "rb") as file:
+            file.seek(n_bytes)
+            line = file.read()
+    if not line.startswith(HASH_LABEL):
+        raise ValueError("the hash at its end is missing: the file was cut, or is no checkpoint of this version")
+    if line[len(HASH_LABEL) : -1].decode(errors="replace") != _hash_of_file(path, n_bytes):
+        raise ValueError("its bytes do not have the hash at its end")
+    try:
+        # weights_only: a checkpoint from elsewhere cannot run code.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    # torch raises many types for a file that it cannot read.
+    except Exception as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+    if not isinstance(checkpoint, dict) or not {"step", "settings", "depends_on", "model"} <= set(checkpoint):
+        raise ValueError("it is no checkpoint of this version")
+    return checkpoint
+
+
+def _read_last_whole(path):
+    """(path, dict) of the checkpoint, or of the one before it if that is damaged or missing."""
+    previous = path.with_name("previous.pt")
+    if not path.exists() and not previous.exists():
+        raise FileNotFoundError(f"{path} not found: nothing to resume; run without --resume")
+    # A run is killed between the two renames when only previous.pt is there.
+    damages = []
+    for candidate in (path, previous):
+        if not candidate.exists():
+            continue
+        try:
+            checkpoint = _read_whole(candidate)
+        except ValueError as error:
+            damages.append(f"{candidate} is damaged ({error})")
+            continue
+        if damages:
+            # Set aside, so that the next checkpoint does not push the whole one out.
+            damaged = path.with_name("last.pt.damaged")
+            os.replace(path, damaged)
+            print(f"warning: {damages[0]}; it is now {damaged}, and the one before it is used")
+        return candidate, checkpoint
+    raise ValueError("; ".join(damages) + "; begin again with another --output or with --overwrite")
+
+
+# The same run
+
+
+def differing_settings(then, now, depends_on):
+    """What differs between two runs: (list of differences that make them two runs, list of allowed differences).
+
+    then, now: {name: value} of settings and what the runs depend on.
+    depends_on: the names among them that say by content what the run reads.
+    """
+    # Without the text's hash the names are all that is known of it.
+    free = FREE_TO_CHANGE | (NAMES_OF_INPUTS if "corpus_sha256" in depends_on else set())
+    refused, allowed = [], []
+    for name, value in now.items():
+        before = then.get(name)
+        if name in free or before == value:
+            continue
+        words = f"{name}: {_shown(before)} then, {_shown(value)} now"
+        both_given = before is not None and value is not None
+        is_gentler = name in GENTLER and both_given and value < before
+        is_longer = name == "steps" and both_given and value > before
+        if is_gentler or is_longer or (name == "precision" and value == "fp32"):
+            allowed.append(words)
+        else:
+            refused.append(words)
+    return refused, allowed
+
+
+def _shown(value):
+    """A value for a message: the first digits of a hash."""
+    is_hash = isinstance(value, str) and len(value) == 64
+    return value[:12] if is_hash else repr(value)
+
+
+def _check_same_run(path, checkpoint, config, depends_on):
+    """Raise ValueError if the checkpoint's run differs from this one in what changes its numbers."""
+    then = checkpoint["settings"] | checkpoint["depends_on"]
+    now = dataclasses.asdict(config) | depends_on
+    refused, allowed = differing_settings(then, now, depends_on)
+    # Half a run with one setting and half with another would be a run that no command repeats.
+    if refused:
+        raise ValueError(f"cannot resume {path} as another run ({'; '.join(refused)}); {_ways_on()}")
+    for words in allowed:
+        print(f"note: {words}; the steps from {checkpoint['step'] + 1} on follow the new value")
+
+
+# Folders of runs
+
+
+def refuse_used_folder(folder, config, *files):
+    """Raise FileExistsError if a folder holds a run, or one of the files exists, and nobody asked to replace it."""
+    if config.resume or config.overwrite:
+        return
+    for path in (*(Path(folder) / name for name in RUN_FILES), *map(Path, files)):
+        if path.exists():
+            raise FileExistsError(
+                f"{path} is there already, from an earlier run; go on with it by --resume, "
+                "write elsewhere by another --output, or replace it by --overwrite"
+            )
+
+
+def has_checkpoint(folder):
+    """Whether a folder has a checkpoint, whole or damaged, to resume from."""
+    return any((Path(folder) / name).exists() for name in ("last.pt", "previous.pt"))
+
+
+def check_resumable(folder, config, *files):
+    """Raise FileNotFoundError if config.resume asks for a run that is not there.
+
+    A folder without any weights is one: a run was killed in it before its first checkpoint, and
+    begins again. Weights without a checkpoint are not, and neither are such files beside the folder:
+    nobody asked to replace them.
+    """
+    folder = Path(folder)
+    if not config.resume or has_checkpoint(folder):
+        return
+    is_used = any(path.exists() for path in (folder / "best.pt", *map(Path, files)))
+    if not folder.exists() or (is_used and not config.overwrite):
+        raise FileNotFoundError(f"{folder / 'last.pt'} not found: nothing to resume; run without --resume")
+
+
+def remove_old_run(folder):
+    """Remove the files of an earlier run, so that none is taken for one of the new run's."""
+    for name in OLD_FILES:
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Remove what a killed process was writing aside: as large as a checkpoint, and read by nobody."""
+    for name in OLD_FILES:
+        for path in Path(folder).glob(f"{name}*.tmp"):
+            path.unlink(missing_ok=True)

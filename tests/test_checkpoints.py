@@ -1,0 +1,520 @@
+"""Nothing of a run is lost: resume, damaged files, numbers that are not finite, signals, folders that are used."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import BLT_FLAGS, ENTROPY_FLAGS, ROOT, error_of, output_of, run_here, some_words, tiny_blt
+
+from blt import loop
+from blt.files import model_hash, write_json
+from blt.loop import read_metrics
+from blt.records import RunRecord
+from blt.runs import claim_output
+from blt.training import PatchedDataset, TrainingConfig, train_blt
+from entropy_llm import EntropyRunConfig
+from entropy_patcher import EntropyPatcher
+from save_entropy_model import load_blt
+
+OPTIONS = dict(row_bytes=64, batch_rows=4, steps=12, eval_every=5, log_every=1, device="cpu", precision="fp32")
+
+
+def dataset(validation=1, method="space", threshold=1.0):
+    patcher = EntropyPatcher(None, method=method, threshold=threshold)
+    texts = [some_words(40, 100 + seed) for seed in range(validation)]
+    return PatchedDataset.from_documents([some_words(80, seed) for seed in range(12)], texts, patcher, 64, 4)
+
+
+def train(folder, data=None, **changes):
+    """Train a tiny BLT in a folder: `train_blt`'s dict."""
+    config = TrainingConfig(output=str(folder), **(OPTIONS | changes))
+    return train_blt(tiny_blt(), dataset() if data is None else data, config)
+
+
+def stop_in_step(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal while it computes a step."""
+    original = loop.set_learning_rates
+    steps = iter(range(10**6))
+
+    def and_signal(*arguments):
+        if next(steps) == step:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "set_learning_rates", and_signal)
+
+
+def state_of(folder):
+    """What two equal runs have in common: last and best weights, scores and losses."""
+    last = torch.load(folder / "last.pt", weights_only=True)
+    lines = [
+        {name: value for name, value in line.items() if name != "bytes_per_second"}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+    best = torch.load(folder / "best.pt", weights_only=True)
+    return last["model"], best, last["best"], last["last"], last["bytes"], lines
+
+
+def assert_same(one, other):
+    for a, b in zip(one[:2], other[:2]):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert one[2:] == other[2:]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run straight through: (folder, what `train_blt` returned). Tests must not write to it."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    return folder, train(folder)
+
+
+@pytest.fixture
+def finished(straight, tmp_path):
+    """A copy of the folder of a finished run."""
+    return shutil.copytree(straight[0], tmp_path / "run")
+
+
+# Stopped
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, None)])
+def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, straight, monkeypatch, capsys, number, status):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 6, number)
+        with pytest.raises(SystemExit if status else KeyboardInterrupt) as stopped:
+            train(tmp_path / "run")
+    if status:
+        assert stopped.value.code == status
+    assert signal.getsignal(number) == before
+    assert "saved in" in capsys.readouterr().err
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 7
+    result = train(tmp_path / "run", resume=True)
+    assert_same(state_of(tmp_path / "run"), state_of(straight[0]))
+    assert result["val_bpb"] == straight[1]["val_bpb"] and result["last_val_bpb"] == straight[1]["last_val_bpb"]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_done_later(
+    tmp_path, straight, monkeypatch, steps
+):
+    original = loop.evaluate
+    calls = iter(range(100))
+
+    def interrupted(*arguments):
+        if next(calls) == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        with pytest.raises(SystemExit):
+            train(tmp_path / "run")
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert last["step"] == {1: 5, 3: 12}[steps] and last["evaluated"] == {1: 0, 3: 10}[steps]
+    train(tmp_path / "run", resume=True)
+    assert_same(state_of(tmp_path / "run"), state_of(straight[0]))
+
+
+def test_checkpoints_by_time(tmp_path, straight, monkeypatch):
+    saved = []
+    original = loop.save_checkpoint
+
+    def save(path, model, optimizers, scaler, config, state):
+        saved.append(state["step"])
+        original(path, model, optimizers, scaler, config, state)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    train(tmp_path / "run", checkpoint_minutes=1e-9)
+    assert saved == list(range(1, 13))
+    assert torch.load(tmp_path / "run" / "previous.pt", weights_only=True)["step"] == 11
+    assert_same(state_of(tmp_path / "run"), state_of(straight[0]))
+
+
+def test_lines_after_the_checkpoint_and_a_cut_line_are_dropped(tmp_path, straight, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 6)
+        with pytest.raises(SystemExit):
+            train(tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')
+    (tmp_path / "run" / "last.pt1234.tmp").write_bytes(b"half")
+    train(tmp_path / "run", resume=True)
+    assert_same(state_of(tmp_path / "run"), state_of(straight[0]))
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished, straight, capsys):
+    assert train(finished, resume=True) == straight[1]
+    assert "nothing was left to do" in capsys.readouterr().out
+    assert straight[1]["bytes_per_second"] > 0
+
+
+# Damaged
+
+
+def flip(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+DAMAGES = {
+    "cut": lambda data: data[:-1000],
+    "cut by one": lambda data: data[:-1],
+    "empty": lambda data: b"",
+    "text": lambda data: b"no checkpoint\n" * 100,
+    "flipped": flip,
+    "grown": lambda data: data + b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, straight, capsys, damage):
+    last = finished / "last.pt"
+    last.write_bytes(damage(last.read_bytes()))
+    train(finished, resume=True)
+    printed = capsys.readouterr().out
+    assert "last.pt is damaged" in printed and f"resumed {finished / 'previous.pt'} at step 10" in printed
+    assert_same(state_of(finished), state_of(straight[0]))
+    # The damaged file did not push the whole one out.
+    (finished / "last.pt").unlink()
+    train(finished, resume=True)
+    assert_same(state_of(finished), state_of(straight[0]))
+
+
+def test_two_damaged_checkpoints_are_an_error(finished):
+    for name in ("last.pt", "previous.pt"):
+        (finished / name).write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"last.pt is damaged.*previous.pt is damaged.*--overwrite"):
+        train(finished, resume=True)
+
+
+# Not finite
+
+
+def test_a_score_that_is_no_number_is_never_kept(tmp_path, monkeypatch):
+    original = loop.evaluate
+    scores = iter([3.0, math.nan])
+
+    def evaluate(*arguments):
+        result = original(*arguments)
+        return result | {"val_bpb": next(scores)}
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with pytest.raises(ValueError, match=r"val_bpb is nan at step 10, .*lower --lr .*of step 5 in .*last.pt"):
+        train(tmp_path / "run")
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert last["step"] == 5 and last["best"]["val_bpb"] == 3.0
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_first_step_that_is_too_large_saves_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"at step 1, and nothing of it was saved; lower --lr") as error:
+        train(tmp_path / "run", lr=1e30, adam_lr=1e30, steps=1)
+    assert "last.pt" not in str(error.value)
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_weights_that_are_not_finite_are_not_saved_between_evaluations(tmp_path, monkeypatch):
+    """The loss of the step is still finite: it is of the weights before the update."""
+    original = loop.step_optimizers
+
+    def break_weights(*arguments):
+        original(*arguments)
+        arguments[0][0].param_groups[0]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(loop, "step_optimizers", break_weights)
+    with pytest.raises(ValueError, match="a weight is infinite .* at step 1,"):
+        train(tmp_path / "run", checkpoint_minutes=1e-9)
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_a_gradient_that_is_not_finite_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "clip_gradients", lambda *arguments: torch.tensor(math.inf))
+    with pytest.raises(ValueError, match="norm of the gradient is inf at step 1,"):
+        train(tmp_path / "run")
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="x.json is not written"):
+        write_json(tmp_path / "x.json", {"a": [math.nan]})
+    assert not (tmp_path / "x.json").exists()
+
+
+# The same run
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 6)
+        with pytest.raises(SystemExit):
+            train(tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("changes", [dict(seed=2), dict(lr=0.02), dict(steps=11), dict(weight_decay=0.2)])
+def test_other_settings_are_refused(stopped, changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"{name}: .* then, {changes[name]} now"):
+        train(stopped, resume=True, **changes)
+
+
+def test_other_text_or_patches_are_refused(stopped):
+    other = PatchedDataset.from_documents([b"other text " * 80], [b"abc"], dataset().patcher, 64, 4)
+    with pytest.raises(ValueError, match="first_row_sha256"):
+        train(stopped, other, resume=True)
+    with pytest.raises(ValueError, match="patch_rule"):
+        train(stopped, dataset(method="static", threshold=5.0), resume=True)
+
+
+def test_gentler_and_longer_runs_go_on_with_a_note(stopped, capsys):
+    train(stopped, resume=True, lr=0.001, steps=14)
+    printed = capsys.readouterr().out
+    assert "note: lr: 0.005 then, 0.001 now; the steps from 8 on" in printed and "note: steps: 12 then, 14" in printed
+    rates = {line["step"]: line["lr"] for line in read_metrics(stopped / "metrics.jsonl") if "lr" in line}
+    assert rates[7] == 0.005 and rates[8] == pytest.approx(0.001) and max(rates) == 14
+
+
+def test_a_moved_folder_goes_on(stopped, straight, tmp_path):
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    stopped.rename(moved)
+    train(moved, resume=True, prompt="x", sample_bytes=1, data_cache="other")
+    assert_same(state_of(moved), state_of(straight[0]))
+
+
+@pytest.mark.parametrize("steps", [12, 16])
+def test_scores_of_other_text_are_not_compared(finished, steps, capsys):
+    """The best so far is measured again on the new text."""
+    result = train(finished, dataset(validation=3), resume=True, steps=steps, lr=1e-9, adam_lr=1e-9)
+    assert "validation text is another one" in capsys.readouterr().out
+    model = tiny_blt()
+    loop.load_weights(finished / "best.pt", model)
+    data = dataset(validation=3)
+    expected = loop.evaluate(model, data.validation_batches, torch.device("cpu"), "fp32")
+    assert result["val_bpb"] == expected["val_bpb"] and result["val_bytes"] == expected["val_bytes"]
+    assert torch.load(finished / "last.pt", weights_only=True)["last"]["val_bytes"] == expected["val_bytes"]
+
+
+def test_best_weights_newer_than_the_checkpoint(stopped, straight):
+    """Killed between best.pt and last.pt: the score of best.pt is that of its weights, not of older ones."""
+    shutil.copy(straight[0] / "best.pt", stopped)
+    result = train(stopped, resume=True)
+    assert result["val_bpb"] == straight[1]["val_bpb"]
+    assert_same(state_of(stopped), state_of(straight[0]))
+
+
+def test_lost_best_weights(stopped, capsys):
+    (stopped / "best.pt").unlink()
+    assert train(stopped, resume=True)["val_bpb"] > 0
+    assert "missing or damaged" in capsys.readouterr().out and (stopped / "best.pt").exists()
+
+
+# Used folders
+
+
+def test_a_used_folder_is_refused_and_unchanged(finished, straight):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    with pytest.raises(FileExistsError, match="--resume.*--output.*--overwrite"):
+        train(finished)
+    assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+    train(finished, overwrite=True, steps=3, eval_every=3)
+    assert torch.load(finished / "last.pt", weights_only=True)["step"] == 3
+    assert torch.load(finished / "previous.pt", weights_only=True)["step"] == 3
+    assert max(line["step"] for line in read_metrics(finished / "metrics.jsonl")) == 3
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    config = TrainingConfig(output=str(tmp_path / "run"), **OPTIONS)
+    with claim_output(config, config.output):
+        with pytest.raises(ValueError, match="another process is training in"):
+            with claim_output(config, config.output):
+                pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_is_looked_for_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = TrainingConfig(output=str(tmp_path / "run"), tensorboard=True, **OPTIONS)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        with claim_output(config, config.output):
+            pass
+    assert not (tmp_path / "run").exists()
+
+
+# The scripts
+
+SHORT = dict(steps=4, eval_every=4, val_bytes=20000)
+NO_OVERWRITE = [flag for flag in BLT_FLAGS if flag != "--overwrite"]
+
+
+def test_scripts_do_not_replace_a_run(pipeline_copy):
+    def contents():
+        files = (path for path in pipeline_copy.rglob("*") if path.is_file() and "data_cache" not in path.parts)
+        return {path: path.read_bytes() for path in files}
+
+    before = contents()
+    assert "checkpoints/best.pt is there already" in error_of(pipeline_copy, "llm", *NO_OVERWRITE)
+    flags = [flag for flag in ENTROPY_FLAGS if flag != "--overwrite"]
+    assert "is there already" in error_of(pipeline_copy, "entropy_llm", *flags)
+    shutil.rmtree(pipeline_copy / "entropy_model_run")
+    assert "entropy_model.pth is there already" in error_of(pipeline_copy, "entropy_llm", *flags)
+    assert "without .json" in error_of(pipeline_copy, "entropy_llm", *flags, "--output", "em.json")
+    # An output that cannot be made is found first.
+    (pipeline_copy / "file").write_text("")
+    assert "file/x" in error_of(pipeline_copy, "llm", *NO_OVERWRITE, "--output", "file/x")
+    kept = {path: data for path, data in before.items() if "entropy_model_run" not in path.parts}
+    assert kept.items() <= contents().items()
+
+
+def test_a_resume_on_other_patches_or_text_is_refused(pipeline_copy, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 7)
+        status, _, errors = run_here(pipeline_copy, "llm", *BLT_FLAGS)
+    assert status == 143 and "go on with the same command and --resume" in errors
+    record = (pipeline_copy / "checkpoints" / "model.json").read_bytes()
+    resume = [*NO_OVERWRITE, "--resume"]
+    chosen = pipeline_copy / "patch_cache" / "patches.json"
+    before = chosen.read_text()
+    other = json.loads(before)
+    other["patch_config"]["entropy_threshold"] += 0.5
+    chosen.write_text(json.dumps(other))
+    assert "patch_rule: " in error_of(pipeline_copy, "llm", *resume)
+    chosen.write_text(before)
+    assert "global_dim: 32 then, 48 now" in error_of(pipeline_copy, "llm", *resume, "--global_dim", 48)
+    assert (pipeline_copy / "checkpoints" / "model.json").read_bytes() == record
+    # What does not matter: names of the same things.
+    shutil.copytree(pipeline_copy / "patch_cache", pipeline_copy / "elsewhere")
+    (pipeline_copy / "checkpoints").rename(pipeline_copy / "moved")
+    free = ["--patch_cache", "elsewhere", "--output", pipeline_copy / "moved", "--prompt", "x"]
+    free += ["--entropy_model_path", pipeline_copy / "entropy_model.pth"]
+    assert "at step 8" in output_of(pipeline_copy, "llm", *resume, *free)
+
+
+def test_a_trained_folder_is_complete(pipeline_copy, tmp_path):
+    """It is moved, and the entropy model beside it is gone."""
+    (pipeline_copy / "checkpoints").rename(tmp_path / "moved")
+    for name in ("entropy_model.pth", "entropy_model.json"):
+        (pipeline_copy / name).unlink()
+    model, patcher, record = load_blt(tmp_path / "moved")
+    assert model_hash(patcher.entropy_model) == record.entropy_model_sha256
+    flags = ["--model", "moved", "--prompt", "The ", "--max_new_bytes", 5, "--device", "cpu"]
+    assert output_of(tmp_path, "generate", *flags).startswith("The ")
+
+
+def test_killed_before_the_first_checkpoint(tmp_path, straight, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.json").write_text("{}")
+    train(tmp_path / "run", resume=True)
+    assert "begins at its first step" in capsys.readouterr().out
+    assert_same(state_of(tmp_path / "run"), state_of(straight[0]))
+
+
+def test_killed_in_the_first_evaluation(tmp_path, straight, monkeypatch):
+    def killed(path, model):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_weights", killed)
+        with pytest.raises(RuntimeError):
+            train(tmp_path / "run")
+    # Weights are never there without a checkpoint.
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 5
+    train(tmp_path / "run", resume=True)
+    assert_same(state_of(tmp_path / "run"), state_of(straight[0]))
+
+
+def test_weights_without_a_checkpoint_are_not_resumed(finished):
+    for name in ("last.pt", "previous.pt"):
+        (finished / name).unlink()
+    before = (finished / "best.pt").read_bytes()
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(finished, resume=True)
+    assert (finished / "best.pt").read_bytes() == before
+
+
+def test_an_interrupted_workflow_goes_on(pipeline, tmp_path, monkeypatch):
+    (tmp_path / "data_cache").symlink_to(pipeline[0] / "data_cache")
+    monkeypatch.setitem(EntropyRunConfig.PRESETS.machines, "cpu", EntropyRunConfig.PRESETS.machines["cpu"] | SHORT)
+    flags = ["--quick_demo", "--train_entropy", "--methods", "space", "static", *NO_OVERWRITE]
+    with monkeypatch.context() as patch:
+        # In the second method: the entropy model takes 4 steps and the first method 12.
+        stop_in_step(patch, 4 + 12 + 3)
+        assert run_here(tmp_path, "complete_entropy_workflow", *flags)[0] == 143
+    assert "by --resume" in error_of(tmp_path, "complete_entropy_workflow", *flags)
+    printed = output_of(tmp_path, "complete_entropy_workflow", *flags, "--resume")
+    assert printed.count("nothing was left to do") == 2 and "at step 4" in printed
+    rows = json.loads((tmp_path / "workflow" / "comparison.json").read_text())
+    assert {row["method"] for row in rows} == {"space", "static"}
+    for row in rows:
+        record = RunRecord.load(tmp_path / "workflow" / f"{row['method']}_seed1337" / "model.json")
+        assert record.result["val_bpb"] == row["val_bpb"]
+
+
+def test_the_entropy_model_beside_an_older_folder(pipeline_copy, monkeypatch):
+    """Its record names a path that held where it was trained; from elsewhere the one beside it is taken."""
+    for name in ("entropy_model.pth", "entropy_model.json"):
+        (pipeline_copy / "checkpoints" / name).unlink()
+    monkeypatch.chdir(pipeline_copy.parent)
+    assert load_blt("copy/checkpoints")[1].entropy_model is not None
+
+
+RECORD_DAMAGES = {
+    "a key too many": lambda values: values["model_config"].update(no_such_size=1),
+    "a word for a number": lambda values: values["model_config"].update(global_dim="x"),
+    "a list for a dict": lambda values: values.update(model_config=[1]),
+    "a key missing": lambda values: values.pop("settings"),
+    "a rule too many": lambda values: values["patch_config"].update(no_such_setting=1),
+}
+
+
+@pytest.mark.parametrize("damage", RECORD_DAMAGES.values(), ids=RECORD_DAMAGES.keys())
+def test_a_damaged_record_is_named(pipeline_copy, damage):
+    path = pipeline_copy / "checkpoints" / "model.json"
+    values = json.loads(path.read_text())
+    damage(values)
+    path.write_text(json.dumps(values))
+    line = error_of(pipeline_copy, "generate", "--device", "cpu", "--prompt", "x")
+    assert "model.json" in line and "train" in line
+
+
+def test_deep_json_is_no_record(tmp_path):
+    (tmp_path / "model.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="model.json is not JSON"):
+        RunRecord.load(tmp_path / "model.json")
+
+
+def test_settings_are_finite():
+    with pytest.raises(ValueError, match="clip is inf"):
+        TrainingConfig(clip=math.inf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_instants(pipeline_copy, seed):
+    """SIGKILL, a few times, then to the end: the weights are those of the run straight through."""
+    flags = [*NO_OVERWRITE, "--steps", 40, "--eval_every", 5, "--checkpoint_minutes", 1e-9, "--sample_bytes", 0]
+    output_of(pipeline_copy, "llm", *flags, "--output", "straight")
+    rng = np.random.default_rng(seed)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "llm.py"), *map(str, flags), "--output", "killed"]
+    for _ in range(6):
+        resume = ["--resume"] if (pipeline_copy / "killed").exists() else []
+        process = subprocess.Popen([*command, *resume], cwd=pipeline_copy, env=environment, stdout=subprocess.DEVNULL)
+        time.sleep(rng.uniform(2, 6))
+        process.kill()
+        process.wait()
+    output_of(pipeline_copy, "llm", *flags, "--output", "killed", "--resume")
+    assert_same(state_of(pipeline_copy / "killed"), state_of(pipeline_copy / "straight"))
+    results = [RunRecord.load(pipeline_copy / name / "model.json") for name in ("killed", "straight")]
+    assert results[0].weights_sha256 == results[1].weights_sha256
+    assert results[0].result["val_bpb"] == results[1].result["val_bpb"]
