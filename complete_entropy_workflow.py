@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import entropy_llm
-from blt.checkpoints import refuse_used_folder
+from blt.checkpoints import keep_earlier_run
 from blt.checks import check, check_positive
 from blt.config import run_script
 from blt.corpus import DataConfig
@@ -126,12 +126,10 @@ def markdown_table(rows, seeds):
 
 def main(config):
     output = Path(config.output)
-    # Before the first model is trained: an earlier comparison may hold hours of work.
-    refuse_used_folder(output, config, output / "comparison.json")
-    for method in config.methods:
-        for i in range(config.seeds):
-            refuse_used_folder(folder_of(config, method, config.seed + i), config)
     with claim_output(config, output):
+        if not config.resume and not config.overwrite:
+            # An earlier comparison may hold hours of work. The runs themselves are kept by `fit`.
+            keep_earlier_run(output, names=("comparison.json", "comparison.md", "comparison.png"))
         run_all(config)
 
 

@@ -217,7 +217,8 @@ def train(config):
     output = Path(config.output)
     run_dir = run_folder(output)
     depends_on = {"kind": "entropy", **asdict(model_config), "corpus_sha256": run.corpus.hash}
-    result = fit(model, config, train_rows, validation_batches, run_dir, depends_on)
+    results = (output, output.with_suffix(".json"))
+    result = fit(model, config, train_rows, validation_batches, run_dir, depends_on, result_files=results)
     load_weights(run_dir / "best.pt", model)
     record = RunRecord(
         kind="entropy",

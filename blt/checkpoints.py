@@ -11,6 +11,7 @@ torch.load reads it without looking at that line.
 import dataclasses
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from blt.files import write_atomically
 RUN_FILES = ("best.pt", "last.pt", "previous.pt")
 # What a new run in a used folder removes first: a mixture of two runs would pass for one.
 OLD_FILES = (*RUN_FILES, "last.pt.damaged", "metrics.jsonl", "curves.png")
+# What is kept of an earlier run that nobody asked to replace.
+EARLIER_FILES = (*OLD_FILES, "model.json", "tokenizer.json", "entropy_model.pth", "entropy_model.json")
 
 # Settings that may differ between the run that stopped and the one that goes on: they change no
 # number of the training.
@@ -63,9 +66,9 @@ def save_checkpoint(path, model, optimizers, scaler, config, state):
     def write(temporary):
         torch.save(checkpoint, temporary)
         # Inside the file, because two files cannot be renamed at once.
-        digest = _hash_of_file(temporary, os.path.getsize(temporary))
+        line = _hash_line(temporary, os.path.getsize(temporary))
         with open(temporary, "ab") as file:
-            file.write(HASH_LABEL + digest.encode() + b"\n")
+            file.write(line)
 
     write_atomically(path, write, keep=path.with_name("previous.pt"))
 
@@ -110,8 +113,8 @@ def _ways_on():
 # Whole or damaged
 
 
-def _hash_of_file(path, n_bytes):
-    """sha256 (hex) of a file's first n_bytes."""
+def _hash_line(path, n_bytes):
+    """The line, as bytes, that names the sha256 of a file's first n_bytes."""
     digest = hashlib.sha256()
     # In pieces: a checkpoint may be larger than the memory that is left.
     with open(path, "rb") as file:
@@ -121,7 +124,7 @@ def _hash_of_file(path, n_bytes):
                 break
             digest.update(piece)
             n_bytes -= len(piece)
-    return digest.hexdigest()
+    return HASH_LABEL + digest.hexdigest().encode() + b"\n"
 
 
 def _read_whole(path):
@@ -134,7 +137,7 @@ def _read_whole(path):
             line = file.read()
     if not line.startswith(HASH_LABEL):
         raise ValueError("the hash at its end is missing: the file was cut, or is no checkpoint of this version")
-    if line[len(HASH_LABEL) : -1].decode(errors="replace") != _hash_of_file(path, n_bytes):
+    if line != _hash_line(path, n_bytes):
         raise ValueError("its bytes do not have the hash at its end")
     try:
         # weights_only: a checkpoint from elsewhere cannot run code.
@@ -219,16 +222,33 @@ def _check_same_run(path, checkpoint, config, depends_on):
 # Folders of runs
 
 
-def refuse_used_folder(folder, config, *files):
-    """Raise FileExistsError if a folder holds a run, or one of the files exists, and nobody asked to replace it."""
-    if config.resume or config.overwrite:
-        return
-    for path in (*(Path(folder) / name for name in RUN_FILES), *map(Path, files)):
-        if path.exists():
-            raise FileExistsError(
-                f"{path} is there already, from an earlier run; go on with it by --resume, "
-                "write elsewhere by another --output, or replace it by --overwrite"
-            )
+def keep_earlier_run(folder, *files, names=None):
+    """Move what an earlier run has left in a folder to FOLDER.earlier-1, or -2, ..., so that nothing is lost.
+
+    files: results of that run beside the folder; they are copied there and stay until the new run
+    replaces them.
+    names: what belongs to a run in the folder; None: `EARLIER_FILES`.
+    Returns the new folder, or None if there was nothing to keep.
+    """
+    folder = Path(folder)
+    found = [folder / name for name in names or EARLIER_FILES if (folder / name).exists()]
+    beside = [path for path in map(Path, files) if path.exists()]
+    # A record alone, or an entropy model that a user has put there, is no run.
+    is_run = names is not None or any(path.name in RUN_FILES for path in found)
+    if not (found and is_run) and not beside:
+        return None
+    number = 1
+    while (earlier := folder.with_name(f"{folder.name}.earlier-{number}")).exists():
+        number += 1
+    earlier.mkdir(parents=True)
+    for path in beside:
+        shutil.copy2(path, earlier / path.name)
+    for path in found:
+        os.replace(path, earlier / path.name)
+    print(
+        f"note: the earlier run in {folder} is kept in {earlier}; --overwrite would replace it, --resume go on with it"
+    )
+    return earlier
 
 
 def has_checkpoint(folder):

@@ -12,7 +12,7 @@ Writes: a byte store, cache_dir/NAME-KEY/. The key is a hash of the settings and
 and times, so the same settings on unchanged files open the store that exists already. Opening checks
 the store for damage; `check_store` reads all of it.
 Takes: about 1 s for the sample on one core of an AMD EPYC server. Documents stream through: memory
-holds one document, and about 20 bytes for each document of the corpus.
+holds one document, and about 30 bytes for each document of the corpus.
 """
 
 import contextlib

@@ -460,7 +460,7 @@ def make_entropies(
     Returns an `EntropyCache`. A pass that was stopped goes on where its last save was, with the same
     result bit for bit. A cache that is damaged, outdated or too small is computed again. A second
     process that wants the same cache waits for the first.
-    Raises OSError if there is no room for it on the disk.
+    Raises OSError if there is no room for it on the disk, ValueError if an entropy is not finite.
     """
     folder = cache_folder(cache_dir, corpus, model_record)
 
@@ -714,9 +714,18 @@ class UnfinishedPass:
         """Bring to disk what is done, then say how much it is."""
         # In this order: a number that is said to be there is there.
         self.entropies.flush()
-        n_read, checksums = self.saved
-        spans = zip(self.shares.written(n_read), self.shares.written(self.n_done), checksums)
-        checksums = [zlib.crc32(self.entropies[old_end:new_end], checksum) for old_end, new_end, checksum in spans]
+        n_read, old_checksums = self.saved
+        checksums = []
+        spans = zip(self.shares.written(n_read), self.shares.written(self.n_done))
+        for (old_end, new_end), checksum in zip(spans, old_checksums):
+            new = self.entropies[old_end:new_end]
+            # NaN is above no threshold: it would give patches as long as the text, without a word.
+            if not np.isfinite(new).all():
+                raise ValueError(
+                    "the entropy model gives entropies that are not finite; "
+                    "pass --precision fp32, or train it again: python entropy_llm.py"
+                )
+            checksums.append(zlib.crc32(new, checksum))
         self.saved = (self.n_done, checksums)
         state = {"format": FORMAT, "inputs": self.inputs, "n_read": self.n_done, "checksums": checksums}
         write_sealed(self.folder / PROGRESS, state)
@@ -773,8 +782,8 @@ def write_patches(path, patch_config, facts):
 def read_patches(path, corpus, entropy_record, advice="run: python create_patches.py"):
     """The `PatchConfig` in patches.json, checked.
 
-    corpus: the `Corpus` in use. entropy_record: the `RunRecord` of the entropy model in use. A rule
-    that needs no entropies is about neither, so both may then be None.
+    corpus: the `Corpus` in use. entropy_record: the `RunRecord` of the entropy model in use. None of
+    either: it is not compared. A rule that needs no entropies is about neither.
     advice: what a message tells the user to do.
     Raises FileNotFoundError if there is none, ValueError if it is damaged, outdated, or about another
     corpus or entropy model.
@@ -789,9 +798,10 @@ def read_patches(path, corpus, entropy_record, advice="run: python create_patche
             raise CacheError(f"{path} lacks {', '.join(sorted(missing))}")
         patch_config = PatchConfig(**chosen["patch_config"])
         if patch_config.needs_entropies:
-            if chosen["corpus_sha256"] != corpus.hash:
+            if corpus is not None and chosen["corpus_sha256"] != corpus.hash:
                 raise CacheError(f"{path} was made for another corpus (dataset {chosen.get('dataset')!r})")
-            if chosen["entropy_model_sha256"] != entropy_record.weights_sha256:
+            is_named = entropy_record is not None
+            if is_named and chosen["entropy_model_sha256"] != entropy_record.weights_sha256:
                 raise CacheError(f"{path} was made with another entropy model ({chosen.get('entropy_model_path')})")
     # TypeError: settings that a PatchConfig does not have. ValueError: values that it refuses.
     except (ValueError, TypeError) as error:

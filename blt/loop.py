@@ -22,8 +22,8 @@ from blt.attention import slow_attention
 from blt.checkpoints import (
     check_resumable,
     has_checkpoint,
+    keep_earlier_run,
     load_checkpoint,
-    refuse_used_folder,
     remove_leftovers,
     remove_old_run,
     save_checkpoint,
@@ -61,7 +61,7 @@ class RunConfig(DataConfig):
     log_every: int = 10  # updates between log lines
     checkpoint_minutes: float = 10.0  # also write last.pt when it is this old, beside at each evaluation
     resume: bool = False  # go on from the last checkpoint in the output folder
-    overwrite: bool = False  # replace an earlier run in the output folder; --resume comes first
+    overwrite: bool = False  # replace an earlier run in the output folder instead of keeping it beside
     tensorboard: bool = False  # also write TensorBoard scalars (pip install tensorboard)
 
     def __post_init__(self):
@@ -82,7 +82,7 @@ class RunConfig(DataConfig):
 
 
 @restore_matmul_precision()
-def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None, begin=None):
+def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None, begin=None, result_files=()):
     """Train a model. Returns the best evaluation (that of best.pt), last_val_bpb, bytes_per_second and train_seconds.
 
     train_rows: `TrainingRows`.
@@ -91,6 +91,7 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     the text; a resumed run must have the same. None: a hash of the first row.
     begin: called without arguments when the run is known to be allowed, before its first step; None:
     nothing is called.
+    result_files: what the run will write beside out_dir; kept with an earlier run if it exists.
     Writes to out_dir: last.pt and previous.pt (everything to go on from), best.pt (weights of the
     best evaluation), metrics.jsonl. Stopped and resumed gives the weights of a run straight
     through: a batch depends on its number only. Ctrl-C and SIGTERM save the last finished step first.
@@ -100,7 +101,6 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     precision = choose_precision(config.precision, device)
     allow_tf32(device, precision)
     out_dir = Path(out_dir)
-    refuse_used_folder(out_dir, config)
     check_resumable(out_dir, config)
     is_resumed = config.resume and has_checkpoint(out_dir)
     # Every parameter is in exactly one optimizer: matrices in Muon, hash tables in row-wise Adam, the
@@ -127,6 +127,8 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     out_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out_dir)
     if not is_resumed:
+        if not config.overwrite:
+            keep_earlier_run(out_dir, *result_files)
         remove_old_run(out_dir)
     if begin is not None:
         begin()

@@ -112,7 +112,7 @@ def orthogonalize(x_NRC, coefficients, steps, eps, dtype=None):
     keeps the singular vectors of x, and takes each singular value s to a s + b s ** 3 + c s ** 5.
     """
     a, b, c = coefficients
-    dtype = dtype or products_dtype(x_NRC.device)
+    dtype = products_dtype(x_NRC.device) if dtype is None else dtype
     # fp16 holds no gradient: numbers of 1e-8 would be zeros. So its norm is taken before the cast, and
     # after it no number exceeds 1.
     x = x_NRC.float() if dtype == torch.float16 else x_NRC.to(dtype)

@@ -14,7 +14,7 @@ except ImportError:  # Windows has no such locks
 import numpy as np
 import torch
 
-from blt.checkpoints import check_resumable, refuse_used_folder
+from blt.checkpoints import check_resumable
 from blt.config import given_fields, print_header
 from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
@@ -29,15 +29,13 @@ def claim_output(config, folder, *files):
 
     config: a `RunConfig`.
     files: what the run writes beside the folder.
-    Raises FileExistsError if an earlier run is there and config has neither resume nor overwrite,
-    FileNotFoundError if there is nothing to resume, ValueError if another process trains there or
+    Raises FileNotFoundError if there is nothing to resume, ValueError if another process trains there or
     TensorBoard is missing, OSError if the folder cannot be written.
     """
     folder = Path(folder)
     for path in map(Path, files):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file as --output, such as {path / 'model.pth'}")
-    refuse_used_folder(folder, config, *files)
     check_resumable(folder, config, *files)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs a package: pip install tensorboard")

@@ -403,6 +403,34 @@ def test_other_settings_do_not_go_on_with_a_stopped_pass(made, stopping, tmp_pat
     assert names_in(tmp_path) == [made.cache_folder(tmp_path).name]
 
 
+def test_killed_before_the_last_rename(made, whole, stopping, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(entropies.Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made.make(tmp_path)
+    rest = stopping(None)
+    made.make(tmp_path)
+    assert rest.n_chunks == 0
+    assert numbers_of(made, tmp_path) == numbers_of(made, whole)
+    assert names_in(made.cache_folder(tmp_path)) == sorted([*CACHE_FILES, "manifest.json"])
+
+
+def test_entropies_that_are_not_finite_are_no_cache(made, tmp_path):
+    broken = tiny_entropy_model(n_layers=2)
+    torch.nn.init.constant_(broken.head.weight, float("nan"))
+    model, made.model = made.model, broken
+    try:
+        with pytest.raises(ValueError, match="not finite.*python entropy_llm.py"):
+            made.make(tmp_path)
+        with pytest.raises(FileNotFoundError):
+            made.open(tmp_path)
+    finally:
+        made.model = model
+
+
 def test_two_processes_that_make_one_cache(made, whole, stopping, tmp_path):
     stopping(None, seconds=0.005)
     children = []

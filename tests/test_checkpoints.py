@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import BLT_FLAGS, ENTROPY_FLAGS, ROOT, error_of, output_of, run_here, some_words, tiny_blt
 
-from blt import loop
+from blt import checkpoints, loop
 from blt.files import model_hash, write_json
 from blt.loop import read_metrics
 from blt.records import RunRecord
@@ -190,6 +190,27 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, straight, ca
     assert_same(state_of(finished), state_of(straight[0]))
 
 
+@pytest.mark.parametrize("kind", ["cut", "flipped", "exchanged"])
+def test_random_damage_is_always_found(finished, tmp_path, kind):
+    """200 cases of each kind; none is read."""
+    rng = np.random.default_rng(0)
+    data = (finished / "last.pt").read_bytes()
+    other = (finished / "previous.pt").read_bytes()
+    path = tmp_path / "last.pt"
+    for _ in range(200):
+        place = int(rng.integers(len(data)))
+        damaged = {
+            "cut": data[:place],
+            "flipped": data[:place] + bytes([data[place] ^ (1 << int(rng.integers(8)))]) + data[place + 1 :],
+            "exchanged": data[:place] + other[place:],
+        }[kind]
+        if damaged in (data, other):
+            continue
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError):
+            checkpoints._read_whole(path)
+
+
 def test_two_damaged_checkpoints_are_an_error(finished):
     for name in ("last.pt", "previous.pt"):
         (finished / name).write_bytes(b"text")
@@ -322,12 +343,23 @@ def test_lost_best_weights(stopped, capsys):
 # Used folders
 
 
-def test_a_used_folder_is_refused_and_unchanged(finished, straight):
-    before = {path.name: path.read_bytes() for path in finished.iterdir()}
-    with pytest.raises(FileExistsError, match="--resume.*--output.*--overwrite"):
-        train(finished)
-    assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+def test_an_earlier_run_is_kept_beside(finished, capsys):
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    before = contents(finished)
+    train(finished, steps=3, eval_every=3)
+    earlier = finished.with_name(f"{finished.name}.earlier-1")
+    assert f"the earlier run in {finished} is kept in {earlier}" in capsys.readouterr().out
+    assert contents(earlier).items() <= before.items() and {"best.pt", "last.pt"} <= contents(earlier).keys()
+    train(finished, steps=4, eval_every=4)
+    second = torch.load(finished.with_name(f"{finished.name}.earlier-2") / "last.pt", weights_only=True)
+    assert second["step"] == 3 and contents(earlier).items() <= before.items()
+
+
+def test_overwrite_replaces_an_earlier_run(finished):
     train(finished, overwrite=True, steps=3, eval_every=3)
+    assert not list(finished.parent.glob("*.earlier-*"))
     assert torch.load(finished / "last.pt", weights_only=True)["step"] == 3
     assert torch.load(finished / "previous.pt", weights_only=True)["step"] == 3
     assert max(line["step"] for line in read_metrics(finished / "metrics.jsonl")) == 3
@@ -357,23 +389,29 @@ SHORT = dict(steps=4, eval_every=4, val_bytes=20000)
 NO_OVERWRITE = [flag for flag in BLT_FLAGS if flag != "--overwrite"]
 
 
-def test_scripts_do_not_replace_a_run(pipeline_copy):
-    def contents():
-        files = (path for path in pipeline_copy.rglob("*") if path.is_file() and "data_cache" not in path.parts)
-        return {path: path.read_bytes() for path in files}
+def test_scripts_keep_an_earlier_run(pipeline_copy):
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
-    before = contents()
-    assert "checkpoints/best.pt is there already" in error_of(pipeline_copy, "llm", *NO_OVERWRITE)
+    model, text = contents(pipeline_copy / "checkpoints"), contents(pipeline_copy)
+    entropy_run = contents(pipeline_copy / "entropy_model_run")
+    output_of(pipeline_copy, "llm", *NO_OVERWRITE, "--steps", 4, "--eval_every", 4)
+    earlier = contents(pipeline_copy / "checkpoints.earlier-1")
+    assert earlier.items() <= model.items() and {"best.pt", "model.json", "entropy_model.pth"} <= earlier.keys()
     flags = [flag for flag in ENTROPY_FLAGS if flag != "--overwrite"]
-    assert "is there already" in error_of(pipeline_copy, "entropy_llm", *flags)
-    shutil.rmtree(pipeline_copy / "entropy_model_run")
-    assert "entropy_model.pth is there already" in error_of(pipeline_copy, "entropy_llm", *flags)
+    output_of(pipeline_copy, "entropy_llm", *flags, "--steps", 4, "--eval_every", 4)
+    earlier = contents(pipeline_copy / "entropy_model_run.earlier-1")
+    assert earlier.items() <= (entropy_run | text).items()
+    assert {"best.pt", "entropy_model.pth", "entropy_model.json"} <= earlier.keys()
+    assert contents(pipeline_copy)["entropy_model.pth"] != earlier["entropy_model.pth"]
+
+
+def test_an_output_that_cannot_be_written_is_found_first(pipeline_copy):
+    flags = [flag for flag in ENTROPY_FLAGS if flag != "--overwrite"]
     assert "without .json" in error_of(pipeline_copy, "entropy_llm", *flags, "--output", "em.json")
-    # An output that cannot be made is found first.
     (pipeline_copy / "file").write_text("")
     assert "file/x" in error_of(pipeline_copy, "llm", *NO_OVERWRITE, "--output", "file/x")
-    kept = {path: data for path, data in before.items() if "entropy_model_run" not in path.parts}
-    assert kept.items() <= contents().items()
+    assert not list(pipeline_copy.glob("*.earlier-*"))
 
 
 def test_a_resume_on_other_patches_or_text_is_refused(pipeline_copy, monkeypatch):
@@ -499,22 +537,28 @@ def test_settings_are_finite():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_instants(pipeline_copy, seed):
-    """SIGKILL, a few times, then to the end: the weights are those of the run straight through."""
-    flags = [*NO_OVERWRITE, "--steps", 40, "--eval_every", 5, "--checkpoint_minutes", 1e-9, "--sample_bytes", 0]
-    output_of(pipeline_copy, "llm", *flags, "--output", "straight")
+@pytest.mark.parametrize("script", ["llm", "entropy_llm"])
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_instants(pipeline_copy, script, seed):
+    """SIGKILL, a few times, then to the end: all that is left is that of the run straight through."""
+    of_script = {"llm": [*NO_OVERWRITE, "--sample_bytes", 0], "entropy_llm": ENTROPY_FLAGS}[script]
+    flags = [flag for flag in of_script if flag != "--overwrite"]
+    flags += ["--steps", 40, "--eval_every", 5, "--checkpoint_minutes", 1e-9]
+    outputs = {"llm": ("straight", "killed"), "entropy_llm": ("straight.pth", "killed.pth")}[script]
+    folders = [pipeline_copy / name.replace(".pth", "_run") for name in outputs]
+    output_of(pipeline_copy, script, *flags, "--output", outputs[0])
     rng = np.random.default_rng(seed)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "llm.py"), *map(str, flags), "--output", "killed"]
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags), "--output", outputs[1]]
     for _ in range(6):
-        resume = ["--resume"] if (pipeline_copy / "killed").exists() else []
+        resume = ["--resume"] if folders[1].exists() else []
         process = subprocess.Popen([*command, *resume], cwd=pipeline_copy, env=environment, stdout=subprocess.DEVNULL)
         time.sleep(rng.uniform(2, 6))
         process.kill()
         process.wait()
-    output_of(pipeline_copy, "llm", *flags, "--output", "killed", "--resume")
-    assert_same(state_of(pipeline_copy / "killed"), state_of(pipeline_copy / "straight"))
-    results = [RunRecord.load(pipeline_copy / name / "model.json") for name in ("killed", "straight")]
-    assert results[0].weights_sha256 == results[1].weights_sha256
-    assert results[0].result["val_bpb"] == results[1].result["val_bpb"]
+    output_of(pipeline_copy, script, *flags, "--output", outputs[1], "--resume")
+    assert_same(state_of(folders[1]), state_of(folders[0]))
+    paths = {"llm": [folder / "model.json" for folder in folders], "entropy_llm": ["straight.json", "killed.json"]}
+    records = [RunRecord.load(pipeline_copy / path) for path in paths[script]]
+    assert records[0].weights_sha256 == records[1].weights_sha256
+    assert records[0].result["val_bpb"] == records[1].result["val_bpb"]
