@@ -29,6 +29,7 @@ without a model and on any machine.
 import hashlib
 import json
 import math
+import os
 import struct
 import time
 import zlib
@@ -70,7 +71,6 @@ LEAST_BITS = math.log2((1 + 257 * LEAST) / (1 + LEAST))
 
 # Each stream takes memory, also for a file that only claims to have this many.
 MAX_STREAMS = 4096
-MAX_THREADS = 512
 
 # What every stream reads before a file, to see whether two machines compute alike.
 PROBE = b"The 24 bytes of a probe."
@@ -349,12 +349,17 @@ def decode_file(header, code, model, patcher, progress=None):
     """The bytes of a coded file. Raises ValueError if another model or kind of machine has coded it."""
     # A checksum keeps nobody from writing such numbers, and what follows takes memory by them.
     is_possible = (
-        1 <= header.n_streams <= min(header.n_bytes, MAX_STREAMS)
-        and header.context_bytes >= 2
-        and 1 <= header.threads <= MAX_THREADS
+        1 <= header.n_streams <= min(header.n_bytes, MAX_STREAMS) and header.context_bytes >= 2 and header.threads >= 1
     )
     if not is_possible:
         raise ValueError("the compressed file is damaged: compress.py writes no such header")
+    # More threads than processors wait for each other, and a file could ask for thousands.
+    processors = max(os.cpu_count() or 1, torch.get_num_threads())
+    if header.threads > processors:
+        raise ValueError(
+            f"the file was compressed with {header.threads} threads on another kind of machine than this one, "
+            f"which has {processors} processors; restore it where it was made"
+        )
     if header.model != model_fingerprint(model, patcher):
         raise ValueError(
             "the file was compressed with another model, entropy model or patch rule; "

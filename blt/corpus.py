@@ -51,9 +51,7 @@ class DataConfig:
 
     preset: list[str] = field(default_factory=list)  # a size, a machine, or one of each; what is not named is detected
     # data
-    dataset: str = (
-        "sample"  # sample, a file, a folder[:split] (.txt .md .jsonl .json .parquet), a Hugging Face id[:subset]
-    )
+    dataset: str = "sample"  # sample, a file, a folder[:split] (.txt .md .jsonl .json .parquet), or a hub id[:subset]
     text_field: str = "text"  # the field of a JSON or parquet record that holds the text
     corpus_bytes: int | None = None  # store at most this many bytes of the dataset (needed for a Hugging Face dataset)
     val_fraction: float = 0.03  # share of documents held out, chosen by a hash of each document

@@ -102,21 +102,21 @@ class RunRecord:
 
         A missing setting must not become a default: the model would compute something else.
         """
+        file = "entropy_model.json" if self.kind == "entropy" else "model.json"
+        start = f"{file} of the {NAMES[self.kind]} is damaged, or of another version"
+        advice = "restore the file, or train again"
         values = getattr(self, name)
         if not isinstance(values, dict):
-            raise ValueError(f"the record of the {NAMES[self.kind]} is damaged: it has no {name}; train again")
+            raise ValueError(f"{start}: it has no {name}; {advice}")
         known = {field.name for field in dataclasses.fields(config_class)}
         wrong = [f"lacks {key}" for key in sorted(known - set(values))]
         wrong += [f"has {key}, which is no setting" for key in sorted(set(values) - known)]
         if wrong:
-            raise ValueError(
-                f"the record of the {NAMES[self.kind]} is damaged, or of another version: its {name} "
-                f"{', '.join(wrong)}; restore the file, or train again"
-            )
+            raise ValueError(f"{start}: its {name} {', '.join(wrong)}; {advice}")
         try:
             return config_class(**values)
-        except TypeError as error:
-            raise ValueError(f"the record of the {NAMES[self.kind]} is damaged: in its {name}, {error}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{start}: in its {name}, {error}; {advice}") from None
 
 
 def save_model(model, weights_path, record, record_path):
