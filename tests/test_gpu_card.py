@@ -73,7 +73,8 @@ def test_a_dry_run_goes_from_start_to_end(tmp_path):
     # On a busy CPU a part may take longer than a GPU may; it then says so, and nothing fails.
     assert all(state == "done" or state.startswith("not finished") for state in states.values()), states
     assert len(states) == 6 and "| part | result |" in done.stdout
-    assert numbers["llm_py_flat_and_transformers"]["against"] or "not finished" in str(states)
+    # The generation's numbers are bench.py's own.
+    assert "generation" in numbers or states["generation"] != "done"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
