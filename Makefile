@@ -1,13 +1,16 @@
 # make demo       set up, then train entropy model, patches and a BLT on the bundled sample; results in demo/
 # make test       set up, then run the tests that a change must pass before it is pushed: a few minutes on 2 cores
 # make test-all   set up, then check the style and run all tests, the long ones too; this is what CI runs
-# All make a virtual environment in .venv and install requirements.txt into it, with the versions of constraints.txt.
+# make gpu        on a machine with an NVIDIA GPU: tests, speeds and a training run, 9 minutes; see docs/bench.md
+# All but the last make a virtual environment in .venv and install requirements.txt into it, with the versions of constraints.txt.
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadscope
-.PHONY: demo test test-all lint clean
+# make gpu installs nothing: without .venv it uses the Python that has torch.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
+.PHONY: demo test test-all gpu lint clean
 
 $(VENV)/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +29,9 @@ test: $(VENV)/ready
 
 test-all: $(VENV)/ready lint
 	$(PYTEST)
+
+gpu:
+	$(GPU_PYTHON) tests/gpu_card.py
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -151,6 +151,7 @@ class BenchConfig(ModelFlags):
     prompt_bytes: int = 1000  # of held-out text
     new_bytes: int = 100  # bytes in a timed continuation
     draft_bytes: int = 8  # most bytes that the entropy model proposes, where drafts are measured
+    reading: bool = True  # also measure reading a byte early and late in a text of 5,000 bytes
     # scaling
     scaling_rows: list[int] = field(default_factory=lambda: [2**n for n in range(10, 16)])  # row lengths, bytes
     scaling_bytes: int = 32768  # bytes a step while the row length changes
@@ -1079,13 +1080,14 @@ def bench_generation(job, config, device):
         prompt = text[first : first + config.prompt_bytes].tobytes()
         for candidate in in_turn(candidates, number):
             written.setdefault(candidate, []).append(candidates[candidate](prompt))
+    row_lengths = (None, 1024) if config.reading else ()
     return {
         "name": job.name,
         "patch_config": asdict(patcher.config),
         "prompt_bytes": config.prompt_bytes,
         "new_bytes": config.new_bytes,
         **generation_record(written, config.warmup),
-        "place_ms": {str(ids): reading_ms(model, patcher, text, ids) for ids in (None, 1024)},
+        "place_ms": {str(ids): reading_ms(model, patcher, text, ids) for ids in row_lengths},
     }
 
 

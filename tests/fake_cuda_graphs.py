@@ -1,4 +1,4 @@
-"""What test_fake_cuda.py runs in own processes: `python fake_cuda_graphs.py options|second_model|entropy_pass`.
+"""What test_fake_cuda.py runs in processes of their own: fake_cuda_graphs.py options|second_model|entropy_pass.
 
 They believe in a CUDA device that is not there (`../shared/fake_cuda`), trace and lower code for it, and print
 what they found as one line of JSON. Nothing is computed.

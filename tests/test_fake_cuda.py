@@ -1,4 +1,4 @@
-"""The CUDA code that torch makes of the models, seen without a GPU: graphs, kernels, memory. docs/bench.md says how.
+"""The CUDA code that torch makes of the models, examined without a GPU: graphs, kernels, memory. See docs/bench.md.
 
 torch's CPU build is made to believe in a card by the scripts in ../shared/fake_cuda, beside the checkout; Triton
 compiles for cards that are not there. Nothing is computed. The tests are skipped without that folder, Triton or g++.

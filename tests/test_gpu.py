@@ -1,10 +1,12 @@
-"""Checks on a CUDA device; skipped where there is none."""
+"""Checks on a CUDA device; skipped where there is none.
+
+They import no package that a machine with torch may lack: `make gpu` runs them there without conftest.py.
+"""
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from test_incremental import TEXT, model_of, patcher_of
 
 from blt.device import autocast
 from blt.metric import leak_gate, target_losses
@@ -12,7 +14,7 @@ from blt.optimizers import clip_gradients, make_optimizers, step_optimizers
 from blt.rows import evaluation_batches
 from blt.training import PatchedDataset, TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel
-from compress import decode, encode
+from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
 from generate import generate
 
@@ -109,10 +111,35 @@ def test_compiled_steps_do_not_wait(precision):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_writing_and_compressing_on_the_gpu():
-    """Text written on the GPU is the CPU's, cached or not; what the GPU codes the GPU decodes."""
-    model = model_of()
-    patcher = patcher_of("global")
+def test_two_runs_of_one_process_with_recompute(tmp_path):
+    """The second run's rows have another number of patches; its layers run in checkpoints, in one graph."""
+    for patch_size, recompute in ((4, False), (7, True)):
+        patcher = EntropyPatcher(None, threshold=patch_size, method="static")
+        data = PatchedDataset.from_documents(documents(20), documents(1), patcher, 256, 4)
+        output = str(tmp_path / str(patch_size))
+        config = TrainingConfig(row_bytes=256, batch_rows=4, steps=4, eval_every=4, compile="yes", output=output)
+        torch._dynamo.utils.counters.clear()
+        train_blt(BLTModel(BLTConfig(**CONFIG, recompute=recompute)).cuda(), data, config)
+        assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def writer():
+    """A random model, and a patcher with a random entropy model, in the same precision on CPU and GPU."""
+    torch.manual_seed(0)
+    model = BLTModel(BLTConfig(**CONFIG | dict(encoder_dim=32, decoder_dim=32))).eval()
+    entropy_model = MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=2, max_seq_len=9)).eval()
+    # Larger logits give entropies that differ from byte to byte.
+    with torch.no_grad():
+        entropy_model.head.weight.mul_(3)
+    return model, EntropyPatcher(entropy_model, threshold=2.93, method="global")
+
+
+TEXT = ("Ein Buch, two books; 3 bücher... " * 20).encode()
+
+
+def test_writing_on_the_gpu():
+    """Text written on the GPU is the CPU's, cached or not."""
+    model, patcher = writer()
     prompts = [TEXT[:200], b"two books", b""]
     on_cpu = generate(model, patcher, prompts, 20)
     model.cuda()
@@ -120,6 +147,16 @@ def test_writing_and_compressing_on_the_gpu():
     assert generate(model, patcher, prompts, 20) == on_cpu
     assert generate(model, patcher, prompts, 20, cached=False) == on_cpu
     assert generate(model, patcher, prompts, 20, draft_bytes=4, draft_confidence=0.0) == on_cpu
+
+
+def test_compressing_on_the_gpu():
+    """What the GPU codes the GPU decodes."""
+    pytest.importorskip("constriction")
+    from compress import decode, encode
+
+    model, patcher = writer()
+    model.cuda()
+    patcher.entropy_model.cuda()
     for streams in (1, 5):
         # compress() would store this text, because an untrained model cannot predict it.
         code, _ = encode(model, patcher, TEXT[:500], streams, 128)
