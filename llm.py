@@ -16,12 +16,11 @@ convert_hf.py. Its sizes replace the presets' and the file's, and a flag that na
 is an error. Its patch rule and entropy model are used unless --patch_method names others.
 """
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from blt.config import BY_PRESET, Presets, given_fields, next_command, part_of, run_script
-from blt.entropies import make_entropies, open_entropies, training_sample
+from blt.entropies import make_entropies, open_entropies, read_patches, training_sample
 from blt.files import load_weights, model_hash
 from blt.ids import argument_bytes
 from blt.metric import evaluate
@@ -210,7 +209,7 @@ def open_patches(config, context, make=False, start=None):
     start: the `RunRecord` of the folder config.init_from, whose rule is used unless
     config.patch_method names one.
     """
-    patch_config = chosen_patches(config, make, start)
+    patch_config = chosen_patches(config, context.corpus, make, start)
     if not RULES[patch_config.method].needs_entropies:
         return EntropyPatcher(None, patch_config), None
     model, record = load_entropy_model(config.entropy_model_path, context.device)
@@ -226,7 +225,7 @@ def open_patches(config, context, make=False, start=None):
             config.patch_cache, context.corpus, model, record, context.train, validation, context.precision
         )
     else:
-        cache = open_entropies(config.patch_cache, context.corpus, record, config.entropy_model_path)
+        cache = open_entropies(config.patch_cache, context.corpus, record, config.entropy_model_path, config.dataset)
     needs_threshold = not uses_start and config.entropy_threshold is None
     if needs_threshold and (config.patch_method is not None or make):
         target = DEFAULT_PATCH_SIZE if config.target_patch_size is None else config.target_patch_size
@@ -234,7 +233,7 @@ def open_patches(config, context, make=False, start=None):
     return EntropyPatcher(model, patch_config, precision=cache.manifest["precision"]), cache
 
 
-def chosen_patches(config, make=False, start=None):
+def chosen_patches(config, corpus, make=False, start=None):
     """The `PatchConfig` that a run asks for; its threshold may still have to be calibrated.
 
     config.patch_method names one, else the folder that training starts from has one, else
@@ -246,10 +245,9 @@ def chosen_patches(config, make=False, start=None):
         return PatchConfig(**start.patch_config)
     if make:
         return PatchConfig("global", 1.0, cache_dir=config.patch_cache)
-    chosen = Path(config.patch_cache) / "patches.json"
-    if not chosen.exists():
-        raise FileNotFoundError(f"{chosen} not found; run: python create_patches.py")
-    patch_config = PatchConfig(**json.loads(chosen.read_text())["patch_config"])
+    record = Path(config.entropy_model_path).with_suffix(".json")
+    entropy_record = RunRecord.load(record) if record.exists() else None
+    patch_config = read_patches(Path(config.patch_cache) / "patches.json", corpus, entropy_record)
     refuse_lookahead(patch_config, "train: pass --patch_method global")
     return patch_config
 

@@ -15,6 +15,7 @@ import torch
 from helpers import BLT_FLAGS, ENTROPY_FLAGS, ROOT, error_of, output_of, run_here, some_words, tiny_blt
 
 from blt import checkpoints, loop
+from blt.entropies import write_sealed
 from blt.files import model_hash, write_json
 from blt.loop import read_metrics
 from blt.records import RunRecord
@@ -425,7 +426,8 @@ def test_a_resume_on_other_patches_or_text_is_refused(pipeline_copy, monkeypatch
     before = chosen.read_text()
     other = json.loads(before)
     other["patch_config"]["entropy_threshold"] += 0.5
-    chosen.write_text(json.dumps(other))
+    assert other.pop("sha256")
+    write_sealed(chosen, other)
     assert "patch_rule: " in error_of(pipeline_copy, "llm", *resume)
     chosen.write_text(before)
     assert "global_dim: 32 then, 48 now" in error_of(pipeline_copy, "llm", *resume, "--global_dim", 48)
