@@ -27,7 +27,7 @@ from blt.ids import BOUNDARY, documents_of
 from blt.layers import Block, RMSNorm, init_weights
 from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
-from blt.records import RunRecord
+from blt.records import RunRecord, record_beside
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
 from blt.runs import claim_output, finish_run, named_presets, print_model, start_run
 
@@ -192,8 +192,7 @@ def run_folder(output):
 
 
 def main(config):
-    record_path = Path(config.output).with_suffix(".json")
-    with claim_output(config, run_folder(config.output), config.output, record_path):
+    with claim_output(config, run_folder(config.output), config.output, record_beside(config.output)):
         train(config)
 
 
@@ -217,8 +216,8 @@ def train(config):
     output = Path(config.output)
     run_dir = run_folder(output)
     depends_on = {"kind": "entropy", **asdict(model_config), "corpus_sha256": run.corpus.hash}
-    results = (output, output.with_suffix(".json"))
-    result = fit(model, config, train_rows, validation_batches, run_dir, depends_on, result_files=results)
+    files = (output, record_beside(output))
+    result = fit(model, config, train_rows, validation_batches, run_dir, depends_on, result_files=files)
     load_weights(run_dir / "best.pt", model)
     record = RunRecord(
         kind="entropy",
@@ -226,7 +225,7 @@ def train(config):
         settings=asdict(config),
         corpus={"dataset": config.dataset, "sha256": run.corpus.hash, "train_bytes": stream.total_bytes},
     )
-    finish_run(model, record, result, run.validation, run_dir, output, output.with_suffix(".json"))
+    finish_run(model, record, result, run.validation, run_dir, *files)
     print("document ends are not scored: the entropy model has no class for them")
     # Only a path that differs from what the next script takes by itself.
     named = {"entropy_model_path": config.output} if config.output != "entropy_model.pth" else {}

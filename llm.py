@@ -25,7 +25,7 @@ from blt.files import load_weights, model_hash
 from blt.ids import argument_bytes
 from blt.metric import evaluate
 from blt.patch_rules import DEFAULT_PATCH_SIZE, RULES, PatchConfig, calibrate, refuse_lookahead
-from blt.records import RunRecord, read_record
+from blt.records import RunRecord, read_record, record_beside
 from blt.runs import claim_output, finish_run, print_model, start_run
 from blt.training import PatchedDataset, TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel, uninitialized
@@ -245,7 +245,7 @@ def chosen_patches(config, corpus, make=False, start=None):
         return PatchConfig(**start.patch_config)
     if make:
         return PatchConfig("global", 1.0, cache_dir=config.patch_cache)
-    record = Path(config.entropy_model_path).with_suffix(".json")
+    record = record_beside(config.entropy_model_path)
     entropy_record = RunRecord.load(record) if record.exists() else None
     patch_config = read_patches(Path(config.patch_cache) / "patches.json", corpus, entropy_record)
     refuse_lookahead(patch_config, "train: pass --patch_method global")

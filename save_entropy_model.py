@@ -14,7 +14,7 @@ from pathlib import Path
 from blt.commands import command
 from blt.files import write_atomically
 from blt.patch_rules import PatchConfig
-from blt.records import RunRecord, load_model, read_record, save_model
+from blt.records import RunRecord, load_model, read_record, record_beside, save_model
 from blt_model import BLTConfig, uninitialized
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
@@ -32,7 +32,7 @@ def save_entropy_model(model, path="entropy_model.pth", **facts):
         raise ValueError(f"{path} is where the record goes; name the weights otherwise, such as entropy_model.pth")
     facts = {"settings": {}, "corpus": {"dataset": None, "sha256": None}} | facts
     record = RunRecord(kind="entropy", model_config=dataclasses.asdict(model_config_of(model)), **facts)
-    save_model(model, path, record, Path(path).with_suffix(".json"))
+    save_model(model, path, record, record_beside(path))
 
 
 def model_config_of(model):
@@ -48,10 +48,10 @@ def load_entropy_model(path="entropy_model.pth", device="cpu"):
     """
     path = Path(path)
     retrain = command("entropy_llm.py", output=path)
-    for file in (path, path.with_suffix(".json")):
+    for file in (path, record_beside(path)):
         if not file.exists():
             raise FileNotFoundError(f"{file} not found; run: {retrain}")
-    record = RunRecord.load(path.with_suffix(".json"))
+    record = RunRecord.load(record_beside(path))
     if record.kind != "entropy":
         raise ValueError(f"{path} is not an entropy model but a model of kind {record.kind!r}; run: {retrain}")
 
@@ -96,7 +96,7 @@ def entropy_model_path(folder, record):
 def _recorded_hash(path):
     """The hash of the weights that the record beside an entropy model names; None without a readable record."""
     try:
-        return RunRecord.load(Path(path).with_suffix(".json")).weights_sha256
+        return RunRecord.load(record_beside(path)).weights_sha256
     except (FileNotFoundError, ValueError):
         return None
 
@@ -114,9 +114,8 @@ def keep_entropy_model(path, sha256, folder, overwrite=False):
         raise ValueError(f"{copy} is another entropy model; pass another --output, or --overwrite to replace it")
     if copy.exists() and copy.samefile(path):
         return
-    for suffix in (path.suffix, ".json"):
-        source = path.with_suffix(suffix)
-        write_atomically(copy if suffix != ".json" else copy.with_suffix(".json"), partial(shutil.copyfile, source))
+    for source, target in ((path, copy), (record_beside(path), record_beside(copy))):
+        write_atomically(target, partial(shutil.copyfile, source))
     # The file may have been replaced since it was opened.
     if load_entropy_model(copy)[1].weights_sha256 != sha256:
         raise ValueError(f"{path} was replaced while it was copied; run the same command again with --overwrite")

@@ -119,6 +119,11 @@ class RunRecord:
             raise ValueError(f"{start}: in its {name}, {error}; {advice}") from None
 
 
+def record_beside(weights_path):
+    """Where the record of weights in a file of their own is: entropy_model.json beside entropy_model.pth."""
+    return Path(weights_path).with_suffix(".json")
+
+
 def save_model(model, weights_path, record, record_path):
     """Write a model's weights and, with their hash in it, its record."""
     # The hash ties the two files together: `load_model` refuses a pair that does not belong together.

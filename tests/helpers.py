@@ -46,13 +46,16 @@ def tiny_entropy_model(seed=0, **changes):
     return MinimalLLM(EntropyConfig(**(TINY_ENTROPY | changes))).eval()
 
 
-def write_blt(folder, model, patch_config, entropy_model=None, precision="fp32"):
-    """Write an output folder as training leaves it. The entropy model goes beside the folder, as entropy_model.pth."""
+def write_blt(folder, model, patch_config, entropy_model=None, precision="fp32", **settings):
+    """Write an output folder as training with these settings leaves it.
+
+    The entropy model goes beside the folder, as entropy_model.pth.
+    """
     folder = Path(folder)
     record = RunRecord(
         kind="blt",
         model_config=asdict(model.config),
-        settings={},
+        settings=settings,
         corpus={"dataset": None, "sha256": None},
         patch_config=asdict(patch_config),
         precision=precision,

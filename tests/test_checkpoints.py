@@ -426,7 +426,11 @@ def test_a_resume_on_other_patches_or_text_is_refused(pipeline_copy, monkeypatch
     before = chosen.read_text()
     other = json.loads(before)
     other["patch_config"]["entropy_threshold"] += 0.5
+    chosen.write_text(json.dumps(other))
+    assert "patches.json is damaged or was edited" in error_of(pipeline_copy, "llm", *resume)
     assert other.pop("sha256")
+    write_sealed(chosen, other | {"corpus_sha256": "0" * 64})
+    assert "patches.json was made for another corpus" in error_of(pipeline_copy, "llm", *resume)
     write_sealed(chosen, other)
     assert "patch_rule: " in error_of(pipeline_copy, "llm", *resume)
     chosen.write_text(before)

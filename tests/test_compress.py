@@ -2,26 +2,22 @@
 
 import gzip
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import error_of
+from helpers import error_of, write_blt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_incremental import TEXT, model_of, patcher_of
 
 import compress
-from blt.files import model_hash
 from blt.metric import bits_per_byte, target_losses
 from blt.patch_rules import PatchConfig
-from blt.records import RunRecord, save_model
 from blt.rows import evaluation_batches
 from compress import HEADER, CompressConfig, Header, decode, decompress, encode, read_header, stream_ranges
 from entropy_patcher import EntropyPatcher
-from save_entropy_model import save_entropy_model
 
 NOISE = np.random.default_rng(0).integers(0, 256, 700).astype(np.uint8).tobytes()
 FILES = {
@@ -202,19 +198,7 @@ def test_improbable_bytes_cost_at_most_20_bits():
 def folder(tmp_path, trained, monkeypatch):
     """A folder with a trained model in checkpoints/, a text, and noise."""
     model, patcher = trained
-    save_entropy_model(patcher.entropy_model, tmp_path / "entropy_model.pth")
-    record = RunRecord(
-        kind="blt",
-        model_config=asdict(model.config),
-        settings={"row_bytes": 128},
-        corpus={"dataset": "sample", "sha256": None},
-        patch_config=asdict(patcher.config),
-        precision="fp32",
-        entropy_model_path="entropy_model.pth",
-        entropy_model_sha256=model_hash(patcher.entropy_model),
-    )
-    checkpoints = tmp_path / "checkpoints"
-    save_model(model, checkpoints / "best.pt", record, checkpoints / "model.json")
+    write_blt(tmp_path / "checkpoints", model, patcher.config, patcher.entropy_model, row_bytes=128)
     (tmp_path / "a.txt").write_bytes(TEXT[:400])
     (tmp_path / "noise").write_bytes(NOISE)
     monkeypatch.chdir(tmp_path)

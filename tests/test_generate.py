@@ -1,21 +1,16 @@
 """Cached, uncached, drafted and batched generation give the same text; sampling; stop strings."""
 
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 import torch
-from helpers import error_of, output_of, run_here
+from helpers import error_of, output_of, run_here, write_blt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_incremental import CONFIGS, PATCH_CONFIGS, TEXT, model_of, patcher_of
 
-from blt.files import model_hash
-from blt.records import RunRecord, save_model
 from blt.sampling import Sampler, SamplingConfig
 from entropy_patcher import EntropyPatcher
 from generate import FullPass, GenerateConfig, Generator, generate
-from save_entropy_model import save_entropy_model
 
 
 @pytest.mark.parametrize("cases", [range(32), pytest.param(range(32, 200), marks=pytest.mark.slow)], ids=str)
@@ -221,19 +216,7 @@ def test_bad_settings_get_errors():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     model, patcher = model_of(), patcher_of("global")
-    save_entropy_model(patcher.entropy_model, folder / "entropy_model.pth")
-    record = RunRecord(
-        kind="blt",
-        model_config=asdict(model.config),
-        settings={"row_bytes": 128},
-        corpus={"dataset": "sample", "sha256": None},
-        patch_config=asdict(patcher.config),
-        precision="bf16",
-        entropy_model_path="entropy_model.pth",
-        entropy_model_sha256=model_hash(patcher.entropy_model),
-    )
-    checkpoints = folder / "checkpoints"
-    save_model(model, checkpoints / "best.pt", record, checkpoints / "model.json")
+    write_blt(folder / "checkpoints", model, patcher.config, patcher.entropy_model, "bf16", row_bytes=128)
     return folder, model, EntropyPatcher(patcher.entropy_model, patcher.config)
 
 
