@@ -292,7 +292,13 @@ def load_template(folder, device="cpu"):
     def make():
         if record.kind == "flat":
             return FlatByteTransformer(record.config(FlatConfig))
-        vocabulary = BPEVocabulary(read_tokenizer(folder, f"run: {retrain}"), record.bytes_per_token)
+        tokenizer = read_tokenizer(folder, f"run: {retrain}")
+        # Records of before had no hash.
+        if record.tokenizer_sha256 not in (None, hash_of_tokenizer(tokenizer)):
+            raise ValueError(
+                f"{folder / 'tokenizer.json'} is not the one of the model beside it; restore it, or run: {retrain}"
+            )
+        vocabulary = BPEVocabulary(tokenizer, record.bytes_per_token)
         return BPETransformer(record.config(BPEConfig), vocabulary)
 
     model = load_model(make, folder / "best.pt", record, retrain)
@@ -331,6 +337,7 @@ def train(config):
         settings=asdict(config),
         corpus={"dataset": config.dataset, "sha256": run.corpus.hash},
         bytes_per_token=vocabulary.bytes_per_id if config.model == "bpe" else None,
+        tokenizer_sha256=None if tokenizer is None else hash_of_tokenizer(tokenizer),
     )
     output = Path(config.output)
 
@@ -346,7 +353,7 @@ def train(config):
         "kind": record.kind,
         **record.model_config,
         "corpus_sha256": run.corpus.hash,
-        "tokenizer_sha256": None if tokenizer is None else hash_of_tokenizer(tokenizer),
+        "tokenizer_sha256": record.tokenizer_sha256,
     }
     result = train_template(model, stream, run.validation, config, depends_on, begin)
     paths = (output, output / "best.pt", output / "model.json")

@@ -17,6 +17,7 @@ import threading
 import time
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from blt.device import autocast, detect_machine
-from blt.files import write_atomically
+from blt.files import read_sealed, write_sealed
 from blt.ids import to_bytes
 from blt.patch_rules import PatchConfig, patch_starts
 from blt.rows import BitArray, DocumentStream
@@ -232,52 +233,6 @@ class CacheError(ValueError):
     """A cached file or folder that must not be used: the message names it and says why."""
 
 
-# More than any manifest or patches.json has, and little to read.
-SEALED_LIMIT = 1 << 26
-
-
-def write_sealed(path, facts):
-    """Write a dict as JSON with the sha256 of its other entries in the entry "sha256", atomically."""
-    # As JSON gives it back, because the hash is compared with what a reader gets: its keys are
-    # strings, its tuples lists.
-    text = sealed_text(json.loads(json.dumps(facts)))
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def sealed_text(facts):
-    """What `write_sealed` writes."""
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return json.dumps(facts | {"sha256": digest}, indent=2) + "\n"
-
-
-def read_sealed(path, version):
-    """Read a `write_sealed` file whose "format" is `version`. Raises CacheError if it is not as it was written."""
-    path = Path(path)
-    try:
-        # Before it is read: a file of gigabytes must not fill the memory to be refused.
-        if path.stat().st_size > SEALED_LIMIT:
-            raise CacheError(f"{path} is damaged: {path.stat().st_size:,} bytes")
-        text = path.read_text(encoding="utf-8")
-        facts = json.loads(text)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise CacheError(f"{path} is missing") from None
-    except CacheError:
-        raise
-    # Invalid UTF-8 and invalid JSON are ValueErrors; nested brackets without end are the other.
-    except (ValueError, RecursionError):
-        raise CacheError(f"{path} is damaged: it is no JSON") from None
-    if not isinstance(facts, dict):
-        raise CacheError(f"{path} is damaged: it is no JSON object")
-    # Before the hash: earlier versions wrote none, and "damaged" would be the wrong word.
-    if facts.get("format") != version:
-        raise CacheError(f"{path} is outdated: format {facts.get('format', 1)!r}, not {version}")
-    without_hash = {name: value for name, value in facts.items() if name != "sha256"}
-    # The text, not only the values: a changed byte that means the same is a sign of damage too.
-    if text != sealed_text(without_hash):
-        raise CacheError(f"{path} is damaged or was edited: it is not as it was written")
-    return without_hash
-
-
 def sha256_of_file(path):
     """sha256 (hex) of a file's bytes."""
     with open(path, "rb") as file:
@@ -288,6 +243,8 @@ def sha256_of_file(path):
 
 # The version of the cache's files and of patches.json.
 FORMAT = 2
+# Reads a manifest, or another sealed file of a cache.
+read_manifest = partial(read_sealed, version=FORMAT, error=CacheError)
 CACHE_FILES = ("entropies.f16", "train.npy", "validation.npy")
 # Seconds between two saves of an unfinished pass.
 SAVE_SECONDS = 5.0
@@ -310,7 +267,7 @@ class EntropyCache:
 
     def __init__(self, folder, corpus, model_record=None, full_check=False):
         self.folder = Path(folder)
-        self.manifest = read_sealed(self.folder / "manifest.json", FORMAT)
+        self.manifest = read_manifest(self.folder / "manifest.json")
         missing = {"corpus_sha256", "entropy_model_sha256", "precision"} - set(self.manifest)
         if missing:
             raise CacheError(f"{folder} is damaged: manifest.json lacks {', '.join(sorted(missing))}")
@@ -428,7 +385,7 @@ def open_entropies(cache_dir, corpus, model_record, entropy_model_path, dataset=
         if not (other / "manifest.json").exists():
             continue
         try:
-            manifest = read_sealed(other / "manifest.json", FORMAT)
+            manifest = read_manifest(other / "manifest.json")
         except CacheError as error:
             found.append(str(error))
             continue
@@ -668,7 +625,7 @@ class UnfinishedPass:
         if not self.folder.exists():
             return False
         try:
-            state = read_sealed(self.folder / PROGRESS, FORMAT)
+            state = read_manifest(self.folder / PROGRESS)
             self._check(state)
         except CacheError as error:
             print(f"entropies: starting again, because {error}")
@@ -792,7 +749,7 @@ def read_patches(path, corpus, entropy_record, advice="run: python create_patche
     if not path.exists():
         raise FileNotFoundError(f"{path} not found; {advice}")
     try:
-        chosen = read_sealed(path, FORMAT)
+        chosen = read_manifest(path)
         missing = {"patch_config", "corpus_sha256", "entropy_model_sha256"} - set(chosen)
         if missing:
             raise CacheError(f"{path} lacks {', '.join(sorted(missing))}")

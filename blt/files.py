@@ -54,6 +54,7 @@ def write_atomically(path, write, keep=None):
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     # Also on Ctrl-C, which is no Exception.
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -66,6 +67,22 @@ def _sync(path):
         os.fsync(file.fileno())
 
 
+def _sync_folder(folder):
+    """Wait until the names in a folder are on the disk, where the system can do that."""
+    # A rename is a change of the folder: after a power cut the old file may be there again.
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    # Windows does not open folders, and some network disks do not sync them.
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
 def _umask():
     """The permission bits that this process removes from new files."""
     # The system has no call that only reads the mask: setting it returns the old one.
@@ -76,12 +93,68 @@ def _umask():
 
 def write_json(path, value):
     """Write a value as indented JSON, atomically. Raises ValueError for a number that JSON does not have."""
+    text = _json_text(path, value)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+
+
+def _json_text(path, value):
+    """A value as indented JSON, for a file at path."""
     # Python writes NaN by default, and no other reader of JSON takes it.
     try:
-        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+        return json.dumps(value, indent=2, allow_nan=False) + "\n"
     except ValueError as error:
         raise ValueError(f"{path} is not written: a value in it is infinite or not a number ({error})") from None
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+
+
+# More than any manifest, record or patches.json has, and little to read.
+SEALED_LIMIT = 1 << 26
+
+
+def write_sealed(path, facts):
+    """Write a dict as JSON with the sha256 of its other entries in the entry "sha256", atomically.
+
+    Raises ValueError for a number that JSON does not have.
+    """
+    # As JSON gives it back, because the hash is compared with what a reader gets: its keys are
+    # strings, its tuples lists.
+    text = sealed_text(json.loads(_json_text(path, facts)))
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def sealed_text(facts):
+    """What `write_sealed` writes."""
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return json.dumps(facts | {"sha256": digest}, indent=2) + "\n"
+
+
+def read_sealed(path, version, error=ValueError):
+    """Read a `write_sealed` file whose "format" is `version`.
+
+    error: the type of exception, a ValueError, for a file that is missing or is not as it was written.
+    """
+    path = Path(path)
+    try:
+        # Before it is read: a file of gigabytes must not fill the memory to be refused.
+        n_bytes = path.stat().st_size
+        text = path.read_text(encoding="utf-8") if n_bytes <= SEALED_LIMIT else None
+        facts = {} if text is None else json.loads(text)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise error(f"{path} is missing") from None
+    # Invalid UTF-8 and invalid JSON are ValueErrors; nested brackets without end are the other.
+    except (ValueError, RecursionError):
+        raise error(f"{path} is damaged: it is no JSON") from None
+    if text is None:
+        raise error(f"{path} is damaged: {n_bytes:,} bytes")
+    if not isinstance(facts, dict):
+        raise error(f"{path} is damaged: it is no JSON object")
+    # Before the hash: earlier versions wrote none, and "damaged" would be the wrong word.
+    if facts.get("format") != version:
+        raise error(f"{path} is outdated: format {facts.get('format', 1)!r}, not {version}")
+    without_hash = {name: value for name, value in facts.items() if name != "sha256"}
+    # The text, not only the values: a changed byte that means the same is a sign of damage too.
+    if text != sealed_text(without_hash):
+        raise error(f"{path} is damaged or was edited: it is not as it was written")
+    return without_hash
 
 
 def save_weights(path, model):

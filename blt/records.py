@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from blt.commands import command
-from blt.files import load_weights, model_hash, save_weights, state_hash, write_json
+from blt.files import load_weights, model_hash, read_sealed, save_weights, state_hash, write_sealed
 
+# The version of a record's file.
+FORMAT = 2
 # Which script trains a kind of model, with which flags, and what it is called in messages.
 SCRIPTS = {
     "blt": ("llm.py", {}),
@@ -42,30 +44,27 @@ class RunRecord:
     init_from: dict | None = None  # the folder that training started from, its weights' hash and bits per byte
     # bpe
     bytes_per_token: float | None = None  # mean over the training text
+    tokenizer_sha256: str | None = None  # of the file tokenizer.json
     # converted models
     converted_from: str | None = None  # folder or Hugging Face id
     commit: str | None = None  # of the code that converted it
     dtype: str | None = None  # of the weights
 
     def save(self, path):
-        """Write the record as JSON, aside and renamed."""
-        write_json(path, asdict(self))
+        """Write the record as JSON with a hash of its own, aside and renamed."""
+        write_sealed(path, {"format": FORMAT} | asdict(self))
 
     @classmethod
     def load(cls, path):
-        """Read a record. Raises FileNotFoundError, or ValueError for a file that is no record."""
+        """Read a record. Raises FileNotFoundError, or ValueError for a file that is no record or was changed."""
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"{path} not found")
-        try:
-            values = json.loads(path.read_text())
-        # Brackets in brackets, thousands deep, are a RecursionError.
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}; restore the file, or train the model again") from None
+        values = _read_values(path)
         # Strict in both directions: a file with other keys was written by other code.
         known = {field.name for field in dataclasses.fields(cls)}
         needed = {"kind", "model_config", "settings", "corpus"}
-        if not isinstance(values, dict) or not needed <= set(values) or not set(values) <= known:
+        if not needed <= set(values) or not set(values) <= known:
             raise ValueError(
                 f"{path} is not the record of a trained model: it needs {', '.join(sorted(needed))}; "
                 "if an older version of these scripts wrote it, train the model again"
@@ -100,7 +99,9 @@ class RunRecord:
     def config(self, config_class, name="model_config"):
         """The config in a field of the record. Raises ValueError for settings that are missing or too many.
 
-        A missing setting must not become a default: the model would compute something else.
+        A missing setting must not become a default: the model would compute something else. But settings
+        in the class's ADDED_LATER did not exist when older models were trained, and their defaults mean
+        what those models were.
         """
         file = "entropy_model.json" if self.kind == "entropy" else "model.json"
         start = f"{file} of the {NAMES[self.kind]} is damaged, or of another version"
@@ -109,7 +110,8 @@ class RunRecord:
         if not isinstance(values, dict):
             raise ValueError(f"{start}: it has no {name}; {advice}")
         known = {field.name for field in dataclasses.fields(config_class)}
-        wrong = [f"lacks {key}" for key in sorted(known - set(values))]
+        later = set(getattr(config_class, "ADDED_LATER", ()))
+        wrong = [f"lacks {key}" for key in sorted(known - later - set(values))]
         wrong += [f"has {key}, which is no setting" for key in sorted(set(values) - known)]
         if wrong:
             raise ValueError(f"{start}: its {name} {', '.join(wrong)}; {advice}")
@@ -117,6 +119,26 @@ class RunRecord:
             return config_class(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{start}: in its {name}, {error}; {advice}") from None
+
+
+def _read_values(path):
+    """The dict in a record's file. Raises ValueError if it is no JSON, or is not as it was written."""
+    advice = "restore the file, or train the model again"
+    try:
+        values = json.loads(path.read_text())
+    # Brackets in brackets, thousands deep, are a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; {advice}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not the record of a trained model; {advice}")
+    # Records of before had neither a format nor a hash.
+    if not {"format", "sha256"} & set(values):
+        return values
+    try:
+        values = read_sealed(path, FORMAT)
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from None
+    return {name: value for name, value in values.items() if name != "format"}
 
 
 def record_beside(weights_path):

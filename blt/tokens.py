@@ -38,14 +38,23 @@ def train_tokenizer(documents, vocab_size, path):
 
 
 def load_tokenizer(path):
-    """Read a tokenizer that `train_tokenizer` wrote. Raises FileNotFoundError if there is none."""
+    """Read a tokenizer that `train_tokenizer` wrote.
+
+    Raises FileNotFoundError if there is no file, ValueError if it is no tokenizer.
+    """
     if path is None or not Path(path).exists():
         raise FileNotFoundError(
             f"method 'bpe' needs a tokenizer, and {path} is none; run: python create_patches.py --method bpe"
         )
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    # The package raises plain Exceptions.
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no tokenizer ({str(error).splitlines()[0]}); restore it, or train it again"
+        ) from None
 
 
 def bpe_starts(tokenizer, document):

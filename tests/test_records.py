@@ -75,7 +75,9 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     record.save(tmp_path / "new" / "model.json")
     assert RunRecord.load(tmp_path / "new" / "model.json") == record
     # The fields that do not apply are in the file too, so that a reader sees which there are.
-    assert json.loads((tmp_path / "new" / "model.json").read_text()) == asdict(record)
+    values = json.loads((tmp_path / "new" / "model.json").read_text())
+    assert values.pop("format") == records.FORMAT and len(values.pop("sha256")) == 64
+    assert values == asdict(record)
 
 
 OLDER = {"model_config": {}, "patch_config": {}, "precision": "fp32", "entropy_model_sha256": "abc", "result": {}}
@@ -196,7 +198,7 @@ def test_a_crash_between_weights_and_record_is_noticed(saved, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(records, "write_json", crash)
+        patch.setattr(records, "write_sealed", crash)
         with pytest.raises(KeyboardInterrupt):
             save_model(tiny_blt(seed=1), weights, record_of(model), path)
     with pytest.raises(ValueError, match="different models"):
