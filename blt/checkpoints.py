@@ -20,8 +20,10 @@ from blt.files import write_atomically
 
 # The files by which a folder shows that a run has begun in it.
 RUN_FILES = ("best.pt", "last.pt", "previous.pt")
+# The report of a batch with which a run went wrong.
+BAD_BATCH = "bad_batch.json"
 # What a new run in a used folder removes first: a mixture of two runs would pass for one.
-OLD_FILES = (*RUN_FILES, "last.pt.damaged", "metrics.jsonl", "curves.png")
+OLD_FILES = (*RUN_FILES, "last.pt.damaged", "metrics.jsonl", "curves.png", BAD_BATCH)
 # What is kept of an earlier run that nobody asked to replace.
 EARLIER_FILES = (*OLD_FILES, "model.json", "tokenizer.json", "entropy_model.pth", "entropy_model.json")
 
@@ -29,7 +31,7 @@ EARLIER_FILES = (*OLD_FILES, "model.json", "tokenizer.json", "entropy_model.pth"
 # number of the training.
 FREE_TO_CHANGE = {
     "preset", "quick_demo", "resume", "overwrite", "eval_every", "log_every", "checkpoint_minutes", "tensorboard",
-    "data_cache", "device", "compile", "recompute", "val_bytes", "output", "prompt", "sample_bytes",
+    "spike", "data_cache", "device", "compile", "recompute", "val_bytes", "output", "prompt", "sample_bytes",
 }  # fmt: skip
 # Ways to name the text, the patches and the start. A run that says by their hashes what it
 # depends on may name them in another way: a folder moves, a path becomes absolute.
@@ -40,6 +42,26 @@ NAMES_OF_INPUTS = {
 # Changes that a user needs in the middle of a run: gentler steps after a loss that was no number,
 # and a longer run.
 GENTLER = ("lr", "adam_lr", "clip")
+
+# The parts of a checkpoint and their types. A hash says that a file is as it was written, not who wrote it.
+NONE = type(None)
+PARTS = {
+    "step": int,
+    "settings": dict,
+    "depends_on": dict,
+    "model": dict,
+    "optimizers": list,
+    "scaler": dict,
+    "random": torch.Tensor,
+    "random_cuda": list,
+    "best": (dict, NONE),
+    "best_sha256": (str, NONE),
+    "last": (dict, NONE),
+    "evaluated": int,
+    "bytes": int,
+    "seconds": float,
+    "validation_sha256": str,
+}
 
 HASH_LABEL = b"\nsha256 "
 HASH_LINE_BYTES = len(HASH_LABEL) + 64 + 1
@@ -90,17 +112,18 @@ def load_checkpoint(path, model, optimizers, scaler, config, depends_on):
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["random"])
+        if checkpoint["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(checkpoint["random_cuda"])
+    # torch raises many types for a state that does not fit.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is of another model ({reason}); {_ways_on()}") from None
     for optimizer, peaks_of_groups in zip(optimizers, peaks):
         for group, peak in zip(optimizer.param_groups, peaks_of_groups):
             # The saved group has the peak of the stopped run; the rate may have been lowered since.
             group["initial_lr"] = peak
-    scaler.load_state_dict(checkpoint["scaler"])
-    torch.set_rng_state(checkpoint["random"])
-    if checkpoint["random_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(checkpoint["random_cuda"])
     print(f"resumed {path} at step {checkpoint['step']}")
     not_state = {"settings", "model", "optimizers", "scaler", "random", "random_cuda"}
     return {name: value for name, value in checkpoint.items() if name not in not_state}
@@ -145,8 +168,16 @@ def _read_whole(path):
     # torch raises many types for a file that it cannot read.
     except Exception as error:
         raise ValueError(str(error).splitlines()[0]) from None
-    if not isinstance(checkpoint, dict) or not {"step", "settings", "depends_on", "model"} <= set(checkpoint):
+    if not isinstance(checkpoint, dict):
         raise ValueError("it is no checkpoint of this version")
+    # Checkpoints of before have no lowest loss.
+    checkpoint.setdefault("lowest_loss", None)
+    for name, kind in (PARTS | {"lowest_loss": (float, NONE)}).items():
+        if name not in checkpoint or not isinstance(checkpoint[name], kind):
+            raise ValueError(f"it is no checkpoint of this version: its {name} is missing or of another type")
+    scores = [checkpoint[name] for name in ("best", "last") if checkpoint[name] is not None]
+    if checkpoint["step"] < 0 or not all(isinstance(score.get("val_bpb"), float) for score in scores):
+        raise ValueError("it is no checkpoint of this version: its step or a score is no number")
     return checkpoint
 
 

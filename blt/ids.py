@@ -28,6 +28,10 @@ class Vocabulary:
         """A uint8 document as an array of ids."""
         return document
 
+    def decode(self, ids):
+        """Ids as bytes; a boundary gives none."""
+        return bytes(int(i) for i in ids if i != self.boundary)
+
     def row_ids(self, row_bytes):
         """Number of ids in a row of about row_bytes bytes of text (for this vocabulary: row_bytes)."""
         return max(1, round(row_bytes / self.bytes_per_id))

@@ -1,8 +1,10 @@
 """The training loop, its checkpoints and its metrics. Every model of the project is trained by `fit`."""
 
 import hashlib
+import importlib.util
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from blt.attention import slow_attention
 from blt.checkpoints import (
+    BAD_BATCH,
     check_resumable,
     has_checkpoint,
     keep_earlier_run,
@@ -33,6 +36,8 @@ from blt.corpus import DataConfig
 from blt.device import allow_tf32, autocast, choose_precision, restore_matmul_precision, synchronize
 from blt.files import load_weights, model_hash, save_weights, state_hash, write_atomically
 from blt.layers import SelfAttention
+from blt.locks import claim_unless_claimed
+from blt.loss_watch import Fault, LossWatch
 from blt.metric import evaluate, target_losses
 from blt.optimizers import backward, clip_gradients, learning_rate_scale, make_optimizers, step_optimizers
 
@@ -50,6 +55,7 @@ class RunConfig(DataConfig):
     lr: float = 0.005  # peak learning rate of the matrices (Muon, scaled to the RMS of an AdamW update)
     adam_lr: float = 0.003  # peak learning rate of embeddings, hash tables, output head and norms (AdamW)
     weight_decay: float = 0.1  # decoupled weight decay of the matrices
+    spike: float = 2.0  # stop when the loss stays above this many times its lowest mean for 10 updates; 0: never
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # constant then linear to zero, or half a cosine to zero
     warmup: float = 0.02  # share of the steps in which the learning rate rises
     cooldown: float = 0.4  # share of the steps in which a trapezoid falls
@@ -75,6 +81,7 @@ class RunConfig(DataConfig):
         check_positive(self, "eval_every", "log_every", "checkpoint_minutes")
         for name in ("warmup", "cooldown"):
             check(self, name, 0 <= getattr(self, name) <= 1, "a share of the steps, from 0 to 1")
+        check(self, "spike", self.spike == 0 or self.spike > 1, "0, or more than 1")
         check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
         check(self, "row_bytes", self.row_bytes >= 2, "2 or more")
         check(self, "schedule", self.schedule in ("trapezoid", "cosine"), "trapezoid or cosine")
@@ -95,13 +102,15 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     Writes to out_dir: last.pt and previous.pt (everything to go on from), best.pt (weights of the
     best evaluation), metrics.jsonl. Stopped and resumed gives the weights of a run straight
     through: a batch depends on its number only. Ctrl-C and SIGTERM save the last finished step first.
-    Raises ValueError when a loss, a gradient or a score is not finite; no such state is saved.
+    Raises ValueError when a loss, a gradient or a score is not finite (no such state is saved) or when the
+    loss rises and stays up (see `LossWatch`); then bad_batch.json has the batch with which it began.
     """
     device = next(model.parameters()).device
     precision = choose_precision(config.precision, device)
     allow_tf32(device, precision)
     out_dir = Path(out_dir)
     check_resumable(out_dir, config)
+    check_tensorboard(config)
     is_resumed = config.resume and has_checkpoint(out_dir)
     # Every parameter is in exactly one optimizer: matrices in Muon, hash tables in row-wise Adam, the
     # rest in AdamW.
@@ -123,19 +132,13 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
         return kept.result()
     model.train()
     step_model = compile_model(model, config, train_rows, device, precision)
-    # Only now: a run that cannot begin changes no file.
-    out_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out_dir)
-    if not is_resumed:
-        if not config.overwrite:
-            keep_earlier_run(out_dir, *result_files)
-        remove_old_run(out_dir)
-    if begin is not None:
-        begin()
-    metrics = Metrics(out_dir, config.tensorboard, start, kept.state["evaluated"])
-    progress = Progress(config, metrics, start, kept.state["bytes"], kept.state["seconds"])
+    watch = LossWatch(config.spike, kept.state["lowest_loss"], scaler.is_enabled())
 
-    with closing(progress), StopSignals() as stop:
+    with (
+        begun_run(out_dir, config, is_resumed, result_files, begin),
+        closing(Progress(out_dir, config, kept.state)) as progress,
+        StopSignals() as stop,
+    ):
         if kept.lacks_evaluation():
             kept.evaluate(start, progress, stop)
         for step, batches in batches_of_steps(train_rows, config, start, device):
@@ -144,6 +147,7 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
             # weigh less, and accumulating gradients gives the same update as one large batch.
             targets = sum(batch.targets for batch in batches)
             loss_nats = torch.zeros((), device=device)
+            row_nats = []
             for batch in batches:
                 with autocast(device, precision):
                     # The forward pass.
@@ -151,6 +155,7 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
                     loss = nats_BT.sum() / targets
                 backward(model, loss, scaler)
                 loss_nats += loss.detach()
+                row_nats.append(nats_BT.detach().mean(1))
             gradient_norm = clip_gradients(model, optimizers, scaler, config.clip)
             step_optimizers(optimizers, scaler, gradient_norm)
 
@@ -160,8 +165,9 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
             evaluate_now = done % config.eval_every == 0 or done == config.steps
             save_now = stop.signal is not None or kept.is_due()
             progress.count(batches)
-            if done % config.log_every == 0 or evaluate_now or save_now:
-                kept.check_step(done, loss_nats, gradient_norm)
+            watch.add(done, loss_nats, gradient_norm, row_nats)
+            if done % config.log_every == 0 or evaluate_now or save_now or watch.is_full():
+                kept.check_losses(watch, train_rows)
             if done % config.log_every == 0 or evaluate_now:
                 progress.log(done, loss_nats, gradient_norm, learning_rate)
             if evaluate_now:
@@ -172,6 +178,28 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
             if stop.signal is not None:
                 stop.leave(out_dir / "last.pt", done)
     return kept.result()
+
+
+def check_tensorboard(config):
+    """Raise ValueError if the config asks for TensorBoard and its package is missing."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard")
+
+
+@contextmanager
+def begun_run(out_dir, config, is_resumed, result_files, begin):
+    """Hold the output folder of a run that is known to be allowed, and make it ready: the arguments are `fit`'s."""
+    # Not before: a run that cannot begin changes no file.
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with claim_unless_claimed(out_dir):
+        remove_leftovers(out_dir)
+        if not is_resumed:
+            if not config.overwrite:
+                keep_earlier_run(out_dir, *result_files)
+            remove_old_run(out_dir)
+        if begin is not None:
+            begin()
+        yield
 
 
 class Kept:
@@ -192,6 +220,7 @@ class Kept:
         self.validation_batches = validation_batches
         self.precision = precision
         self.saved_at = time.perf_counter()
+        self.saved_steps = (0, 0)  # of last.pt and of previous.pt, if this run wrote or read them
         self.state = dict(
             step=0,
             best=None,
@@ -200,6 +229,7 @@ class Kept:
             evaluated=0,
             bytes=0,
             seconds=0.0,
+            lowest_loss=None,
             depends_on=depends_on,
             validation_sha256=hash_of_batches(validation_batches),
         )
@@ -210,6 +240,7 @@ class Kept:
         last_pt = self.out_dir / "last.pt"
         arguments = (self.model, self.optimizers, self.scaler, self.config, self.depends_on)
         self.state = load_checkpoint(last_pt, *arguments)
+        self.saved_steps = (self.state["step"], 0)
         is_other_text = self.state["validation_sha256"] != text
         self.state["validation_sha256"] = text
         if self.state["best"] is None:
@@ -248,22 +279,33 @@ class Kept:
         """Whether the last checkpoint is older than checkpoint_minutes."""
         return time.perf_counter() - self.saved_at > 60 * self.config.checkpoint_minutes
 
-    def check_step(self, done, loss_nats, gradient_norm):
-        """Raise ValueError for a loss or a gradient that is infinite or not a number."""
-        loss = loss_nats.item()
-        if not math.isfinite(loss):
-            self._refuse("the loss", loss, done)
-        norm = gradient_norm.item()
-        # In fp16 a gradient that overflows is usual: the scaler leaves the step out.
-        if not math.isfinite(norm) and not self.scaler.is_enabled():
-            self._refuse("the norm of the gradient", norm, done)
+    def check_losses(self, watch, train_rows):
+        """Raise ValueError if a loss or a gradient since the last check is wrong, with a report of its batch."""
+        try:
+            watch.check()
+        except Fault as fault:
+            path = self.out_dir / BAD_BATCH
+            batches = batches_of_step(train_rows, self.config, fault.step - 1)
+            watch.report(path, fault, batches, train_rows.stream.vocabulary)
+            self._stop(f"{fault} (its batch is in {path})", fault.step)
+        self.state["lowest_loss"] = watch.lowest
 
     def _refuse(self, what, value, done):
+        self._stop(f"{what} is {value} at step {done}, and nothing of it was saved", done)
+
+    def _stop(self, reason, step):
+        """Raise ValueError for what began at a step, and say how to go on from a state before it."""
         last_pt = self.out_dir / "last.pt"
+        previous_pt = self.out_dir / "previous.pt"
+        saved, saved_before = self.saved_steps
+        if saved >= step and 0 < saved_before < step and previous_pt.exists():
+            # Saved in a spike, before it was known to be one: a resumed run takes the one before it.
+            os.replace(last_pt, self.out_dir / "last.pt.damaged")
+            last_pt, saved = previous_pt, saved_before
         ways = "lower --lr and --adam_lr, or --clip, or use --precision fp32"
-        if last_pt.exists() and self.state["step"] > 0:
-            ways += f"; the last good state is that of step {self.state['step']} in {last_pt}: add --resume"
-        raise ValueError(f"{what} is {value} at step {done}, and nothing of it was saved; {ways}")
+        if 0 < saved < step and last_pt.exists():
+            ways += f"; the last good state is that of step {saved} in {last_pt}: add --resume"
+        raise ValueError(f"{reason}; {ways}")
 
     def evaluate(self, done, progress, stop):
         """Score the validation text; save the weights if they are the best so far, and a checkpoint."""
@@ -298,6 +340,7 @@ class Kept:
         state = self.state | {"step": done, "bytes": progress.trained_bytes, "seconds": progress.seconds_so_far()}
         save_checkpoint(self.out_dir / "last.pt", self.model, self.optimizers, self.scaler, self.config, state)
         self.state = state
+        self.saved_steps = (done, self.saved_steps[0])
         self.saved_at = time.perf_counter()
 
     def _check_weights(self, done):
@@ -393,12 +436,7 @@ def batches_of_steps(train_rows, config, start, device):
     """Yield (step, its batches: one a pass); the next step's rows are made in a thread while the device computes."""
 
     def make(step):
-        # A batch is a pure function of its number and the seed: a resumed run reads the same rows.
-        first = step * config.accumulate
-        batches = [
-            train_rows.shuffled_batch(position, config.batch_rows, config.seed)
-            for position in range(first, first + config.accumulate)
-        ]
+        batches = batches_of_step(train_rows, config, step)
         # Copies from pinned memory run beside the computation.
         return [batch.pin() for batch in batches] if device.type == "cuda" else batches
 
@@ -409,6 +447,16 @@ def batches_of_steps(train_rows, config, start, device):
             if step + 1 < config.steps:
                 pending = loader.submit(make, step + 1)
             yield step, batches
+
+
+def batches_of_step(train_rows, config, step):
+    """The batches of an update's passes. step: its number, counted from 0."""
+    # A batch is a pure function of its number and the seed: a resumed run reads the same rows.
+    first = step * config.accumulate
+    return [
+        train_rows.shuffled_batch(position, config.batch_rows, config.seed)
+        for position in range(first, first + config.accumulate)
+    ]
 
 
 def set_learning_rates(optimizers, scale):
@@ -489,16 +537,20 @@ def print_slow_attention(model, device, precision, is_compiled):
 
 
 class Progress:
-    """Log lines, progress bar, metrics and time of a run. The time of evaluations is not training time."""
+    """Log lines, progress bar, metrics and time of a run. The time of evaluations is not training time.
 
-    def __init__(self, config, metrics, start, trained_bytes, seconds):
+    state: `Kept.state` of the run's first step, or of the checkpoint.
+    """
+
+    def __init__(self, out_dir, config, state):
+        start = state["step"]
         self.config = config
-        self.metrics = metrics
+        self.metrics = Metrics(out_dir, config.tensorboard, start, state["evaluated"])
         # Both count from the first step of the run, before it was stopped and resumed too.
-        self.trained_bytes = trained_bytes
-        self.seconds = seconds
+        self.trained_bytes = state["bytes"]
+        self.seconds = state["seconds"]
         self.running_since = time.perf_counter()  # None in a pause
-        self.last_log = {"seconds": seconds, "bytes": trained_bytes, "step": start}
+        self.last_log = {"seconds": self.seconds, "bytes": self.trained_bytes, "step": start}
         self.bar = tqdm(total=config.steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
 
     def count(self, batches):
@@ -573,10 +625,8 @@ class Metrics:
         self.file = open(path, "a", buffering=1)
         self.board = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(out_dir)
 
     def write(self, step, **values):

@@ -1,15 +1,9 @@
 """The beginning and the end that all training scripts have in common."""
 
-import importlib.util
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 import numpy as np
 import torch
@@ -18,7 +12,8 @@ from blt.checkpoints import check_resumable
 from blt.config import given_fields, print_header
 from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
-from blt.loop import training_curves
+from blt.locks import claim_folder
+from blt.loop import check_tensorboard, training_curves
 from blt.metric import result_line
 from blt.records import save_model
 
@@ -37,43 +32,20 @@ def claim_output(config, folder, *files):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file as --output, such as {path / 'model.pth'}")
     check_resumable(folder, config, *files)
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs a package: pip install tensorboard")
+    check_tensorboard(config)
     # Made now, so that a folder that cannot be made ends the run before its work.
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder, *(Path(file).parent for file in files)):
         if not os.access(path, os.W_OK):
             raise PermissionError(f"{path} cannot be written; change its permissions, or pass another --output")
-    lock = _lock_folder(folder)
     try:
-        yield
+        with claim_folder(folder):
+            yield
     finally:
-        if lock is not None:
-            os.close(lock)
         # A run that failed before its first file leaves no trace.
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _lock_folder(folder):
-    """An open descriptor that keeps other processes out of a folder until it is closed; None where that is unknown."""
-    if fcntl is None:
-        return None
-    # The folder itself is locked, so that no lock file is left behind by a process that is killed.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(
-            f"another process is training in {folder}; wait until it ends, stop it, or pass another --output"
-        ) from None
-    # Some network disks have no locks.
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 @dataclass

@@ -14,9 +14,10 @@ import pytest
 import torch
 from helpers import BLT_FLAGS, ENTROPY_FLAGS, ROOT, error_of, output_of, run_here, some_words, tiny_blt
 
-from blt import checkpoints, loop
-from blt.entropies import write_sealed
-from blt.files import model_hash, write_json
+from blt import checkpoints, loop, loss_watch
+from blt.files import model_hash, write_json, write_sealed
+from blt.ids import BYTES
+from blt.locks import CLAIMED, claim_folder
 from blt.loop import read_metrics
 from blt.records import RunRecord
 from blt.runs import claim_output
@@ -261,8 +262,95 @@ def test_weights_that_are_not_finite_are_not_saved_between_evaluations(tmp_path,
 
 def test_a_gradient_that_is_not_finite_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "clip_gradients", lambda *arguments: torch.tensor(math.inf))
-    with pytest.raises(ValueError, match="norm of the gradient is inf at step 1,"):
+    with pytest.raises(
+        ValueError, match=r"norm of the gradient is inf at step 1 \(its batch is in .*bad_batch.json\); lower --lr"
+    ):
         train(tmp_path / "run")
+
+
+# Spikes
+
+
+ADD = loop.LossWatch.add
+
+
+def losses_of(monkeypatch, losses):
+    """Let the training step report these losses instead of its own; a step without one has 3.0."""
+
+    def add(self, step, loss_nats, gradient_norm, row_nats):
+        ADD(self, step, torch.tensor(losses.get(step, 3.0)), gradient_norm, row_nats)
+
+    monkeypatch.setattr(loop.LossWatch, "add", add)
+
+
+LONG = dict(steps=60, eval_every=20, spike=1.5)
+
+
+def test_a_loss_that_stays_up_stops_the_run(tmp_path, monkeypatch):
+    losses_of(monkeypatch, {step: 5.0 for step in range(25, 99)})
+    with pytest.raises(ValueError, match=r"rose at step 25 from 3.00 nats to 5.00 or more.*step 20 in .*last.pt"):
+        train(tmp_path / "run", **LONG)
+    report = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
+    assert report["step"] == 25 and report["losses"][-10:] == [[step, 5.0] for step in range(25, 35)]
+    # The text of the batch, rows in order of their losses.
+    batch = dataset().train_rows.shuffled_batch(24, 4, 1337)
+    texts = {loss_watch.text_of(row, BYTES) for row in batch.ids}
+    assert {row["text"] for row in report["rows"]} == texts and len(report["rows"]) == 4
+    nats = [row["nats"] for row in report["rows"]]
+    assert nats == sorted(nats, reverse=True) and nats[-1] > 0
+    # The run goes on from before the spike, and a new run removes the report.
+    losses_of(monkeypatch, {})
+    train(tmp_path / "run", **LONG, resume=True, lr=0.001)
+    train(tmp_path / "run", **LONG, overwrite=True)
+    assert not (tmp_path / "run" / "bad_batch.json").exists()
+
+
+def test_a_checkpoint_from_inside_a_spike_is_not_used(tmp_path, monkeypatch, capsys):
+    losses_of(monkeypatch, {step: 5.0 for step in range(38, 99)})
+    with pytest.raises(ValueError, match=r"rose at step 38 .*step 20 in .*previous.pt: add --resume"):
+        train(tmp_path / "run", **LONG)
+    assert torch.load(tmp_path / "run" / "last.pt.damaged", weights_only=True)["step"] == 40
+    losses_of(monkeypatch, {})
+    train(tmp_path / "run", **LONG, resume=True)
+    assert "previous.pt at step 20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "losses, changes",
+    [
+        ({step: 5.0 for step in range(25, 34)}, {}),
+        ({step: 4.4 for step in range(25, 60)}, {}),
+        ({step: 9.0 for step in range(25, 60)}, dict(spike=0.0)),
+        ({step: 0.01 if step < 25 else 0.4 for step in range(60)}, {}),
+    ],
+    ids=["nine steps", "not high enough", "switched off", "near zero"],
+)
+def test_what_is_no_spike(tmp_path, monkeypatch, losses, changes):
+    losses_of(monkeypatch, losses)
+    assert train(tmp_path / "run", **(LONG | changes))["val_bpb"] > 0
+
+
+def test_the_lowest_loss_survives_a_resume(tmp_path, monkeypatch):
+    losses_of(monkeypatch, {step: 5.0 for step in range(21, 99)})
+    train(tmp_path / "run", **(LONG | dict(steps=20)))
+    # Only the checkpoint knows that losses of 3 have been.
+    with pytest.raises(ValueError, match="rose at step 21 from 3.00 nats"):
+        train(tmp_path / "run", **LONG, resume=True)
+
+
+def test_the_first_bad_step_is_named_however_seldom_losses_are_read(tmp_path, monkeypatch):
+    losses_of(monkeypatch, {7: math.nan, 8: math.nan})
+    with pytest.raises(ValueError, match=r"the loss is nan at step 7 \(its batch"):
+        train(tmp_path / "run", log_every=1000, eval_every=1000)
+
+
+def test_two_library_runs_in_one_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    with claim_folder(tmp_path / "run"):
+        CLAIMED.clear()
+        with pytest.raises(ValueError, match="another process is training in"):
+            train(tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_json_has_no_nan(tmp_path):
@@ -525,7 +613,8 @@ def test_a_damaged_record_is_named(pipeline_copy, damage):
     path = pipeline_copy / "checkpoints" / "model.json"
     values = json.loads(path.read_text())
     damage(values)
-    path.write_text(json.dumps(values))
+    assert values.pop("sha256")
+    write_sealed(path, values)
     line = error_of(pipeline_copy, "generate", "--device", "cpu", "--prompt", "x")
     assert "model.json" in line and "train" in line
 

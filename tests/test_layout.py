@@ -11,8 +11,8 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGE = sorted(path.stem for path in (ROOT / "blt").glob("*.py") if path.stem != "__init__")
 # A module imports only modules of a lower level. docs/design.md shows the same table.
 LEVELS = [
-    {"checks", "commands", "device", "files", "ids", "plain_blt"},
-    {"checkpoints", "config", "kernels", "patch_rules", "records"},
+    {"checks", "commands", "device", "files", "ids", "locks", "plain_blt"},
+    {"checkpoints", "config", "kernels", "loss_watch", "patch_rules", "records"},
     {"attention", "corpus", "optimizers", "pictures", "segments"},
     {"layers", "rows"},
     {"entropies", "flops", "metric", "sampling", "tokens"},
