@@ -38,6 +38,7 @@ from blt.patch_rules import (
     RULES,
     PatchConfig,
     calibrate,
+    count_sizes,
     patch_sizes,
     patch_statistics,
     threshold_for_patch_size,
@@ -126,14 +127,14 @@ def print_distribution(distribution, entropies, document_starts):
 
 
 def sizes_of_patches(patcher, corpus, train, cache):
-    """Sizes in bytes of the training documents' patches, int64 [P], and the number of documents."""
+    """How many of the training documents' patches have which size, {bytes: count}, and the number of documents."""
     if patcher.tokenizer is None:
         is_start = training_starts(corpus, train, patcher.config, cache)
         return training_patch_sizes(is_start, corpus, train), len(train)
     # Tokenising takes long, so the sizes of BPE patches come from some documents only.
     some = train[:BPE_DOCUMENTS]
     sizes = [patch_sizes(bpe_starts(patcher.tokenizer, corpus.document(number))[:-1]) for number in some]
-    return np.concatenate(sizes), len(some)
+    return count_sizes(np.concatenate(sizes)), len(some)
 
 
 def main(config):
@@ -172,7 +173,7 @@ def main(config):
     sizes, n_documents = sizes_of_patches(patcher, corpus, train, cache)
     seconds = time.perf_counter() - began
     statistics = patch_statistics(sizes, entropies)
-    total_bytes = int(sizes.sum())
+    total_bytes = sum(size * count for size, count in sizes.items())
     print(
         f"patches: {patch_config.describe()}: {statistics['total_patches']:,} patches of {total_bytes:,} bytes, "
         f"{statistics['avg_patch_size']:.2f} bytes a patch "

@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from blt.device import autocast, detect_machine
 from blt.files import read_sealed, write_sealed
 from blt.ids import to_bytes
-from blt.patch_rules import PatchConfig, patch_starts
+from blt.patch_rules import PatchConfig, count_sizes, patch_starts
 from blt.rows import BitArray, DocumentStream
 
 # Positions that are patched at once: tens of megabytes in memory.
@@ -806,13 +807,15 @@ def training_sample(cache, positions=SAMPLE_POSITIONS):
 
 
 def training_patch_sizes(is_start, corpus, train):
-    """Sizes in bytes of the training documents' patches, int64 [P]. Document ends count as no byte.
+    """How many of the training documents' patches have which size: {bytes: count}. Document ends count as no byte.
+
+    Counts, because the sizes themselves would take more memory than the text.
 
     is_start: what `training_starts` returned.
     """
     lengths = np.diff(corpus.offsets)[train]
     document_ends = np.cumsum(lengths + 1)  # positions in the stream
-    sizes = []
+    counts = Counter()
     unfinished = np.empty(0, np.int64)  # the last start of the block before, whose patch ends in the next block
     block = 1 << 24
     for begin in range(1, len(is_start), block):
@@ -825,7 +828,7 @@ def training_patch_sizes(is_start, corpus, train):
         start_positions = np.concatenate((unfinished, np.flatnonzero(flags) + begin))
         is_end = np.zeros(len(start_positions), dtype=bool)
         is_end[np.searchsorted(start_positions, ends_here)] = True
-        sizes.append(np.diff(start_positions)[~is_end[:-1]])
+        counts.update(count_sizes(np.diff(start_positions)[~is_end[:-1]]))
         # The last patch of the block ends in the next one.
         unfinished = start_positions[-1:]
-    return np.concatenate(sizes)
+    return dict(sorted(counts.items()))

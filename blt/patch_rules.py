@@ -589,16 +589,26 @@ def patch_sizes(is_start):
 
 
 def patch_statistics(sizes, entropies_nats):
-    """A dict: total_patches, avg/min/max_patch_size (bytes), avg_entropy (nats), patch_size_histogram."""
-    values, counts = np.unique(sizes, return_counts=True)
+    """A dict: total_patches, avg/min/max_patch_size (bytes), avg_entropy (nats), patch_size_histogram.
+
+    sizes: bytes of each patch, int [P], or how many patches have which size, {size: count}.
+    """
+    counts = sizes if isinstance(sizes, dict) else count_sizes(sizes)
+    n_patches = sum(counts.values())
     return {
-        "total_patches": int(len(sizes)),
-        "avg_patch_size": float(sizes.mean()) if len(sizes) else 0.0,
+        "total_patches": n_patches,
+        "avg_patch_size": sum(size * count for size, count in counts.items()) / n_patches if n_patches else 0.0,
         "avg_entropy": float(np.mean(entropies_nats, dtype=np.float64)) if len(entropies_nats) else float("nan"),
-        "min_patch_size": int(sizes.min()) if len(sizes) else 0,
-        "max_patch_size": int(sizes.max()) if len(sizes) else 0,
-        "patch_size_histogram": {int(size): int(count) for size, count in zip(values, counts)},
+        "min_patch_size": min(counts, default=0),
+        "max_patch_size": max(counts, default=0),
+        "patch_size_histogram": counts,
     }
+
+
+def count_sizes(sizes):
+    """How many of the patches have which size: int [P] -> {size: count}, the smallest size first."""
+    values, counts = np.unique(sizes, return_counts=True)
+    return {int(size): int(count) for size, count in zip(values, counts)}
 
 
 def warn_about_sizes(patches, total_bytes, documents, threshold):

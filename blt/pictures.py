@@ -229,18 +229,20 @@ def draw_patch_size_histogram(path, patch_sizes, title=None):
     """Draw what share of the patches has 1, 2, 3, ... bytes.
 
     The last bar, "≥ m", holds the largest one percent; m is at most 60.
-    patch_sizes: int array of bytes a patch, each at least 1.
+    patch_sizes: int array of bytes a patch, each at least 1; or how many patches have which size, {size: count}.
     """
-    sizes = np.asarray(patch_sizes).reshape(-1)
+    is_counted = isinstance(patch_sizes, dict)
+    sizes = np.asarray(list(patch_sizes) if is_counted else patch_sizes).reshape(-1)
     if sizes.size == 0:
         raise ValueError("patch_sizes is empty: nothing to draw")
     if sizes.dtype.kind not in "iu" or sizes.min() < 1:
         raise ValueError(f"patch_sizes must be integers from 1; got {sizes.dtype}, the smallest {sizes.min()}")
-    last = min(math.ceil(np.percentile(sizes, 99)), 60)
-    clipped = np.minimum(sizes, last).astype(np.int64)
+    counts = np.array(list(patch_sizes.values())) if is_counted else np.ones(sizes.size, np.int64)
+    n_patches = int(counts.sum())
+    last = min(math.ceil(_quantile(sizes, counts, 0.99)), 60)
     # No patch has 0 bytes, so that count is dropped.
-    counts = np.bincount(clipped, minlength=last + 1)[1:]
-    shares = counts * 100 / sizes.size
+    clipped = np.minimum(sizes, last).astype(np.int64)
+    shares = np.bincount(clipped, weights=counts, minlength=last + 1)[1:] * 100 / n_patches
 
     figure = Figure(figsize=(max(6.5, 0.15 * last + 2), 4), layout="constrained")
     axes = figure.subplots()
@@ -253,18 +255,27 @@ def draw_patch_size_histogram(path, patch_sizes, title=None):
     marker_height = shares.max() * 1.14
     mean_look = dict(color=ORANGE, markersize=8)
     median_look = dict(color="black", markersize=12, fillstyle="none")
-    _mark_size(axes, "mean", sizes.mean(), last, marker_height, mean_look)
-    _mark_size(axes, "median", np.median(sizes), last, marker_height, median_look)
+    _mark_size(axes, "mean", np.average(sizes, weights=counts), last, marker_height, mean_look)
+    _mark_size(axes, "median", _quantile(sizes, counts, 0.5), last, marker_height, median_look)
     # Ticks count down from the last bar, whose label must be there.
     ticks = np.arange(last, 0, -math.ceil(last / 20))
     last_label = f"≥ {last}" if sizes.max() > last else str(last)
     axes.set_xticks(ticks, [last_label] + [str(size) for size in ticks[1:]])
     axes.set_ylim(0, shares.max() * 1.22)
     axes.set_xlabel("patch size (bytes)")
-    axes.set_ylabel(f"share of {sizes.size:,} patches (%)")
+    axes.set_ylabel(f"share of {n_patches:,} patches (%)")
     axes.set_title(title or "", parse_math=False)
     figure.legend(loc="outside lower center", ncol=2, frameon=False)
     return _save(path, figure)
+
+
+def _quantile(values, counts, share):
+    """np.quantile of values that occur `counts` times each."""
+    order = np.argsort(values)
+    values, ends = values[order], np.cumsum(counts[order])
+    place = (ends[-1] - 1) * share
+    low, high = values[np.searchsorted(ends, [math.floor(place), math.ceil(place)], side="right")]
+    return low + (float(high) - low) * (place - math.floor(place))
 
 
 def _mark_size(axes, name, value, last, height, look):

@@ -2,19 +2,22 @@
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
 import torch
-from helpers import BLT_FLAGS, ENTROPY_FLAGS, ROOT, error_of, output_of, run_here, some_words, tiny_blt
+from helpers import BLT_FLAGS, ENTROPY_FLAGS, entry_point, error_of, output_of, run_here, some_words, tiny_blt
 
 from blt import checkpoints, loop, loss_watch
+from blt.checkpoints import has_checkpoint
+from blt.config import run_script
 from blt.files import model_hash, write_json, write_sealed
 from blt.ids import BYTES
 from blt.locks import CLAIMED, claim_folder
@@ -630,29 +633,77 @@ def test_settings_are_finite():
         TrainingConfig(clip=math.inf)
 
 
+# Killed
+
+# BLT_KILLS=50 kills each script that often; without it a sample.
+KILLS = int(os.environ.get("BLT_KILLS", 10))
+
+
+def run_script_here(folder, script, flags):
+    """What a killed process runs: a script's main, in a folder."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    main, config_class = entry_point(script)
+    sys.argv = [f"{script}.py", *map(str, flags)]
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        run_script(main, config_class, "about")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["llm", "entropy_llm"])
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_instants(pipeline_copy, script, seed):
-    """SIGKILL, a few times, then to the end: all that is left is that of the run straight through."""
+def test_killed_at_random_instants(pipeline_copy, script, capsys):
+    """SIGKILL at random instants, and each time --resume: what is left at the end is that of the run straight through.
+
+    A run that reaches its end gives way to another one, until there were KILLS kills.
+    """
     of_script = {"llm": [*NO_OVERWRITE, "--sample_bytes", 0], "entropy_llm": ENTROPY_FLAGS}[script]
     flags = [flag for flag in of_script if flag != "--overwrite"]
-    flags += ["--steps", 40, "--eval_every", 5, "--checkpoint_minutes", 1e-9]
-    outputs = {"llm": ("straight", "killed"), "entropy_llm": ("straight.pth", "killed.pth")}[script]
-    folders = [pipeline_copy / name.replace(".pth", "_run") for name in outputs]
-    output_of(pipeline_copy, script, *flags, "--output", outputs[0])
-    rng = np.random.default_rng(seed)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags), "--output", outputs[1]]
-    for _ in range(6):
-        resume = ["--resume"] if folders[1].exists() else []
-        process = subprocess.Popen([*command, *resume], cwd=pipeline_copy, env=environment, stdout=subprocess.DEVNULL)
-        time.sleep(rng.uniform(2, 6))
-        process.kill()
-        process.wait()
-    output_of(pipeline_copy, script, *flags, "--output", outputs[1], "--resume")
-    assert_same(state_of(folders[1]), state_of(folders[0]))
-    paths = {"llm": [folder / "model.json" for folder in folders], "entropy_llm": ["straight.json", "killed.json"]}
-    records = [RunRecord.load(pipeline_copy / path) for path in paths[script]]
-    assert records[0].weights_sha256 == records[1].weights_sha256
-    assert records[0].result["val_bpb"] == records[1].result["val_bpb"]
+    flags += ["--steps", 60, "--eval_every", 7, "--checkpoint_minutes", 1e-9]
+    suffix = {"llm": "", "entropy_llm": ".pth"}[script]
+
+    def folder_of(name):
+        return pipeline_copy / (name if script == "llm" else f"{name}_run")
+
+    def record_of(name):
+        return RunRecord.load(pipeline_copy / (f"{name}/model.json" if script == "llm" else f"{name}.json"))
+
+    # A process that has imported everything, of which the others are copies: a start takes no seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llm", "entropy_llm", "test_checkpoints"])
+
+    def start(name, *more):
+        arguments = (pipeline_copy, script, [*flags, "--output", name + suffix, *more])
+        process = context.Process(target=run_script_here, args=arguments)
+        process.start()
+        return process
+
+    began = time.perf_counter()
+    process = start("straight")
+    process.join()
+    assert process.exitcode == 0
+    seconds = time.perf_counter() - began
+    rng = np.random.default_rng(0)
+    kills, number, in_training = 0, 0, 0
+    while kills < KILLS:
+        name = f"killed{number}"
+        process = start(name, *(["--resume"] if folder_of(name).exists() else []))
+        process.join(rng.uniform(0, seconds))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            in_training += has_checkpoint(folder_of(name))
+        if process.exitcode == 0 or kills == KILLS:
+            if process.exitcode != 0:
+                process = start(name, *(["--resume"] if folder_of(name).exists() else []))
+                process.join()
+            assert process.exitcode == 0
+            assert_same(state_of(folder_of(name)), state_of(folder_of("straight")))
+            records = [record_of("straight"), record_of(name)]
+            assert records[0].weights_sha256 == records[1].weights_sha256
+            assert records[0].result["val_bpb"] == records[1].result["val_bpb"]
+            number += 1
+        assert process.exitcode in (0, -signal.SIGKILL)
+    with capsys.disabled():
+        print(f"\n{script}: {kills} kills, {in_training} of them after the first step; {number} runs, all as straight")
+    assert in_training > KILLS / 3

@@ -147,12 +147,24 @@ def test_histogram_shares_and_last_bar(tmp_path, drawn):
     assert texts_of(axes.get_xticklabels()) == ["≥ 5", "4", "3", "2", "1"]
     labels = [line.get_label() for line in axes.lines]
     assert labels == [f"mean {sizes.mean():.2f} bytes", "median 1.50 bytes"]
+    # Counts draw what the sizes do.
+    pictures.draw_patch_size_histogram(tmp_path / "counts.png", {2: 30, 1: 50, 4: 19, 90: 1}, "title")
+    assert (tmp_path / "counts.png").read_bytes() == (tmp_path / "sizes.png").read_bytes()
 
     pictures.draw_patch_size_histogram(tmp_path / "same.png", np.full(7, 6, dtype=np.uint8))
-    axes = drawn[1].axes[0]
+    axes = drawn[2].axes[0]
     # No size is above the last bar, so its label has no "≥".
     assert axes.get_xticklabels()[0].get_text() == "6"
     np.testing.assert_allclose([bar.get_height() for bar in axes.patches], [0, 0, 0, 0, 0, 100])
+
+
+def test_quantiles_of_counted_sizes():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = rng.geometric(0.2, size=rng.integers(1, 60))
+        values, counts = np.unique(sizes, return_counts=True)
+        for share in (0.0, 0.5, 0.99, 1.0):
+            np.testing.assert_allclose(pictures._quantile(values, counts, share), np.quantile(sizes, share))
 
 
 def test_curves_clip_the_first_losses_and_say_so(tmp_path, drawn):

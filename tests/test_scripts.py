@@ -32,7 +32,7 @@ from helpers import (
 from blt.config import field_comments
 from blt.corpus import open_corpus
 from blt.entropies import open_entropies, training_patch_sizes, training_starts
-from blt.patch_rules import PatchConfig, patch_sizes
+from blt.patch_rules import PatchConfig, count_sizes, patch_sizes
 from blt.records import RunRecord
 from entropy_llm import EntropyRunConfig
 from entropy_patcher import EntropyPatcher
@@ -105,7 +105,7 @@ def test_starts_of_a_corpus_are_those_of_each_document(entropies_of_pipeline):
     # The stream begins with a boundary, which is a patch of its own.
     assert starts.read(0, len(starts)).tolist() == np.concatenate([[True], *starts_of_each]).tolist()
     sizes = np.concatenate([patch_sizes(is_start[:-1]) for is_start in starts_of_each])
-    assert training_patch_sizes(starts, corpus, cache.train).tolist() == sizes.tolist()
+    assert training_patch_sizes(starts, corpus, cache.train) == count_sizes(sizes)
     for method, level in (("space", 1.0), ("static", 5.0)):
         other = EntropyPatcher(None, PatchConfig(method, level))
         starts = training_starts(corpus, cache.train, other.config)
