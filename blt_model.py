@@ -32,7 +32,7 @@ from blt.kernels import GatherAttention, SegmentAttention, apply_function
 from blt.layers import Block, RMSNorm, default_heads, init_weights, run_block
 
 # HashEmbedding's other names are here for others to import.
-from blt.ngrams import DENSE_HASH_ROWS, HashEmbedding, hash_ngrams  # noqa: F401
+from blt.ngrams import DENSE_HASH_ROWS, HashEmbedding, check_tables, hash_ngrams  # noqa: F401
 
 # check_patch_lengths is here for others to import: it checks this model's second argument.
 from blt.segments import PatchMap, check_patch_lengths  # noqa: F401
@@ -75,13 +75,10 @@ class BLTConfig:
         check_positive(self, "encoder_layers", "encoder_dim", "encoder_heads", "encoder_ffn_dim")
         check_positive(self, "global_layers", "global_dim", "global_heads", "global_ffn_dim")
         check_positive(self, "decoder_layers", "decoder_dim", "decoder_heads", "decoder_ffn_dim")
-        check_positive(self, "hash_rows", "cross_attn_k", "window", "rope_theta", "norm_eps")
+        check_positive(self, "cross_attn_k", "window", "rope_theta", "norm_eps")
+        check_tables(self)
         check(self, "pooling", self.pooling in ("max", "mean"), "max or mean")
         check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
-        are_sizes = all(isinstance(n, int) and n >= 2 for n in self.ngram_sizes)
-        are_different = len(set(self.ngram_sizes)) == len(self.ngram_sizes)
-        allowed = "different whole numbers, 2 or more each (or empty)"
-        check(self, "ngram_sizes", are_sizes and are_different, allowed)
         for part in ("encoder", "global", "decoder"):
             n_heads = self.heads(part)
             # An even number of channels a head, because the rotary embedding rotates pairs of them.

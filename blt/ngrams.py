@@ -4,31 +4,41 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from blt.checks import check, check_positive
 from blt.ids import BOUNDARY
 
 # The n-gram hash is that of the released code, so that its tables can be used here. That code numbers
 # ids in another way: byte b has id b + 4, the boundary that opens a document has id 1, and positions
-# before the document count as id 0.
+# before the document count as id 0. Tokens are numbered as bytes are.
 HASH_PRIME = 1_000_000_007
-HASH_BYTE_OFFSET = 4
+HASH_ID_OFFSET = 4
 HASH_BOUNDARY = 1
 HASH_NOTHING = 0
 # Hash tables with more rows than this get sparse gradients: a batch reads few of their rows.
 DENSE_HASH_ROWS = 65536
 
 
-def hash_ngrams(ids_BT, documents_BT, sizes, n_rows):
+def check_tables(config):
+    """Raise ValueError unless a config's ngram_sizes and hash_rows describe hash tables, or none."""
+    check_positive(config, "hash_rows")
+    are_sizes = all(isinstance(n, int) and n >= 2 for n in config.ngram_sizes)
+    are_different = len(set(config.ngram_sizes)) == len(config.ngram_sizes)
+    allowed = "different whole numbers, 2 or more each (or empty)"
+    check(config, "ngram_sizes", are_sizes and are_different, allowed)
+
+
+def hash_ngrams(ids_BT, documents_BT, sizes, n_rows, boundary=BOUNDARY):
     """Hash the n-gram that ends at each id: its row 0..n_rows-1 in each size's table (section 3.2.1).
 
         hash(t) = (sum over i = 0..n-1 of id[t - n + 1 + i] * HASH_PRIME ** i) mod n_rows
 
     in wrapping 64-bit integers, so the oldest id has the factor 1. Ids are the released code's (see
-    HASH_BYTE_OFFSET): with p the prime, "abc" gives (101 + 102 p + 103 p ** 2) mod n_rows. Positions
+    HASH_ID_OFFSET): with p the prime, "abc" gives (101 + 102 p + 103 p ** 2) mod n_rows. Positions
     before the document of id t count as HASH_NOTHING, so no n-gram crosses a document boundary.
-    sizes: the values of n. Returns int64 [B, T, number of sizes].
+    sizes: the values of n. boundary: the id of the document boundary. Returns int64 [B, T, number of sizes].
     """
     T = ids_BT.shape[1]
-    released_ids_BT = torch.where(ids_BT == BOUNDARY, HASH_BOUNDARY, ids_BT + HASH_BYTE_OFFSET)
+    released_ids_BT = torch.where(ids_BT == boundary, HASH_BOUNDARY, ids_BT + HASH_ID_OFFSET)
     sum_BT = torch.zeros_like(ids_BT)
     hash_of_size = {}
     # Horner's rule: multiply by the prime and add the next older id. The sum for n - 1 is a step on the
@@ -53,8 +63,9 @@ class HashEmbedding(nn.Module):
     then costs what the batch's bytes cost, however large the tables are.
     """
 
-    def __init__(self, sizes, n_rows, dim):
+    def __init__(self, sizes, n_rows, dim, boundary=BOUNDARY):
         super().__init__()
+        self.boundary = boundary
         self.sizes = tuple(sizes)
         self.n_rows = n_rows
         is_sparse = n_rows > DENSE_HASH_ROWS
@@ -72,7 +83,7 @@ class HashEmbedding(nn.Module):
 
     def forward(self, ids_BT, documents_BT):
         """Returns the sums [B, T, D]."""
-        hashes_BTS = hash_ngrams(ids_BT, documents_BT, self.sizes, self.n_rows)
+        hashes_BTS = hash_ngrams(ids_BT, documents_BT, self.sizes, self.n_rows, self.boundary)
         rows_NS = (hashes_BTS + self.first_row).flatten(0, 1)
         # An EmbeddingBag adds up the S rows of each id without keeping them apart in memory.
         return self.tables(rows_NS).unflatten(0, ids_BT.shape)
