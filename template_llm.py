@@ -32,7 +32,7 @@ from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights, write_atomically
 from blt.ids import BYTES, documents_of
-from blt.layers import Block, RMSNorm, default_heads, init_weights
+from blt.layers import Block, RMSNorm, default_heads, init_weights, zero_outputs
 from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
 from blt.ngrams import HashEmbedding, check_tables
@@ -251,9 +251,13 @@ def make_model(config, vocabulary):
     """A new model for a `TemplateConfig`, and the `FlatConfig` or `BPEConfig` that describes it."""
     if config.model == "flat":
         model_config = part_of(config, FlatConfig)
-        return FlatByteTransformer(model_config), model_config
-    model_config = part_of(config, BPEConfig)
-    return BPETransformer(model_config, vocabulary), model_config
+        model = FlatByteTransformer(model_config)
+    else:
+        model_config = part_of(config, BPEConfig)
+        model = BPETransformer(model_config, vocabulary)
+    if config.zero_init:
+        zero_outputs(model)
+    return model, model_config
 
 
 # Training

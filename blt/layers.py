@@ -12,6 +12,7 @@ released training code masks documents as well; the port in transformers does no
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -164,3 +165,39 @@ def init_weights(module):
                 nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std)
         elif isinstance(child, nn.RMSNorm):
             nn.init.ones_(child.weight)
+
+
+@torch.no_grad()
+def zero_outputs(model):
+    """Set a new model's output projections and hash tables to zero: the wo and w2 of all layers, cross-attentions too.
+
+    Each layer then begins as the identity, and an n-gram that training has never seen adds nothing. The first
+    update moves these matrices, and their gradients reach the other ones from the second update on.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.EmbeddingBag):
+            module.weight.zero_()
+        for name in ("wo", "w2"):
+            if hasattr(module, name):
+                getattr(module, name).weight.zero_()
+
+
+@contextmanager
+def without_zeros(model):
+    """Inside the block, matrices that are all zeros hold random numbers of the usual size; afterwards they are zeros.
+
+    For whoever tests a model by what it computes: as long as each layer is the identity (`zero_outputs`), no logit
+    depends on another position, whatever the layers do.
+    """
+    zeros = [p for p in model.parameters() if p.dim() > 1 and not p.any()]
+    with torch.no_grad():
+        for number, p in enumerate(zeros):
+            # A generator of its own: dropout and later draws must not depend on the test.
+            generator = torch.Generator(p.device).manual_seed(number)
+            p.normal_(std=p.shape[1] ** -0.5, generator=generator)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
