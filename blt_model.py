@@ -49,6 +49,7 @@ class BLTConfig:
     encoder_ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     ngram_sizes: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])  # bytes in the hashed n-grams
     hash_rows: int = 16384  # rows of each n-gram size's table; above 65,536 only the rows that occur are updated
+    ngram_dropout: float = 0.0  # share of the n-grams that training leaves out, each byte's of each size by chance
     pooling: str = "max"  # how a patch's bytes start its query: max or mean
     cross_attn_k: int = 2  # vectors of encoder_dim that make up a patch
     cross_attn_all_layers_encoder: bool = False  # cross-attention after every encoder layer, not the last only
@@ -70,6 +71,9 @@ class BLTConfig:
     qk_norm: bool = False  # RMSNorm of queries and keys in self-attention
     dropout: float = 0.0  # dropout rate
     recompute: bool = False  # keep only layer inputs for the backward pass: about half the memory, a third more compute
+
+    # Fields that the records of earlier models lack. Their defaults are what those models were.
+    ADDED_FIELDS = ("ngram_dropout",)
 
     def __post_init__(self):
         check_positive(self, "encoder_layers", "encoder_dim", "encoder_heads", "encoder_ffn_dim")
@@ -166,7 +170,8 @@ class LocalEncoder(nn.Module):
         self.byte_embedding = nn.Embedding(BOUNDARY + 1, D)
         self.hash_embedding = None
         if config.ngram_sizes:
-            self.hash_embedding = HashEmbedding(config.ngram_sizes, config.hash_rows, D)
+            tables = (config.ngram_sizes, config.hash_rows, D)
+            self.hash_embedding = HashEmbedding(*tables, dropout=config.ngram_dropout)
         self.blocks = nn.ModuleList(
             Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.encoder_ffn_dim)
             for _ in range(config.encoder_layers)

@@ -274,14 +274,14 @@ def named_patches(config):
 def take_over_start(config):
     """(config, RunRecord) of a run that starts from an output folder: the config then has its sizes and entropy model.
 
-    Raises ValueError if a flag names another size than the folder has. dropout is the folder's
-    unless given, and recompute is this run's.
+    Raises ValueError if a flag names another size than the folder has. dropout and ngram_dropout are
+    the folder's unless given, and recompute is this run's.
     """
     folder = config.init_from
     record = read_record(folder, "blt")
     saved = asdict(record.config(BLTConfig))
     given = given_fields(config)
-    of_this_run = {"recompute"} | ({"dropout"} & given)
+    of_this_run = {"recompute"} | ({"dropout", "ngram_dropout"} & given)
     differing = [
         f"--{name} {getattr(config, name)}, there {value}"
         for name, value in saved.items()

@@ -66,6 +66,7 @@ class FlatConfig:
     n_heads: int | None = None  # attention heads; None: heads of about 64 channels
     ngram_sizes: list[int] = field(default_factory=list)  # ids in the hashed n-grams; none: no hash tables
     hash_rows: int = 16384  # rows of each n-gram size's table; above 65,536 only the rows that occur are updated
+    ngram_dropout: float = 0.0  # share of the n-grams that training leaves out, each id's of each size by chance
     window: int | None = 512  # ids that an id attends to, itself included; None: the whole row
     rope_theta: float = 500000.0  # base of the rotary embedding's wavelengths
     norm_eps: float = 1e-5  # RMSNorm's epsilon
@@ -73,7 +74,7 @@ class FlatConfig:
     dropout: float = 0.0  # dropout rate
 
     # Fields that the records of earlier models lack. Their defaults are what those models were.
-    ADDED_FIELDS = ("ngram_sizes", "hash_rows")
+    ADDED_FIELDS = ("ngram_sizes", "hash_rows", "ngram_dropout")
 
     def __post_init__(self):
         check_positive(self, "dim", "n_layers", "n_heads", "window", "rope_theta", "norm_eps")
@@ -182,7 +183,7 @@ class PlainTransformer(nn.Module):
         self.hash_embedding = None
         if config.ngram_sizes:
             tables = (config.ngram_sizes, config.hash_rows, config.dim)
-            self.hash_embedding = HashEmbedding(*tables, vocabulary.boundary)
+            self.hash_embedding = HashEmbedding(*tables, vocabulary.boundary, config.ngram_dropout)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             Block(config.dim, config.heads, config.norm_eps, config.qk_norm, config.dropout)

@@ -39,7 +39,7 @@ NAMES_OF_INPUTS = {
 }  # fmt: skip
 # Changes that a user needs in the middle of a run: gentler steps after a loss that was no number,
 # and a longer run.
-GENTLER = ("lr", "adam_lr", "clip")
+GENTLER = ("lr", "adam_lr", "table_lr", "clip")
 
 HASH_LABEL = b"\nsha256 "
 HASH_LINE_BYTES = len(HASH_LABEL) + 64 + 1

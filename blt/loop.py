@@ -50,7 +50,9 @@ class RunConfig(DataConfig):
     zero_init: bool = False  # a new model's output projections (wo, w2) and hash tables start at zero
     lr: float = 0.005  # peak learning rate of the matrices (Muon, scaled to the RMS of an AdamW update)
     adam_lr: float = 0.003  # peak learning rate of embeddings, hash tables, output head and norms (AdamW)
+    table_lr: float = 1.0  # peak learning rate of the hash tables, as a multiple of adam_lr
     weight_decay: float = 0.1  # decoupled weight decay of the matrices
+    table_decay: float = 0.0  # decoupled weight decay of the rows of hash tables that an update changes
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # constant then linear to zero, or half a cosine to zero
     warmup: float = 0.02  # share of the steps in which the learning rate rises
     cooldown: float = 0.4  # share of the steps in which a trapezoid falls
@@ -67,7 +69,7 @@ class RunConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "row_bytes", "batch_rows", "accumulate", "steps", "lr", "adam_lr", "clip")
+        check_positive(self, "row_bytes", "batch_rows", "accumulate", "steps", "lr", "adam_lr", "table_lr", "clip")
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float):
@@ -76,7 +78,8 @@ class RunConfig(DataConfig):
         check_positive(self, "eval_every", "log_every", "checkpoint_minutes")
         for name in ("warmup", "cooldown"):
             check(self, name, 0 <= getattr(self, name) <= 1, "a share of the steps, from 0 to 1")
-        check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
+        for name in ("weight_decay", "table_decay"):
+            check(self, name, getattr(self, name) >= 0, "0 or more")
         check(self, "row_bytes", self.row_bytes >= 2, "2 or more")
         check(self, "schedule", self.schedule in ("trapezoid", "cosine"), "trapezoid or cosine")
         check(self, "compile", self.compile in ("auto", "yes", "no"), "auto, yes or no")

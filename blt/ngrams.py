@@ -19,12 +19,13 @@ DENSE_HASH_ROWS = 65536
 
 
 def check_tables(config):
-    """Raise ValueError unless a config's ngram_sizes and hash_rows describe hash tables, or none."""
+    """Raise ValueError unless a config's ngram_sizes, hash_rows and ngram_dropout describe hash tables, or none."""
     check_positive(config, "hash_rows")
     are_sizes = all(isinstance(n, int) and n >= 2 for n in config.ngram_sizes)
     are_different = len(set(config.ngram_sizes)) == len(config.ngram_sizes)
     allowed = "different whole numbers, 2 or more each (or empty)"
     check(config, "ngram_sizes", are_sizes and are_different, allowed)
+    check(config, "ngram_dropout", 0 <= config.ngram_dropout < 1, "from 0 to below 1")
 
 
 def hash_ngrams(ids_BT, documents_BT, sizes, n_rows, boundary=BOUNDARY):
@@ -61,11 +62,16 @@ class HashEmbedding(nn.Module):
     The tables of all sizes are one weight [sizes * n_rows, D], read in one fused lookup. Tables of more
     than DENSE_HASH_ROWS rows get sparse gradients and are updated by `optimizers.RowWiseAdam`: a step
     then costs what the batch's bytes cost, however large the tables are.
+
+    dropout: the share of n-grams that training leaves out, each id's of each size by chance. Those that
+    are left are not scaled up: a dropped n-gram is like one that no training text had, and one that is
+    there has the size that it has in new text.
     """
 
-    def __init__(self, sizes, n_rows, dim, boundary=BOUNDARY):
+    def __init__(self, sizes, n_rows, dim, boundary=BOUNDARY, dropout=0.0):
         super().__init__()
         self.boundary = boundary
+        self.dropout = nn.Dropout(dropout)
         self.sizes = tuple(sizes)
         self.n_rows = n_rows
         is_sparse = n_rows > DENSE_HASH_ROWS
@@ -85,8 +91,12 @@ class HashEmbedding(nn.Module):
         """Returns the sums [B, T, D]."""
         hashes_BTS = hash_ngrams(ids_BT, documents_BT, self.sizes, self.n_rows, self.boundary)
         rows_NS = (hashes_BTS + self.first_row).flatten(0, 1)
+        kept_NS = None
+        if self.training and self.dropout.p > 0:
+            ones_NS = torch.ones(rows_NS.shape, dtype=self.tables.weight.dtype, device=rows_NS.device)
+            kept_NS = (self.dropout(ones_NS) > 0).to(ones_NS.dtype)
         # An EmbeddingBag adds up the S rows of each id without keeping them apart in memory.
-        return self.tables(rows_NS).unflatten(0, ids_BT.shape)
+        return self.tables(rows_NS, per_sample_weights=kept_NS).unflatten(0, ids_BT.shape)
 
 
 def embed_ngrams(hash_embedding, ids_BT, documents_BT):

@@ -984,6 +984,9 @@ def test_sizes_come_from_the_folder_and_other_flags_are_an_error(round_trip, mon
     with pytest.raises(ValueError, match="--hash_rows 77, there 500"):
         take_over_start(TrainBLTConfig(init_from="checkpoints_from_hf", hash_rows=77))
     assert take_over_start(TrainBLTConfig(init_from="checkpoints_from_hf"))[0].hash_rows == 500
+    # What training drops is the run's own choice.
+    with_dropout = take_over_start(TrainBLTConfig(init_from="checkpoints_from_hf", ngram_dropout=0.2))[0]
+    assert with_dropout.ngram_dropout == 0.2
 
 
 def test_another_entropy_model_must_be_chosen_by_name(in_tuned_folder):

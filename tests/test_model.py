@@ -16,7 +16,7 @@ from blt.patch_rules import PatchConfig
 from blt.rows import evaluation_batches, make_batch
 from blt.segments import PatchMap, check_patch_lengths
 from blt.tokens import train_tokenizer
-from blt_model import BLTConfig, BLTModel, hash_ngrams
+from blt_model import BLTConfig, BLTModel, HashEmbedding, hash_ngrams
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
 
@@ -364,6 +364,28 @@ def test_hash_does_not_look_across_a_boundary():
     assert torch.equal(hashes[0, :4], hashes[0, 4:])
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_dropped_ngrams(sparse):
+    """Training leaves each n-gram out with the given probability, scales none up, and changes no row left out."""
+    torch.manual_seed(0)
+    tables = HashEmbedding([2, 3, 4, 5], 5000, 1, dropout=0.25)
+    tables.tables.sparse = sparse
+    torch.nn.init.ones_(tables.tables.weight)
+    ids = torch.randint(0, 256, (4, 500))
+    documents = torch.zeros_like(ids)
+    assert (tables.eval()(ids, documents) == 4).all()
+    n_kept = tables.train()(ids, documents)
+    shares = torch.stack([(n_kept == n).float().mean() for n in range(5)])
+    wanted = torch.tensor([math.comb(4, n) * 0.75**n * 0.25 ** (4 - n) for n in range(5)])
+    torch.testing.assert_close(shares, wanted, atol=0.03, rtol=0)
+    n_kept.sum().backward()
+    gradient = tables.tables.weight.grad.to_dense()
+    assert gradient.sum() == n_kept.sum()
+    # No gradient, no update: see RowWiseAdam.
+    looked_up = (hash_ngrams(ids, documents, tables.sizes, 5000) + tables.first_row).unique()
+    assert (gradient[looked_up] == 0).any()
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the number of elements of the largest tensor that an operation returns."""
 
@@ -422,6 +444,7 @@ def test_config_errors():
         (dict(pooling="sum"), "max or mean"),
         (dict(global_layers=0), "global_layers is 0"),
         (dict(ngram_sizes=[3, 3]), "ngram_sizes"),
+        (dict(ngram_dropout=1.0), "ngram_dropout is 1.0"),
         (dict(encoder_dim=33), "width 33"),
         (dict(decoder_heads=5), "decoder_dim"),
     ):
