@@ -29,7 +29,7 @@ from blt.attention import AttentionPlan
 from blt.checks import check, check_positive
 from blt.ids import BOUNDARY, documents_of
 from blt.kernels import GatherAttention, SegmentAttention, apply_function
-from blt.layers import Block, RMSNorm, default_heads, init_weights, run_block
+from blt.layers import Block, RMSNorm, cap_logits, default_heads, init_weights, run_block
 
 # HashEmbedding's other names are here for others to import.
 from blt.ngrams import DENSE_HASH_ROWS, HashEmbedding, check_tables, hash_ngrams  # noqa: F401
@@ -69,11 +69,13 @@ class BLTConfig:
     rope_theta: float = 500000.0  # base of the rotary embedding's wavelengths
     norm_eps: float = 1e-5  # RMSNorm's epsilon
     qk_norm: bool = False  # RMSNorm of queries and keys in self-attention
+    relu2: bool = False  # squared ReLU instead of SwiGLU: 1.5 times as wide, so of equal FLOPs
+    logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0: as they are
     dropout: float = 0.0  # dropout rate
     recompute: bool = False  # keep only layer inputs for the backward pass: about half the memory, a third more compute
 
     # Fields that the records of earlier models lack. Their defaults are what those models were.
-    ADDED_FIELDS = ("ngram_dropout",)
+    ADDED_FIELDS = ("ngram_dropout", "relu2", "logit_softcap")
 
     def __post_init__(self):
         check_positive(self, "encoder_layers", "encoder_dim", "encoder_heads", "encoder_ffn_dim")
@@ -83,6 +85,7 @@ class BLTConfig:
         check_tables(self)
         check(self, "pooling", self.pooling in ("max", "mean"), "max or mean")
         check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
+        check(self, "logit_softcap", self.logit_softcap >= 0, "0 (no cap) or more")
         for part in ("encoder", "global", "decoder"):
             n_heads = self.heads(part)
             # An even number of channels a head, because the rotary embedding rotates pairs of them.
@@ -173,7 +176,7 @@ class LocalEncoder(nn.Module):
             tables = (config.ngram_sizes, config.hash_rows, D)
             self.hash_embedding = HashEmbedding(*tables, dropout=config.ngram_dropout)
         self.blocks = nn.ModuleList(
-            Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.encoder_ffn_dim)
+            Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.encoder_ffn_dim, config.relu2)
             for _ in range(config.encoder_layers)
         )
         self.patch_query = nn.Linear(D, config.cross_attn_k * D, bias=False)
@@ -239,7 +242,7 @@ class LatentTransformer(nn.Module):
         self.widen = nn.Linear(patch_dim, G, bias=False) if patch_dim != G else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(G, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.global_ffn_dim)
+            Block(G, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.global_ffn_dim, config.relu2)
             for _ in range(config.global_layers)
         )
 
@@ -274,7 +277,7 @@ class LocalDecoder(nn.Module):
             DecoderCrossAttention(D, n_heads, config.norm_eps) for _ in range(n_cross)
         )
         self.blocks = nn.ModuleList(
-            Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.decoder_ffn_dim)
+            Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.decoder_ffn_dim, config.relu2)
             for _ in range(config.decoder_layers)
         )
         self.norm = RMSNorm(D, config.norm_eps)
@@ -342,8 +345,11 @@ class BLTModel(nn.Module):
         # its rotary angles are the same.
         if config.head_dim("decoder") != config.head_dim("encoder"):
             byte_plan = AttentionPlan(documents_BT, config.head_dim("decoder"), config.rope_theta, config.window)
-        states_BTD = self.decoder(bytes_BTD, latents_BPG, byte_plan, patch_map.read)
-        return self.head(states_BTD)
+        return self.logits(self.decoder(bytes_BTD, latents_BPG, byte_plan, patch_map.read))
+
+    def logits(self, states_BTD):
+        """Logits [B, T, 257] of the decoder's states."""
+        return cap_logits(self.head(states_BTD), self.config.logit_softcap)
 
     def parameters_by_part(self):
         """{"hash embedding", "encoder", "latent", "decoder": number of parameters}, the whole in all.

@@ -32,7 +32,7 @@ from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights, write_atomically
 from blt.ids import BYTES, documents_of
-from blt.layers import Block, RMSNorm, default_heads, init_weights, zero_outputs
+from blt.layers import Block, RMSNorm, cap_logits, default_heads, init_weights, zero_outputs
 from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
 from blt.ngrams import HashEmbedding, check_tables
@@ -71,16 +71,19 @@ class FlatConfig:
     rope_theta: float = 500000.0  # base of the rotary embedding's wavelengths
     norm_eps: float = 1e-5  # RMSNorm's epsilon
     qk_norm: bool = False  # RMSNorm of queries and keys in self-attention
+    relu2: bool = False  # squared ReLU instead of SwiGLU: 1.5 times as wide, so of equal FLOPs
+    logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0: as they are
     dropout: float = 0.0  # dropout rate
 
     # Fields that the records of earlier models lack. Their defaults are what those models were.
-    ADDED_FIELDS = ("ngram_sizes", "hash_rows", "ngram_dropout")
+    ADDED_FIELDS = ("ngram_sizes", "hash_rows", "ngram_dropout", "relu2", "logit_softcap")
 
     def __post_init__(self):
         check_positive(self, "dim", "n_layers", "n_heads", "window", "rope_theta", "norm_eps")
         check_tables(self)
         check(self, "dim", self.dim % (2 * self.heads) == 0, f"a multiple of 2 * n_heads = {2 * self.heads}")
         check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
+        check(self, "logit_softcap", self.logit_softcap >= 0, "0 (no cap) or more")
 
     @property
     def heads(self):
@@ -186,7 +189,7 @@ class PlainTransformer(nn.Module):
             self.hash_embedding = HashEmbedding(*tables, vocabulary.boundary, config.ngram_dropout)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(config.dim, config.heads, config.norm_eps, config.qk_norm, config.dropout)
+            Block(config.dim, config.heads, config.norm_eps, config.qk_norm, config.dropout, relu2=config.relu2)
             for _ in range(config.n_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -207,7 +210,7 @@ class PlainTransformer(nn.Module):
         x_BTD = self.dropout(x_BTD)
         for block in self.blocks:
             x_BTD, _ = block(x_BTD, plan)
-        return self.head(self.norm(x_BTD))
+        return cap_logits(self.head(self.norm(x_BTD)), config.logit_softcap)
 
     def parameters_by_part(self):
         """{"hash embedding", "embedding", "layers", "head": number of parameters}; the parts sum to the whole."""

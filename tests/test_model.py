@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import blt_model
 from blt.attention import AttentionPlan, BlockAttention, apply_rotary
+from blt.flops import block_flops
 from blt.ids import documents_of
-from blt.layers import RMSNorm
+from blt.layers import FeedForward, RMSNorm, SquaredReLU
 from blt.metric import bits_per_byte, leak_gate, target_losses
 from blt.patch_rules import PatchConfig
 from blt.rows import evaluation_batches, make_batch
@@ -36,6 +37,7 @@ VARIANTS = {
     "one decoder cross-attention, k 4": dict(cross_attn_all_layers_decoder=False, cross_attn_k=4),
     "other widths, no n-grams": dict(decoder_dim=48, ngram_sizes=[], encoder_heads=2),
     "qk norm, window beyond the row": dict(qk_norm=True, window=512),
+    "squared ReLU, soft cap": dict(relu2=True, logit_softcap=5.0),
 }
 # The threshold that each method is tested with.
 METHODS = {"global": 5.05, "monotonic": 0.0, "static": 4, "space": 1.0, "cumulative": 20.0}
@@ -339,6 +341,37 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
     torch.testing.assert_close(torch.cat(by_blocks, 1), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_squared_relu_equals_its_definition():
+    """Forward and backward, and it has the weights of the SwiGLU that it replaces."""
+    torch.manual_seed(0)
+    layer = SquaredReLU(32)
+    usual = FeedForward(32)
+    assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in usual.parameters())
+    assert block_flops(32) == 2 * (4 * 32 * 32 + sum(p.numel() for p in layer.parameters()))
+    x = torch.randn(3, 5, 32, requires_grad=True)
+    weight = torch.randn(3, 5, 32)
+    w1, w2 = layer.w1.weight, layer.w2.weight
+    want = (x @ w1.T).clamp(min=0).square() @ w2.T
+    torch.testing.assert_close(layer(x), want)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), want)
+    gradients = [torch.autograd.grad((y * weight).sum(), (x, w1, w2)) for y in (layer(x), want)]
+    torch.testing.assert_close(*gradients)
+
+
+@torch.no_grad()
+def test_soft_cap():
+    model = make()
+    ids, lengths = torch.randint(0, 256, (1, 20)), torch.tensor([[1] + [4] * 5])
+    logits = 50 * model(ids, lengths)
+    model.head.weight.mul_(50)
+    torch.testing.assert_close(model(ids, lengths), logits, atol=1e-3, rtol=1e-4)
+    model.config.logit_softcap = 3.0
+    capped = model(ids, lengths)
+    assert logits.abs().max() > 20 and capped.abs().max() <= 3
+    torch.testing.assert_close(capped, 3 * (logits / 3).tanh(), atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_equals_its_definition(dtype):
     torch.manual_seed(0)
@@ -445,6 +478,7 @@ def test_config_errors():
         (dict(global_layers=0), "global_layers is 0"),
         (dict(ngram_sizes=[3, 3]), "ngram_sizes"),
         (dict(ngram_dropout=1.0), "ngram_dropout is 1.0"),
+        (dict(logit_softcap=-1.0), "logit_softcap is -1.0"),
         (dict(encoder_dim=33), "width 33"),
         (dict(decoder_heads=5), "decoder_dim"),
     ):

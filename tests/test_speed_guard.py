@@ -389,6 +389,16 @@ def test_blt_is_one_graph_and_compiles_once(attention, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@pytest.mark.parametrize("options", [dict(relu2=True, logit_softcap=5.0), dict(ngram_dropout=0.2)], ids=str)
+def test_options_are_one_graph(options):
+    model = blt(ngram_sizes=[3], **options).train()
+    batch = batch_of()
+    # fullgraph: a graph break is an error.
+    logits_BTV = torch.compile(model, backend="aot_eager", fullgraph=True)(batch.ids[:, :-1], batch.patch_lengths)
+    logits_BTV.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_entropy_model_is_one_graph_and_compiles_once():
     counters = check_compiled(
         entropy_model(), [batch_of(seed=seed, score_ends=False) for seed in range(3)], fullgraph=True

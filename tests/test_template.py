@@ -50,7 +50,9 @@ def vocabulary(tmp_path_factory):
     return BPEVocabulary(train_tokenizer([text(300, seed) for seed in range(3)] + [random_bytes(300)], 300, path))
 
 
-@pytest.fixture(params=["flat", "flat, window beyond the row", "bpe", "flat with tables", "bpe with tables"])
+@pytest.fixture(
+    params=["flat", "flat, window beyond the row", "bpe", "flat with tables", "bpe with tables", "flat with options"]
+)
 def model(request, vocabulary):
     torch.manual_seed(0)
     sizes = dict(dim=32, n_layers=2, n_heads=2, hash_rows=64)
@@ -58,6 +60,9 @@ def model(request, vocabulary):
         return BPETransformer(BPEConfig(**sizes), vocabulary).eval()
     if request.param == "bpe with tables":
         return BPETransformer(BPEConfig(ngram_sizes=[2, 3], **sizes), vocabulary).eval()
+    if request.param == "flat with options":
+        options = dict(relu2=True, logit_softcap=5.0, qk_norm=True, ngram_sizes=[2], ngram_dropout=0.5)
+        return FlatByteTransformer(FlatConfig(window=8, **sizes, **options)).eval()
     ngram_sizes = [2, 3, 8] if request.param == "flat with tables" else []
     window = None if request.param == "flat, window beyond the row" else 8
     return FlatByteTransformer(FlatConfig(ngram_sizes=ngram_sizes, window=window, **sizes)).eval()
@@ -416,8 +421,11 @@ def test_parameters_and_their_optimizers(model):
     assert len(of_tables) == (1 if model.config.ngram_sizes else 0)
     matrices_of_adam = [p for group in adam.param_groups for p in group["params"] if p.dim() == 2]
     assert sum(p.numel() for p in matrices_of_adam) == parts["embedding"] + parts["head"]
-    # q, k, v, o, w1, w2 and w3 of two layers
-    assert len(muon.param_groups[0]["params"]) == 7 * 2
+    # q, k, v, o, w1, w2 and w3 of two layers; squared ReLU has no w3
+    assert len(muon.param_groups[0]["params"]) == (6 if model.config.relu2 else 7) * 2
+    # Two FLOPs a weight: with either feed-forward a byte costs what `transformer_flops` says.
+    matrices = sum(p.numel() for p in muon.param_groups[0]["params"])
+    assert 2 * matrices == transformer_flops(32, 2, model.n_classes, 64)["layers"]
 
 
 # Sizes and presets
