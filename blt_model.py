@@ -29,20 +29,13 @@ from blt.attention import AttentionPlan
 from blt.checks import check, check_positive
 from blt.ids import BOUNDARY, documents_of
 from blt.kernels import GatherAttention, SegmentAttention, apply_function
-from blt.layers import Block, RMSNorm, default_heads, init_weights, run_block
+from blt.layers import Block, RMSNorm, cap_logits, default_heads, init_weights, run_block
+
+# HashEmbedding's other names are here for others to import.
+from blt.ngrams import DENSE_HASH_ROWS, HashEmbedding, check_tables, hash_ngrams  # noqa: F401
 
 # check_patch_lengths is here for others to import: it checks this model's second argument.
 from blt.segments import PatchMap, check_patch_lengths  # noqa: F401
-
-# The n-gram hash is that of the released code, so that its tables can be used here. That code numbers
-# ids in another way: byte b has id b + 4, the boundary that opens a document has id 1, and positions
-# before the document count as id 0.
-HASH_PRIME = 1_000_000_007
-HASH_BYTE_OFFSET = 4
-HASH_BOUNDARY = 1
-HASH_NOTHING = 0
-# Hash tables with more rows than this get sparse gradients: a batch reads few of their rows.
-DENSE_HASH_ROWS = 65536
 
 
 @dataclass
@@ -56,6 +49,7 @@ class BLTConfig:
     encoder_ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     ngram_sizes: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])  # bytes in the hashed n-grams
     hash_rows: int = 16384  # rows of each n-gram size's table; above 65,536 only the rows that occur are updated
+    ngram_dropout: float = 0.0  # share of the n-grams that training leaves out, each byte's of each size by chance
     pooling: str = "max"  # how a patch's bytes start its query: max or mean
     cross_attn_k: int = 2  # vectors of encoder_dim that make up a patch
     cross_attn_all_layers_encoder: bool = False  # cross-attention after every encoder layer, not the last only
@@ -75,20 +69,23 @@ class BLTConfig:
     rope_theta: float = 500000.0  # base of the rotary embedding's wavelengths
     norm_eps: float = 1e-5  # RMSNorm's epsilon
     qk_norm: bool = False  # RMSNorm of queries and keys in self-attention
+    relu2: bool = False  # squared ReLU instead of SwiGLU: 1.5 times as wide, so of equal FLOPs
+    logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0: as they are
     dropout: float = 0.0  # dropout rate
     recompute: bool = False  # keep only layer inputs for the backward pass: about half the memory, a third more compute
+
+    # Fields that the records of earlier models lack. Their defaults are what those models were.
+    ADDED_FIELDS = ("ngram_dropout", "relu2", "logit_softcap")
 
     def __post_init__(self):
         check_positive(self, "encoder_layers", "encoder_dim", "encoder_heads", "encoder_ffn_dim")
         check_positive(self, "global_layers", "global_dim", "global_heads", "global_ffn_dim")
         check_positive(self, "decoder_layers", "decoder_dim", "decoder_heads", "decoder_ffn_dim")
-        check_positive(self, "hash_rows", "cross_attn_k", "window", "rope_theta", "norm_eps")
+        check_positive(self, "cross_attn_k", "window", "rope_theta", "norm_eps")
+        check_tables(self)
         check(self, "pooling", self.pooling in ("max", "mean"), "max or mean")
         check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
-        are_sizes = all(isinstance(n, int) and n >= 2 for n in self.ngram_sizes)
-        are_different = len(set(self.ngram_sizes)) == len(self.ngram_sizes)
-        allowed = "different whole numbers, 2 or more each (or empty)"
-        check(self, "ngram_sizes", are_sizes and are_different, allowed)
+        check(self, "logit_softcap", self.logit_softcap >= 0, "0 (no cap) or more")
         for part in ("encoder", "global", "decoder"):
             n_heads = self.heads(part)
             # An even number of channels a head, because the rotary embedding rotates pairs of them.
@@ -107,72 +104,6 @@ class BLTConfig:
     def head_dim(self, part):
         """The channels of a head of 'encoder', 'global' or 'decoder'."""
         return self.dim(part) // self.heads(part)
-
-
-def hash_ngrams(ids_BT, documents_BT, sizes, n_rows):
-    """Hash the n-gram that ends at each id: its row 0..n_rows-1 in each size's table (section 3.2.1).
-
-        hash(t) = (sum over i = 0..n-1 of id[t - n + 1 + i] * HASH_PRIME ** i) mod n_rows
-
-    in wrapping 64-bit integers, so the oldest id has the factor 1. Ids are the released code's (see
-    HASH_BYTE_OFFSET): with p the prime, "abc" gives (101 + 102 p + 103 p ** 2) mod n_rows. Positions
-    before the document of id t count as HASH_NOTHING, so no n-gram crosses a document boundary.
-    sizes: the values of n. Returns int64 [B, T, number of sizes].
-    """
-    T = ids_BT.shape[1]
-    released_ids_BT = torch.where(ids_BT == BOUNDARY, HASH_BOUNDARY, ids_BT + HASH_BYTE_OFFSET)
-    sum_BT = torch.zeros_like(ids_BT)
-    hash_of_size = {}
-    # Horner's rule: multiply by the prime and add the next older id. The sum for n - 1 is a step on the
-    # way to the sum for n, so one pass over the largest n gives all sizes.
-    for back in range(max(sizes)):
-        older_ids_BT = F.pad(released_ids_BT, (back, 0), value=HASH_NOTHING)[:, :T]
-        older_documents_BT = F.pad(documents_BT, (back, 0), value=-1)[:, :T]
-        is_outside_BT = older_documents_BT != documents_BT
-        sum_BT = sum_BT * HASH_PRIME + older_ids_BT.masked_fill(is_outside_BT, HASH_NOTHING)
-        n = back + 1
-        if n in sizes:
-            # remainder, not fmod: the wrapped sum may be negative, a row may not.
-            hash_of_size[n] = sum_BT.remainder(n_rows)
-    return torch.stack([hash_of_size[n] for n in sizes], dim=-1)
-
-
-class HashEmbedding(nn.Module):
-    """The sum of each id's n-gram embeddings, one for each n-gram size (section 3.2.1).
-
-    The tables of all sizes are one weight [sizes * n_rows, D], read in one fused lookup. Tables of more
-    than DENSE_HASH_ROWS rows get sparse gradients and are updated by `optimizers.RowWiseAdam`: a step
-    then costs what the batch's bytes cost, however large the tables are.
-    """
-
-    def __init__(self, sizes, n_rows, dim):
-        super().__init__()
-        self.sizes = tuple(sizes)
-        self.n_rows = n_rows
-        is_sparse = n_rows > DENSE_HASH_ROWS
-        self.tables = nn.EmbeddingBag(len(self.sizes) * n_rows, dim, mode="sum", sparse=is_sparse)
-        # torch.compile does not know sparse gradients. It splits the graph in two at this call, and the
-        # graph of each caller up the stack as well: only `BLTModel.forward` calls it.
-        self.embed = torch.compiler.disable(embed_ngrams) if is_sparse else embed_ngrams
-        # Not in the state dict, because it follows from the sizes.
-        self.register_buffer("first_row", None, persistent=False)
-        self.number_rows()
-
-    def number_rows(self):
-        """Set the first row of each size's table in the common weight, on the weight's device."""
-        self.first_row = torch.arange(len(self.sizes), device=self.tables.weight.device) * self.n_rows
-
-    def forward(self, ids_BT, documents_BT):
-        """Returns the sums [B, T, D]."""
-        hashes_BTS = hash_ngrams(ids_BT, documents_BT, self.sizes, self.n_rows)
-        rows_NS = (hashes_BTS + self.first_row).flatten(0, 1)
-        # An EmbeddingBag adds up the S rows of each id without keeping them apart in memory.
-        return self.tables(rows_NS).unflatten(0, ids_BT.shape)
-
-
-def embed_ngrams(hash_embedding, ids_BT, documents_BT):
-    """hash_embedding(ids_BT, documents_BT), as a function that can be left out of a compiled graph."""
-    return hash_embedding(ids_BT, documents_BT)
 
 
 class CrossAttention(nn.Module):
@@ -242,9 +173,10 @@ class LocalEncoder(nn.Module):
         self.byte_embedding = nn.Embedding(BOUNDARY + 1, D)
         self.hash_embedding = None
         if config.ngram_sizes:
-            self.hash_embedding = HashEmbedding(config.ngram_sizes, config.hash_rows, D)
+            tables = (config.ngram_sizes, config.hash_rows, D)
+            self.hash_embedding = HashEmbedding(*tables, dropout=config.ngram_dropout)
         self.blocks = nn.ModuleList(
-            Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.encoder_ffn_dim)
+            Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.encoder_ffn_dim, config.relu2)
             for _ in range(config.encoder_layers)
         )
         self.patch_query = nn.Linear(D, config.cross_attn_k * D, bias=False)
@@ -310,7 +242,7 @@ class LatentTransformer(nn.Module):
         self.widen = nn.Linear(patch_dim, G, bias=False) if patch_dim != G else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(G, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.global_ffn_dim)
+            Block(G, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.global_ffn_dim, config.relu2)
             for _ in range(config.global_layers)
         )
 
@@ -345,7 +277,7 @@ class LocalDecoder(nn.Module):
             DecoderCrossAttention(D, n_heads, config.norm_eps) for _ in range(n_cross)
         )
         self.blocks = nn.ModuleList(
-            Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.decoder_ffn_dim)
+            Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.decoder_ffn_dim, config.relu2)
             for _ in range(config.decoder_layers)
         )
         self.norm = RMSNorm(D, config.norm_eps)
@@ -413,8 +345,11 @@ class BLTModel(nn.Module):
         # its rotary angles are the same.
         if config.head_dim("decoder") != config.head_dim("encoder"):
             byte_plan = AttentionPlan(documents_BT, config.head_dim("decoder"), config.rope_theta, config.window)
-        states_BTD = self.decoder(bytes_BTD, latents_BPG, byte_plan, patch_map.read)
-        return self.head(states_BTD)
+        return self.logits(self.decoder(bytes_BTD, latents_BPG, byte_plan, patch_map.read))
+
+    def logits(self, states_BTD):
+        """Logits [B, T, 257] of the decoder's states."""
+        return cap_logits(self.head(states_BTD), self.config.logit_softcap)
 
     def parameters_by_part(self):
         """{"hash embedding", "encoder", "latent", "decoder": number of parameters}, the whole in all.

@@ -239,7 +239,7 @@ def to_transformers(model, entropy_model=None, patch_config=None):
 
     which is almost H for a trained model (LOG.md has a measurement).
 
-    Raises ValueError for what transformers cannot express: qk_norm, mean pooling, no n-gram
+    Raises ValueError for what transformers cannot express: qk_norm, relu2, logit_softcap, mean pooling, no n-gram
     embeddings, encoder and decoder of different widths, cross-attention after several encoder
     layers (it pools again at each), methods other than global, min_patch_size, and max_patch_size
     (it splits without the next byte, so the patches of a prefix differ).
@@ -258,6 +258,8 @@ def hf_config_and_weights(model, entropy_model=None, patch_config=None):
     """
     config = model.config
     _need(config, "qk_norm", False)
+    _need(config, "relu2", False)
+    _need(config, "logit_softcap", 0.0)
     _need(config, "pooling", "max")
     _need(config, "decoder_dim", config.encoder_dim)
     # transformers pools the bytes again after each layer, where we refine the same patch vectors.

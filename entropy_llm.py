@@ -24,7 +24,7 @@ from blt.checks import check, check_positive
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights
 from blt.ids import BOUNDARY, documents_of
-from blt.layers import Block, RMSNorm, init_weights
+from blt.layers import Block, RMSNorm, init_weights, zero_outputs
 from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
 from blt.records import RunRecord, record_beside
@@ -207,6 +207,8 @@ def train(config):
     )
     model_config = part_of(config, EntropyConfig)
     model = MinimalLLM(model_config).to(run.device)
+    if config.zero_init:
+        zero_outputs(model)
     parameters = sum(p.numel() for p in model.parameters())
     name = f"entropy model, window {config.max_seq_len} bytes"
     print_model(name, {"transformer": parameters}, config, stream.total_bytes)

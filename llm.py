@@ -23,6 +23,7 @@ from blt.config import BY_PRESET, Presets, given_fields, next_command, part_of, 
 from blt.entropies import make_entropies, open_entropies, read_patches, training_sample
 from blt.files import load_weights, model_hash
 from blt.ids import argument_bytes
+from blt.layers import zero_outputs
 from blt.metric import evaluate
 from blt.patch_rules import DEFAULT_PATCH_SIZE, RULES, PatchConfig, calibrate, refuse_lookahead
 from blt.records import RunRecord, read_record, record_beside
@@ -145,7 +146,7 @@ def train(config, make_patches):
     print("patches: " + patcher.config.describe())
     data = PatchedDataset.from_corpus(context.corpus, patcher, config, cache)
     model_config = part_of(config, BLTConfig)
-    model = make_model(model_config, context.device, config.init_from)
+    model = make_model(model_config, context.device, config.init_from, config.zero_init)
     print_model("BLT", model.parameters_by_part(), config, data.train_rows.stream.total_bytes)
 
     output = Path(config.output)
@@ -188,10 +189,13 @@ def train(config, make_patches):
     return result
 
 
-def make_model(model_config, device, init_from=None):
-    """A new `BLTModel`, or one with the weights in the output folder init_from."""
+def make_model(model_config, device, init_from=None, zero_init=False):
+    """A new `BLTModel`, or one with the weights in the output folder init_from. zero_init is for a new one."""
     if init_from is None:
-        return BLTModel(model_config).to(device)
+        model = BLTModel(model_config).to(device)
+        if zero_init:
+            zero_outputs(model)
+        return model
     model = uninitialized(model_config, device)
     load_weights(Path(init_from) / "best.pt", model)
     return model
@@ -270,14 +274,14 @@ def named_patches(config):
 def take_over_start(config):
     """(config, RunRecord) of a run that starts from an output folder: the config then has its sizes and entropy model.
 
-    Raises ValueError if a flag names another size than the folder has. dropout is the folder's
-    unless given, and recompute is this run's.
+    Raises ValueError if a flag names another size than the folder has. dropout and ngram_dropout are
+    the folder's unless given, and recompute is this run's.
     """
     folder = config.init_from
     record = read_record(folder, "blt")
     saved = asdict(record.config(BLTConfig))
     given = given_fields(config)
-    of_this_run = {"recompute"} | ({"dropout"} & given)
+    of_this_run = {"recompute"} | ({"dropout", "ngram_dropout"} & given)
     differing = [
         f"--{name} {getattr(config, name)}, there {value}"
         for name, value in saved.items()
@@ -287,7 +291,10 @@ def take_over_start(config):
         raise ValueError(
             f"{folder} has other sizes than asked for ({'; '.join(differing)}); leave these flags out, or --init_from"
         )
+    if "zero_init" in given and config.zero_init:
+        raise ValueError(f"zero_init would erase weights of {folder}; leave it out, or --init_from")
     changes = {name: value for name, value in saved.items() if name not in of_this_run}
+    changes["zero_init"] = False
     if record.entropy_model_sha256 is not None and "entropy_model_path" not in given:
         changes["entropy_model_path"] = entropy_model_path(folder, record)
     return replace(config, **changes), record

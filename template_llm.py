@@ -3,6 +3,7 @@
 flat: one causal transformer over bytes, without patches.
 bpe: the same over the tokens of a byte-level BPE that is trained here. Both are scored in bits
 per byte of the same held-out bytes by the same functions as the BLT. No entropy model is needed.
+With --ngram_sizes both have the n-gram hash tables of the BLT: of bytes, or of tokens.
 
 Reads   a corpus (the bundled sample by default)
 Writes  checkpoints_flat/ or checkpoints_bpe/: best.pt (weights), model.json (what made it), tokenizer.json (bpe),
@@ -17,7 +18,7 @@ same size (`SHAPES`), and rows, updates, rates and data are llm.py's too.
 import hashlib
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,14 +32,15 @@ from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights, write_atomically
 from blt.ids import BYTES, documents_of
-from blt.layers import Block, RMSNorm, default_heads, init_weights
+from blt.layers import Block, RMSNorm, cap_logits, default_heads, init_weights, zero_outputs
 from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
+from blt.ngrams import HashEmbedding, check_tables
 from blt.records import RunRecord, load_model, read_record
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
 from blt.runs import claim_output, finish_run, named_presets, print_model, start_run
 from blt.tokens import BPEVocabulary, load_tokenizer, train_tokenizer
-from llm import MACHINES, PAIRS
+from llm import MACHINES, PAIRS, LLMConfig
 
 # (width, layers) of the model for each size of llm.py. They are chosen for equal cost. Millions of multiply-adds that a
 # forward pass makes per byte, attention included, with full rows of one document, 4.5 bytes a patch and 3.57 bytes a
@@ -62,16 +64,26 @@ class FlatConfig:
     dim: int = 320  # width
     n_layers: int = 7  # transformer layers
     n_heads: int | None = None  # attention heads; None: heads of about 64 channels
+    ngram_sizes: list[int] = field(default_factory=list)  # ids in the hashed n-grams; none: no hash tables
+    hash_rows: int = 16384  # rows of each n-gram size's table; above 65,536 only the rows that occur are updated
+    ngram_dropout: float = 0.0  # share of the n-grams that training leaves out, each id's of each size by chance
     window: int | None = 512  # ids that an id attends to, itself included; None: the whole row
     rope_theta: float = 500000.0  # base of the rotary embedding's wavelengths
     norm_eps: float = 1e-5  # RMSNorm's epsilon
     qk_norm: bool = False  # RMSNorm of queries and keys in self-attention
+    relu2: bool = False  # squared ReLU instead of SwiGLU: 1.5 times as wide, so of equal FLOPs
+    logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0: as they are
     dropout: float = 0.0  # dropout rate
+
+    # Fields that the records of earlier models lack. Their defaults are what those models were.
+    ADDED_FIELDS = ("ngram_sizes", "hash_rows", "ngram_dropout", "relu2", "logit_softcap")
 
     def __post_init__(self):
         check_positive(self, "dim", "n_layers", "n_heads", "window", "rope_theta", "norm_eps")
+        check_tables(self)
         check(self, "dim", self.dim % (2 * self.heads) == 0, f"a multiple of 2 * n_heads = {2 * self.heads}")
         check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
+        check(self, "logit_softcap", self.logit_softcap >= 0, "0 (no cap) or more")
 
     @property
     def heads(self):
@@ -97,6 +109,9 @@ class TemplateConfig(RunConfig, FlatConfig):
     dim: int | None = None  # width; None: by model and size (SHAPES)
     n_layers: int | None = None  # transformer layers; None: by model and size (SHAPES)
     window: int | None = None  # ids that one attends to, itself included; None: 512 bytes, or all of a row's tokens
+    ngram_sizes: list[int] = field(default_factory=list)  # bytes (bpe: tokens) in the hashed n-grams; none: no tables
+    hash_rows: int | None = None  # rows of each n-gram size's table; None: by table_parameters
+    table_parameters: int | None = None  # numbers in all tables together; None: as many as llm.py's of this size have
     vocab_size: int = 4096  # bpe: tokens in the vocabulary, the 256 bytes included
     tokenizer_bytes: int = 10_000_000  # bpe: the tokenizer learns from at most this many bytes of the training text
     # run
@@ -125,9 +140,28 @@ class TemplateConfig(RunConfig, FlatConfig):
             self.window = FlatConfig.window
         if self.output is None:
             self.output = f"checkpoints_{self.model}"
+        self._choose_hash_rows()
         FlatConfig.__post_init__(self)
         check(self, "vocab_size", 256 <= self.vocab_size <= 1 << 20, "from 256, the bytes alone, to 1,048,576")
         check_positive(self, "tokenizer_bytes")
+
+    def _choose_hash_rows(self):
+        """Choose the rows of each table so that all tables together have table_parameters numbers, nearly."""
+        check_positive(self, "dim", "table_parameters")
+        if not self.ngram_sizes:
+            if self.table_parameters is not None:
+                raise ValueError("table_parameters needs --ngram_sizes; without them there are no tables")
+            self.hash_rows = FlatConfig.hash_rows if self.hash_rows is None else self.hash_rows
+            return
+        n_numbers = self.table_parameters
+        if n_numbers is None:
+            blt = LLMConfig(preset=self.preset)
+            n_numbers = len(blt.ngram_sizes) * blt.hash_rows * blt.encoder_dim
+        rows = max(1, round(n_numbers / (len(self.ngram_sizes) * self.dim)))
+        if self.hash_rows is None:
+            self.hash_rows = rows
+        elif self.table_parameters is not None and self.hash_rows != rows:
+            raise ValueError("give either hash_rows or table_parameters, not both: one follows from the other")
 
 
 # The models
@@ -135,6 +169,9 @@ class TemplateConfig(RunConfig, FlatConfig):
 
 class PlainTransformer(nn.Module):
     """A causal transformer over ids: embedding, blocks, norm, head. Attention keeps documents apart, as in the BLT.
+
+    With config.ngram_sizes, the sum of each id's n-gram embeddings is added to its embedding, as in
+    the BLT's encoder.
 
     vocabulary: what the ids mean (`ids.Vocabulary`). Its boundary opens a document as input and
     ends it as target, so there is one class for each id and one for the document's end.
@@ -146,9 +183,13 @@ class PlainTransformer(nn.Module):
         self.vocabulary = vocabulary
         self.n_classes = vocabulary.boundary + 1
         self.embedding = nn.Embedding(self.n_classes, config.dim)
+        self.hash_embedding = None
+        if config.ngram_sizes:
+            tables = (config.ngram_sizes, config.hash_rows, config.dim)
+            self.hash_embedding = HashEmbedding(*tables, vocabulary.boundary, config.ngram_dropout)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(config.dim, config.heads, config.norm_eps, config.qk_norm, config.dropout)
+            Block(config.dim, config.heads, config.norm_eps, config.qk_norm, config.dropout, relu2=config.relu2)
             for _ in range(config.n_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -162,14 +203,23 @@ class PlainTransformer(nn.Module):
         config = self.config
         documents_BT = documents_of(ids_BT, self.n_classes - 1)
         plan = AttentionPlan(documents_BT, config.dim // config.heads, config.rope_theta, config.window)
-        x_BTD = self.dropout(self.embedding(ids_BT))
+        x_BTD = self.embedding(ids_BT)
+        hash_embedding = self.hash_embedding
+        if hash_embedding is not None:
+            x_BTD = x_BTD + hash_embedding.embed(hash_embedding, ids_BT, documents_BT)
+        x_BTD = self.dropout(x_BTD)
         for block in self.blocks:
             x_BTD, _ = block(x_BTD, plan)
-        return self.head(self.norm(x_BTD))
+        return cap_logits(self.head(self.norm(x_BTD)), config.logit_softcap)
 
     def parameters_by_part(self):
-        """{"embedding", "layers", "head": number of parameters}; the parts sum to the whole."""
-        parts = {"embedding": [self.embedding], "layers": [self.blocks, self.norm], "head": [self.head]}
+        """{"hash embedding", "embedding", "layers", "head": number of parameters}; the parts sum to the whole."""
+        parts = {
+            "hash embedding": [] if self.hash_embedding is None else [self.hash_embedding],
+            "embedding": [self.embedding],
+            "layers": [self.blocks, self.norm],
+            "head": [self.head],
+        }
         return {
             part: sum(p.numel() for module in modules for p in module.parameters()) for part, modules in parts.items()
         }
@@ -205,9 +255,13 @@ def make_model(config, vocabulary):
     """A new model for a `TemplateConfig`, and the `FlatConfig` or `BPEConfig` that describes it."""
     if config.model == "flat":
         model_config = part_of(config, FlatConfig)
-        return FlatByteTransformer(model_config), model_config
-    model_config = part_of(config, BPEConfig)
-    return BPETransformer(model_config, vocabulary), model_config
+        model = FlatByteTransformer(model_config)
+    else:
+        model_config = part_of(config, BPEConfig)
+        model = BPETransformer(model_config, vocabulary)
+    if config.zero_init:
+        zero_outputs(model)
+    return model, model_config
 
 
 # Training

@@ -41,7 +41,7 @@ NAMES_OF_INPUTS = {
 }  # fmt: skip
 # Changes that a user needs in the middle of a run: gentler steps after a loss that was no number,
 # and a longer run.
-GENTLER = ("lr", "adam_lr", "clip")
+GENTLER = ("lr", "adam_lr", "table_lr", "clip")
 
 # The parts of a checkpoint and their types. A hash says that a file is as it was written, not who wrote it.
 NONE = type(None)

@@ -30,7 +30,8 @@ TRAINING = 3
 def block_flops(dim, ffn_dim=None):
     """FLOPs per position of one `layers.Block` without its attention scores and values.
 
-    These are the 4 projections of the attention and the 3 matrices of the SwiGLU.
+    These are the 4 projections of the attention and the 3 matrices of the SwiGLU. A squared ReLU has 2 of
+    one and a half times the width: as many.
     """
     ffn_dim = feed_forward_width(dim) if ffn_dim is None else ffn_dim
     return 2.0 * (4 * dim * dim + 3 * dim * ffn_dim)

@@ -397,7 +397,7 @@ class IncrementalBLT:
         plan = self.caches["decoder"].plan(self.row_length, N, None, self.device)
         layers = self._layer_numbers("decoder")
         out_BND = self.model.decoder(states[-1], latents_BPG, plan, read_N, layers)
-        return self.model.head(out_BND), Step(ids_BN, ids_on_device_BN, is_end_BN, latents_BPG)
+        return self.model.logits(out_BND), Step(ids_BN, ids_on_device_BN, is_end_BN, latents_BPG)
 
     def _ngram_embeddings(self, ids_BN):
         """N-gram hash embeddings [B, N, D] of new ids, or None for a model without them."""

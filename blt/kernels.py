@@ -2,6 +2,7 @@
 
     rms_norm, CPURMSNorm   RMSNorm in fp32
     GatedLinear            the second half of the SwiGLU feed-forward
+    SquaredLinear          the second half of a feed-forward with squared ReLU
     BandAttention          windowed self-attention on CPUs
     SegmentAttention       encoder cross-attention: a patch's queries attend to the patch's bytes
     GatherAttention        decoder cross-attention: a byte attends to the k vectors of one patch
@@ -107,6 +108,27 @@ class GatedLinear(torch.autograd.Function):
         d_gated = d_y @ weight.to(d_y.dtype)
         d_gate = torch.ops.aten.silu_backward(d_gated * up, gate)
         return d_gate, d_gated * activated, d_weight.to(weight.dtype)
+
+
+class SquaredLinear(torch.autograd.Function):
+    """relu(x) ** 2 @ weight.T, keeping only x for the backward pass.
+
+    d_x = 2 relu(x) * (d_y @ weight),  d_weight = d_y.T @ relu(x) ** 2, computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.relu(x).square_(), weight)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, weight = ctx.saved_tensors
+        positive = F.relu(x)
+        d_weight = d_y.flatten(0, -2).T @ positive.square().flatten(0, -2)
+        # Autocast is off in a backward pass, so the fp32 weight is cast by hand.
+        d_x = (d_y @ weight.to(d_y.dtype)).mul_(positive).mul_(2)
+        return d_x, d_weight.to(weight.dtype)
 
 
 # ---------------------------------------------------------------------- self-attention on CPUs

@@ -1,4 +1,4 @@
-"""The transformer layer of all models: RMSNorm, self-attention, SwiGLU feed-forward.
+"""The transformer layer of all models: RMSNorm, self-attention, feed-forward (SwiGLU, or squared ReLU).
 
 Every stack of the project (entropy model, local encoder, latent transformer, local decoder, the plain
 transformers of template_llm.py) is made of `Block`, the layer of the released BLT:
@@ -12,12 +12,13 @@ released training code masks documents as well; the port in transformers does no
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from blt.kernels import GatedLinear, apply_function, rms_norm
+from blt.kernels import GatedLinear, SquaredLinear, apply_function, rms_norm
 
 
 def feed_forward_width(dim):
@@ -110,15 +111,37 @@ class FeedForward(nn.Module):
         return apply_function(GatedLinear, self.w1(x_BTD), self.w3(x_BTD), self.w2.weight)
 
 
+class SquaredReLU(nn.Module):
+    """A feed-forward of two matrices: w2(relu(w1 x) ** 2), of the parameters and FLOPs of `FeedForward`.
+
+    ffn_dim: the hidden width of that one; this one is one and a half times as wide, having no w3.
+    """
+
+    def __init__(self, dim, ffn_dim=None):
+        super().__init__()
+        hidden = feed_forward_width(dim) if ffn_dim is None else ffn_dim
+        hidden = 3 * hidden // 2
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x_BTD):
+        return apply_function(SquaredLinear, self.w1(x_BTD), self.w2.weight)
+
+
+def cap_logits(logits, cap):
+    """cap * tanh(logits / cap) in fp32: between -cap and cap, and almost the logits where they are small. 0: no cap."""
+    return cap * torch.tanh(logits.float() / cap) if cap > 0 else logits
+
+
 class Block(nn.Module):
     """One transformer layer: attention, then feed-forward, each with a norm before and a residual."""
 
-    def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False, dropout=0.0, ffn_dim=None):
+    def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False, dropout=0.0, ffn_dim=None, relu2=False):
         super().__init__()
         self.attention_norm = RMSNorm(dim, norm_eps)
         self.attention = SelfAttention(dim, n_heads, norm_eps, qk_norm, dropout)
         self.feed_forward_norm = RMSNorm(dim, norm_eps)
-        self.feed_forward = FeedForward(dim, ffn_dim)
+        self.feed_forward = SquaredReLU(dim, ffn_dim) if relu2 else FeedForward(dim, ffn_dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BTD, plan, past=None):
@@ -164,3 +187,39 @@ def init_weights(module):
                 nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std)
         elif isinstance(child, nn.RMSNorm):
             nn.init.ones_(child.weight)
+
+
+@torch.no_grad()
+def zero_outputs(model):
+    """Set a new model's output projections and hash tables to zero: the wo and w2 of all layers, cross-attentions too.
+
+    Each layer then begins as the identity, and an n-gram that training has never seen adds nothing. The first
+    update moves these matrices, and their gradients reach the other ones from the second update on.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.EmbeddingBag):
+            module.weight.zero_()
+        for name in ("wo", "w2"):
+            if hasattr(module, name):
+                getattr(module, name).weight.zero_()
+
+
+@contextmanager
+def without_zeros(model):
+    """Inside the block, matrices that are all zeros hold random numbers of the usual size; afterwards they are zeros.
+
+    For whoever tests a model by what it computes: as long as each layer is the identity (`zero_outputs`), no logit
+    depends on another position, whatever the layers do.
+    """
+    zeros = [p for p in model.parameters() if p.dim() > 1 and not p.any()]
+    with torch.no_grad():
+        for number, p in enumerate(zeros):
+            # A generator of its own: dropout and later draws must not depend on the test.
+            generator = torch.Generator(p.device).manual_seed(number)
+            p.normal_(std=p.shape[1] ** -0.5, generator=generator)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from blt.device import autocast
 from blt.ids import BYTES
+from blt.layers import without_zeros
 from blt.patch_rules import refuse_lookahead
 from blt.rows import evaluation_batches
 
@@ -160,6 +161,9 @@ def leak_gate(model, patcher, text, positions=6):
     patcher None: a model without patches.
     Returns the largest difference seen, in nats.
 
+    A model whose layers begin as the identity (`layers.zero_outputs`) would pass whatever its layers
+    read. So matrices of zeros hold random numbers while the gate runs.
+
     A model over BPE tokens is tested with tokens in place of bytes: the text is tokenised once,
     and tokens are changed and cut. Bytes cannot be, because other bytes from t on may change a
     token that began before t. There the tokenizer looks ahead, not the model; the tokens still
@@ -179,7 +183,14 @@ def leak_gate(model, patcher, text, positions=6):
         _check_patch_starts(patcher, text)
     was_training = model.training
     model.eval()
+    with without_zeros(model):
+        worst = _largest_difference(model, patcher, text, vocabulary, positions)
+    model.train(was_training)
+    return worst
 
+
+def _largest_difference(model, patcher, text, vocabulary, positions):
+    """Tests 1 and 2 of `leak_gate`: the largest difference in nats. Raises ValueError above LEAK_TOLERANCE."""
     whole = _log_probabilities(model, patcher, text, vocabulary)
     # Always the same changes: a gate that fails must fail again.
     generator = np.random.default_rng(0)
@@ -198,7 +209,6 @@ def leak_gate(model, patcher, text, positions=6):
             if not difference.item() < LEAK_TOLERANCE:
                 raise ValueError(f"leak: {what} (by {difference:.2g} nats); losses of this model mean nothing")
             worst = max(worst, difference.item())
-    model.train(was_training)
     return worst
 
 

@@ -21,8 +21,8 @@ MUON_STACK = 1 << 26
 def make_optimizers(model, config):
     """[Muon, AdamW] or, with hash tables, [Muon, AdamW, RowWiseAdam].
 
-    config: lr, adam_lr and weight_decay as in `RunConfig`. Muon's updates are scaled to the RMS of
-    AdamW's, so both learning rates are of one kind.
+    config: lr, adam_lr, table_lr, weight_decay and table_decay as in `RunConfig`. Muon's updates are
+    scaled to the RMS of AdamW's, so both learning rates are of one kind.
     """
     linear_ids = set()
     table_ids = set()
@@ -35,7 +35,7 @@ def make_optimizers(model, config):
     matrices = [p for p in model.parameters() if id(p) in linear_ids]
     tables = [p for p in model.parameters() if id(p) in table_ids]
     others = [p for p in model.parameters() if id(p) not in linear_ids | table_ids]
-    # Weight decay is for the matrices only.
+    # Embeddings, head and norms have no weight decay.
     muon = GroupedMuon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(
         others,
@@ -47,7 +47,7 @@ def make_optimizers(model, config):
     )
     if not tables:
         return [muon, adamw]
-    return [muon, adamw, RowWiseAdam(tables, lr=config.adam_lr)]
+    return [muon, adamw, RowWiseAdam(tables, lr=config.adam_lr * config.table_lr, weight_decay=config.table_decay)]
 
 
 class GroupedMuon(torch.optim.Muon):
@@ -135,15 +135,15 @@ class RowWiseAdam(torch.optim.Optimizer):
     The n-th update of a row, from its gradient g:
 
         square <- beta * square + (1 - beta) * mean(g ** 2)
-        row <- row - lr * g / (sqrt(square / (1 - beta ** n)) + eps)
+        row <- (1 - lr * weight_decay) * row - lr * g / (sqrt(square / (1 - beta ** n)) + eps)
 
-    There is no first moment and no weight decay. The state is two numbers a row, where AdamW has two a
+    There is no first moment. The state is two numbers a row, where AdamW has two a
     weight; losses are the same (LOG.md). Gradients may be dense, or sparse and coalesced as `backward`
     leaves them, with the same updates.
     """
 
-    def __init__(self, params, lr=1e-3, beta=0.95, eps=1e-8):
-        super().__init__(params, dict(lr=lr, beta=beta, eps=eps))
+    def __init__(self, params, lr=1e-3, beta=0.95, eps=1e-8, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, beta=beta, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
@@ -175,9 +175,15 @@ class RowWiseAdam(torch.optim.Optimizer):
         state["square"][rows] = square
         rms = (square / (1 - beta ** count.clamp(min=1))).sqrt()
         factor = (-group["lr"] / (rms + group["eps"]))[:, None]
+        decay = group["lr"] * group["weight_decay"]
         if p.grad.is_sparse:
-            p.index_add_(0, rows, gradients * factor)
+            steps = gradients * factor
+            if decay > 0:
+                steps -= decay * is_used[:, None] * p[rows]
+            p.index_add_(0, rows, steps)
         else:
+            if decay > 0:
+                p.mul_(1 - decay * is_used[:, None])
             p.addcmul_(gradients, factor)
 
 

@@ -51,7 +51,8 @@ def block_weights(block):
         "norm2": block.feed_forward_norm,
         "w1": feed_forward.w1.weight,
         "w2": feed_forward.w2.weight,
-        "w3": feed_forward.w3.weight,
+        # A feed-forward with squared ReLU has no third matrix.
+        "w3": feed_forward.w3.weight if hasattr(feed_forward, "w3") else None,
     }
 
 
@@ -81,7 +82,10 @@ def _row_logits(model, ids, lengths):
     latents_PG = _latent(model, vectors, patches)
     # The decoder goes on from the encoder's byte states. It has no embeddings of its own.
     states_TD = _decode(model, states_TD, latents_PG, patches, byte_mask_TT)
-    return _rms_norm(model.decoder.norm, states_TD, config.norm_eps) @ model.head.weight.T
+    logits_TV = _rms_norm(model.decoder.norm, states_TD, config.norm_eps) @ model.head.weight.T
+    if config.logit_softcap > 0:
+        logits_TV = config.logit_softcap * (logits_TV / config.logit_softcap).tanh()
+    return logits_TV
 
 
 def _document_numbers(ids):
@@ -249,7 +253,7 @@ def _split_heads(x_TD, n_heads):
 
 
 def _block(w, x_TD, mask_TT, config):
-    """A transformer layer: attention and SwiGLU, each with a norm before it and a residual."""
+    """A transformer layer: attention and feed-forward, each with a norm before it and a residual."""
     normed_TD = _rms_norm(w["norm1"], x_TD, config.norm_eps)
     q = _split_heads(normed_TD @ w["q"].T, w["n_heads"])
     k = _split_heads(normed_TD @ w["k"].T, w["n_heads"])
@@ -262,8 +266,12 @@ def _block(w, x_TD, mask_TT, config):
     x_TD = x_TD + _softmax_attention(q, k, v, mask_TT) @ w["o"].T
 
     normed_TD = _rms_norm(w["norm2"], x_TD, config.norm_eps)
-    gated = torch.nn.functional.silu(normed_TD @ w["w1"].T) * (normed_TD @ w["w3"].T)
-    return x_TD + gated @ w["w2"].T
+    hidden = normed_TD @ w["w1"].T
+    if config.relu2:
+        hidden = hidden.clamp(min=0) ** 2
+    else:
+        hidden = torch.nn.functional.silu(hidden) * (normed_TD @ w["w3"].T)
+    return x_TD + hidden @ w["w2"].T
 
 
 def _cross(w, queries_QD, keys_SD):

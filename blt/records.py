@@ -99,9 +99,8 @@ class RunRecord:
     def config(self, config_class, name="model_config"):
         """The config in a field of the record. Raises ValueError for settings that are missing or too many.
 
-        A missing setting must not become a default: the model would compute something else. But settings
-        in the class's ADDED_LATER did not exist when older models were trained, and their defaults mean
-        what those models were.
+        A missing setting must not become a default: the model would compute something else. An
+        exception are the config class's ADDED_FIELDS, which earlier versions did not have.
         """
         file = "entropy_model.json" if self.kind == "entropy" else "model.json"
         start = f"{file} of the {NAMES[self.kind]} is damaged, or of another version"
@@ -110,8 +109,8 @@ class RunRecord:
         if not isinstance(values, dict):
             raise ValueError(f"{start}: it has no {name}; {advice}")
         known = {field.name for field in dataclasses.fields(config_class)}
-        later = set(getattr(config_class, "ADDED_LATER", ()))
-        wrong = [f"lacks {key}" for key in sorted(known - later - set(values))]
+        added = set(getattr(config_class, "ADDED_FIELDS", ()))
+        wrong = [f"lacks {key}" for key in sorted(known - set(values) - added)]
         wrong += [f"has {key}, which is no setting" for key in sorted(set(values) - known)]
         if wrong:
             raise ValueError(f"{start}: its {name} {', '.join(wrong)}; {advice}")

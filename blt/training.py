@@ -123,7 +123,8 @@ class PatchedDataset:
 def train_blt(model, patched_dataset, training_config, depends_on=None, begin=None):
     """Train a `BLTModel` on a `PatchedDataset`. The leak gate runs first and stops a model that sees ahead.
 
-    training_config: `TrainingConfig`, or any `RunConfig` with an `output` folder.
+    training_config: `TrainingConfig`, or any `RunConfig` with an `output` folder. Its zero_init is for whoever
+    makes the model (`layers.zero_outputs`): the model that is given here may be trained already.
     depends_on, begin: as in `loop.fit`.
     Returns a dict with val_bpb, val_loss (nats per target) and val_accuracy of the best weights,
     last_val_bpb, bytes_per_second, train_seconds, avg_patch_size and, of the padding in the

@@ -46,6 +46,8 @@ OPTIONS = {
     "k = 4": dict(cross_attn_k=4),
     "no n-grams": dict(ngram_sizes=[]),
     "dropout": dict(dropout=0.1),
+    "squared ReLU and soft cap": dict(relu2=True, logit_softcap=15.0),
+    "dropout of n-grams": dict(ngram_dropout=0.1),
     "recompute": dict(recompute=True),
     "recompute with dropout": dict(recompute=True, dropout=0.1),
     "heads of 512": dict(global_dim=512, global_heads=1),

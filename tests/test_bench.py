@@ -66,6 +66,7 @@ CONFIGS = {
         window=7,
     ),
     "qk_norm, mean pooling": dict(qk_norm=True, pooling="mean"),
+    "squared ReLU, soft cap": dict(relu2=True, logit_softcap=2.0),
     "cross-attention in all encoder layers, in the first decoder layer": dict(
         encoder_layers=3,
         cross_attn_all_layers_encoder=True,

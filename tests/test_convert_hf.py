@@ -24,7 +24,7 @@ from blt.corpus import open_corpus
 from blt.entropies import entropy_of
 from blt.files import model_hash
 from blt.ids import BOUNDARY, documents_of
-from blt.layers import feed_forward_width
+from blt.layers import feed_forward_width, zero_outputs
 from blt.loop import read_metrics
 from blt.metric import bits_per_byte, target_losses
 from blt.patch_rules import PatchConfig, patch_starts
@@ -543,6 +543,8 @@ def test_transformers_generates_what_our_model_does(trained_entropy_model):
     "difference, message",
     [
         (dict(qk_norm=True), "BLTConfig.qk_norm is True"),
+        (dict(relu2=True), "BLTConfig.relu2 is True"),
+        (dict(logit_softcap=15.0), "BLTConfig.logit_softcap is 15.0"),
         (dict(pooling="mean"), "BLTConfig.pooling is 'mean'"),
         (dict(decoder_dim=64), "BLTConfig.decoder_dim is 64"),
         (dict(ngram_sizes=[]), "ngram_sizes is empty"),
@@ -552,6 +554,14 @@ def test_transformers_generates_what_our_model_does(trained_entropy_model):
 def test_what_transformers_cannot_express_raises(difference, message):
     with pytest.raises(ValueError, match=message):
         to_transformers(BLTModel(config_of(**difference)))
+
+
+def test_how_a_model_was_trained_is_no_obstacle():
+    """zero_init and ngram_dropout change no function; the zeros convert like any other weights."""
+    model = random_blt(ngram_dropout=0.3)
+    assert compare(model, to_transformers(model)) < 1e-4
+    zero_outputs(model)
+    assert difference_of_logits(model, to_transformers(model), random_ids(2, 117), random_patch_lengths(2, 118)) < 1e-4
 
 
 @pytest.mark.parametrize("name, value", [("method", "monotonic"), ("min_patch_size", 2), ("max_patch_size", 8)])
@@ -984,6 +994,9 @@ def test_sizes_come_from_the_folder_and_other_flags_are_an_error(round_trip, mon
     with pytest.raises(ValueError, match="--hash_rows 77, there 500"):
         take_over_start(TrainBLTConfig(init_from="checkpoints_from_hf", hash_rows=77))
     assert take_over_start(TrainBLTConfig(init_from="checkpoints_from_hf"))[0].hash_rows == 500
+    # What training drops is the run's own choice.
+    with_dropout = take_over_start(TrainBLTConfig(init_from="checkpoints_from_hf", ngram_dropout=0.2))[0]
+    assert with_dropout.ngram_dropout == 0.2
 
 
 def test_another_entropy_model_must_be_chosen_by_name(in_tuned_folder):

@@ -37,6 +37,7 @@ CONFIGS = {
     ),
     "qk norm, no hashes, widths": dict(qk_norm=True, ngram_sizes=[], decoder_dim=48),
     "same width": dict(global_dim=64),
+    "squared ReLU, soft cap, dropout of n-grams": dict(relu2=True, logit_softcap=1.5, ngram_dropout=0.5),
 }
 TEXT = "".join(
     [

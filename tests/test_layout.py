@@ -12,7 +12,7 @@ PACKAGE = sorted(path.stem for path in (ROOT / "blt").glob("*.py") if path.stem 
 # A module imports only modules of a lower level. docs/design.md shows the same table.
 LEVELS = [
     {"checks", "commands", "device", "files", "ids", "locks", "plain_blt"},
-    {"checkpoints", "config", "kernels", "loss_watch", "patch_rules", "records"},
+    {"checkpoints", "config", "kernels", "loss_watch", "ngrams", "patch_rules", "records"},
     {"attention", "corpus", "optimizers", "pictures", "segments"},
     {"layers", "rows"},
     {"entropies", "flops", "metric", "sampling", "tokens"},

@@ -9,14 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import blt_model
 from blt.attention import AttentionPlan, BlockAttention, apply_rotary
+from blt.flops import block_flops
 from blt.ids import documents_of
-from blt.layers import RMSNorm
+from blt.layers import FeedForward, RMSNorm, SquaredReLU
 from blt.metric import bits_per_byte, leak_gate, target_losses
 from blt.patch_rules import PatchConfig
 from blt.rows import evaluation_batches, make_batch
 from blt.segments import PatchMap, check_patch_lengths
 from blt.tokens import train_tokenizer
-from blt_model import BLTConfig, BLTModel, hash_ngrams
+from blt_model import BLTConfig, BLTModel, HashEmbedding, hash_ngrams
 from entropy_llm import EntropyConfig, MinimalLLM
 from entropy_patcher import EntropyPatcher
 
@@ -36,6 +37,7 @@ VARIANTS = {
     "one decoder cross-attention, k 4": dict(cross_attn_all_layers_decoder=False, cross_attn_k=4),
     "other widths, no n-grams": dict(decoder_dim=48, ngram_sizes=[], encoder_heads=2),
     "qk norm, window beyond the row": dict(qk_norm=True, window=512),
+    "squared ReLU, soft cap": dict(relu2=True, logit_softcap=5.0),
 }
 # The threshold that each method is tested with.
 METHODS = {"global": 5.05, "monotonic": 0.0, "static": 4, "space": 1.0, "cumulative": 20.0}
@@ -339,6 +341,37 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
     torch.testing.assert_close(torch.cat(by_blocks, 1), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_squared_relu_equals_its_definition():
+    """Forward and backward, and it has the weights of the SwiGLU that it replaces."""
+    torch.manual_seed(0)
+    layer = SquaredReLU(32)
+    usual = FeedForward(32)
+    assert sum(p.numel() for p in layer.parameters()) == sum(p.numel() for p in usual.parameters())
+    assert block_flops(32) == 2 * (4 * 32 * 32 + sum(p.numel() for p in layer.parameters()))
+    x = torch.randn(3, 5, 32, requires_grad=True)
+    weight = torch.randn(3, 5, 32)
+    w1, w2 = layer.w1.weight, layer.w2.weight
+    want = (x @ w1.T).clamp(min=0).square() @ w2.T
+    torch.testing.assert_close(layer(x), want)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), want)
+    gradients = [torch.autograd.grad((y * weight).sum(), (x, w1, w2)) for y in (layer(x), want)]
+    torch.testing.assert_close(*gradients)
+
+
+@torch.no_grad()
+def test_soft_cap():
+    model = make()
+    ids, lengths = torch.randint(0, 256, (1, 20)), torch.tensor([[1] + [4] * 5])
+    logits = 50 * model(ids, lengths)
+    model.head.weight.mul_(50)
+    torch.testing.assert_close(model(ids, lengths), logits, atol=1e-3, rtol=1e-4)
+    model.config.logit_softcap = 3.0
+    capped = model(ids, lengths)
+    assert logits.abs().max() > 20 and capped.abs().max() <= 3
+    torch.testing.assert_close(capped, 3 * (logits / 3).tanh(), atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_equals_its_definition(dtype):
     torch.manual_seed(0)
@@ -362,6 +395,28 @@ def test_hash_does_not_look_across_a_boundary():
     row = torch.tensor([[256, 72, 101, 108, 256, 72, 101, 108]])
     hashes = hash_ngrams(row, documents_of(row, 256), (3, 5), 5000)
     assert torch.equal(hashes[0, :4], hashes[0, 4:])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_dropped_ngrams(sparse):
+    """Training leaves each n-gram out with the given probability, scales none up, and changes no row left out."""
+    torch.manual_seed(0)
+    tables = HashEmbedding([2, 3, 4, 5], 5000, 1, dropout=0.25)
+    tables.tables.sparse = sparse
+    torch.nn.init.ones_(tables.tables.weight)
+    ids = torch.randint(0, 256, (4, 500))
+    documents = torch.zeros_like(ids)
+    assert (tables.eval()(ids, documents) == 4).all()
+    n_kept = tables.train()(ids, documents)
+    shares = torch.stack([(n_kept == n).float().mean() for n in range(5)])
+    wanted = torch.tensor([math.comb(4, n) * 0.75**n * 0.25 ** (4 - n) for n in range(5)])
+    torch.testing.assert_close(shares, wanted, atol=0.03, rtol=0)
+    n_kept.sum().backward()
+    gradient = tables.tables.weight.grad.to_dense()
+    assert gradient.sum() == n_kept.sum()
+    # No gradient, no update: see RowWiseAdam.
+    looked_up = (hash_ngrams(ids, documents, tables.sizes, 5000) + tables.first_row).unique()
+    assert (gradient[looked_up] == 0).any()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -422,6 +477,8 @@ def test_config_errors():
         (dict(pooling="sum"), "max or mean"),
         (dict(global_layers=0), "global_layers is 0"),
         (dict(ngram_sizes=[3, 3]), "ngram_sizes"),
+        (dict(ngram_dropout=1.0), "ngram_dropout is 1.0"),
+        (dict(logit_softcap=-1.0), "logit_softcap is -1.0"),
         (dict(encoder_dim=33), "width 33"),
         (dict(decoder_heads=5), "decoder_dim"),
     ):

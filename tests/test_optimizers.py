@@ -5,11 +5,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+from helpers import tiny_blt
 
-from blt.optimizers import GroupedMuon, RowWiseAdam, backward, clip_gradients, make_optimizers
+from blt.layers import zero_outputs
+from blt.loop import RunConfig
+from blt.optimizers import (
+    GroupedMuon,
+    RowWiseAdam,
+    backward,
+    clip_gradients,
+    make_optimizers,
+    step_optimizers,
+)
 from blt_model import DENSE_HASH_ROWS, BLTConfig, BLTModel
 
-RATES = SimpleNamespace(lr=0.01, adam_lr=0.01, weight_decay=0.1)
+RATES = SimpleNamespace(lr=0.01, adam_lr=0.01, table_lr=1.0, weight_decay=0.1, table_decay=0.0)
 
 
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
@@ -34,10 +44,11 @@ def test_grouped_muon_is_torch_muon(adjust):
     ours.load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_row_wise_adam_by_hand(sparse):
+def test_row_wise_adam_by_hand(sparse, decay):
     table = nn.EmbeddingBag(6, 2, mode="sum", sparse=sparse)
-    optimizer = RowWiseAdam([table.weight], lr=0.1, beta=0.5, eps=1e-20)
+    optimizer = RowWiseAdam([table.weight], lr=0.1, beta=0.5, eps=1e-20, weight_decay=decay)
     wanted = table.weight.detach().clone()
     square = torch.zeros(6)
     count = torch.zeros(6)
@@ -52,6 +63,8 @@ def test_row_wise_adam_by_hand(sparse):
             square[row] = 0.5 * square[row] + 0.5 * gradient.square().mean()
             count[row] += 1
             without_bias = square[row] / (1 - 0.5 ** count[row])
+            # Rows that are not looked up do not decay.
+            wanted[row] *= 1 - 0.1 * decay
             wanted[row] -= 0.1 * gradient / without_bias.sqrt()
     torch.testing.assert_close(table.weight.detach(), wanted)
 
@@ -88,6 +101,36 @@ def test_sparse_tables_train_and_clip_like_dense_ones():
     dense_gradient = dense.encoder.hash_embedding.tables.weight.grad
     torch.testing.assert_close(gradient.to_dense(), dense_gradient)
     assert torch.nn.utils.get_total_norm([p.grad for p in dense.parameters()]) <= 0.5001
+
+
+@pytest.mark.parametrize("rows", [50, DENSE_HASH_ROWS + 1])
+def test_the_rate_of_the_tables(rows):
+    """table_lr multiplies the updates of the tables, exactly, and of nothing else."""
+
+    def after_a_step(table_lr):
+        torch.manual_seed(0)
+        model = tiny_blt(hash_rows=rows, ngram_sizes=[2, 3])
+        # From zero no rounding hides the factor.
+        zero_outputs(model)
+        optimizers = make_optimizers(model, RunConfig(adam_lr=0.01, table_lr=table_lr))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        ids = torch.randint(0, 256, (2, 20))
+        lengths = torch.tensor([[1] + [4] * 5] * 2)
+        backward(model, model(ids, lengths).logsumexp(-1).square().mean(), scaler)
+        step_optimizers(optimizers, scaler, clip_gradients(model, optimizers, scaler, 1.0))
+        return model.state_dict()
+
+    name = "encoder.hash_embedding.tables.weight"
+    usual, faster = after_a_step(1.0), after_a_step(4.0)
+    assert usual[name].any() and torch.equal(4 * usual.pop(name), faster.pop(name))
+    assert all(torch.equal(value, faster[key]) for key, value in usual.items())
+
+
+def test_the_decay_of_the_tables_is_a_setting():
+    model = tiny_blt()
+    optimizer = make_optimizers(model, RunConfig(adam_lr=0.01, table_lr=2.0, table_decay=0.3))[-1]
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.02, 0.3)
 
 
 def test_each_parameter_is_in_one_optimizer():

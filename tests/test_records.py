@@ -105,6 +105,17 @@ def test_a_file_that_is_no_record_gets_one_clear_error(tmp_path, text):
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
+def test_only_fields_that_were_added_may_be_missing(saved):
+    """A model of earlier code is what the defaults of later fields say; without any other field nobody knows."""
+    record = RunRecord.load(saved[1])
+    for name in BLTConfig.ADDED_FIELDS:
+        del record.model_config[name]
+    assert record.config(BLTConfig) == saved[2].config
+    del record.model_config["window"]
+    with pytest.raises(ValueError, match="lacks window"):
+        record.config(BLTConfig)
+
+
 def test_a_missing_record_names_its_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="model.json not found"):
         RunRecord.load(tmp_path / "model.json")

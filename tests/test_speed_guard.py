@@ -20,8 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import blt_model
 from blt import attention as layers
+from blt import ngrams
 from blt.incremental import IncrementalBLT
 from blt.loop import fit
 from blt.metric import target_losses
@@ -178,7 +178,7 @@ def test_number_of_ops_of_a_step(monkeypatch):
 
 
 def test_ops_of_a_larger_hash_table_are_the_same(monkeypatch):
-    monkeypatch.setattr(blt_model, "DENSE_HASH_ROWS", 8)
+    monkeypatch.setattr(ngrams, "DENSE_HASH_ROWS", 8)
     small, large = (step_ops(Trainee(blt(hash_rows=rows)), row_bytes=256) for rows in (64, 5000))
     assert small == large
 
@@ -307,7 +307,7 @@ def test_count_reads_sees_reads():
 )
 def test_a_step_reads_nothing_back(settings, monkeypatch):
     """In fp32 and bf16; the loss scaler of fp16 has to know whether a gradient overflowed."""
-    monkeypatch.setattr(blt_model, "DENSE_HASH_ROWS", 100)
+    monkeypatch.setattr(ngrams, "DENSE_HASH_ROWS", 100)
     trainee, batches = Trainee(blt(**settings)), [batch_of(seed=seed) for seed in range(2)]
     with CountReads() as count:
         for batch in batches:
@@ -389,6 +389,16 @@ def test_blt_is_one_graph_and_compiles_once(attention, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@pytest.mark.parametrize("options", [dict(relu2=True, logit_softcap=5.0), dict(ngram_dropout=0.2)], ids=str)
+def test_options_are_one_graph(options):
+    model = blt(ngram_sizes=[3], **options).train()
+    batch = batch_of()
+    # fullgraph: a graph break is an error.
+    logits_BTV = torch.compile(model, backend="aot_eager", fullgraph=True)(batch.ids[:, :-1], batch.patch_lengths)
+    logits_BTV.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_entropy_model_is_one_graph_and_compiles_once():
     counters = check_compiled(
         entropy_model(), [batch_of(seed=seed, score_ends=False) for seed in range(3)], fullgraph=True
@@ -397,7 +407,7 @@ def test_entropy_model_is_one_graph_and_compiles_once():
 
 
 def test_sparse_tables_break_the_graph_at_the_lookup_only(monkeypatch):
-    monkeypatch.setattr(blt_model, "DENSE_HASH_ROWS", 8)
+    monkeypatch.setattr(ngrams, "DENSE_HASH_ROWS", 8)
     model = blt(ngram_sizes=[3])
     counters = check_compiled(model, [batch_of(seed=seed) for seed in range(3)], fullgraph=False)
     (reason,) = counters["graph_break"]
@@ -495,7 +505,7 @@ def test_bytes_of_memory_per_byte_of_text(monkeypatch):
 
 
 def test_memory_of_a_step_does_not_depend_on_large_tables(monkeypatch):
-    monkeypatch.setattr(blt_model, "DENSE_HASH_ROWS", 100)
+    monkeypatch.setattr(ngrams, "DENSE_HASH_ROWS", 100)
     models = [blt(hash_rows=rows, ngram_sizes=[3]) for rows in (20_000, 200_000)]
     kept = [kept_bytes(model, row_bytes=256) for model in models]
     assert kept[0] == kept[1]

@@ -2,14 +2,14 @@
 
 import math
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import error_of, is_png, output_of, random_bytes, run_command, some_words
+from helpers import WORDS, error_of, is_png, output_of, random_bytes, run_command, some_words, tiny_blt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,11 +17,12 @@ import template_llm
 from blt.attention import AttentionPlan
 from blt.corpus import open_corpus
 from blt.flops import blt_flops, transformer_flops
-from blt.ids import BYTES
+from blt.ids import BYTES, documents_of
 from blt.loop import RunConfig, read_metrics
 from blt.metric import bits_per_byte, evaluate, leak_gate
+from blt.ngrams import hash_ngrams
 from blt.optimizers import make_optimizers
-from blt.records import RunRecord
+from blt.records import RunRecord, save_model
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches, make_batch
 from blt.tokens import BPEVocabulary, train_tokenizer
 from llm import MACHINES, LLMConfig
@@ -49,14 +50,22 @@ def vocabulary(tmp_path_factory):
     return BPEVocabulary(train_tokenizer([text(300, seed) for seed in range(3)] + [random_bytes(300)], 300, path))
 
 
-@pytest.fixture(params=["flat", "flat, window beyond the row", "bpe"])
+@pytest.fixture(
+    params=["flat", "flat, window beyond the row", "bpe", "flat with tables", "bpe with tables", "flat with options"]
+)
 def model(request, vocabulary):
     torch.manual_seed(0)
+    sizes = dict(dim=32, n_layers=2, n_heads=2, hash_rows=64)
     if request.param == "bpe":
-        return BPETransformer(BPEConfig(dim=32, n_layers=2, n_heads=2), vocabulary).eval()
-    return FlatByteTransformer(
-        FlatConfig(dim=32, n_layers=2, n_heads=2, window=8 if request.param == "flat" else None)
-    ).eval()
+        return BPETransformer(BPEConfig(**sizes), vocabulary).eval()
+    if request.param == "bpe with tables":
+        return BPETransformer(BPEConfig(ngram_sizes=[2, 3], **sizes), vocabulary).eval()
+    if request.param == "flat with options":
+        options = dict(relu2=True, logit_softcap=5.0, qk_norm=True, ngram_sizes=[2], ngram_dropout=0.5)
+        return FlatByteTransformer(FlatConfig(window=8, **sizes, **options)).eval()
+    ngram_sizes = [2, 3, 8] if request.param == "flat with tables" else []
+    window = None if request.param == "flat, window beyond the row" else 8
+    return FlatByteTransformer(FlatConfig(ngram_sizes=ngram_sizes, window=window, **sizes)).eval()
 
 
 def row_of(model, ids):
@@ -147,6 +156,86 @@ def test_document_alone_equals_document_among_others(model):
     alone = sum(bits_per_byte(model, None, [d], row_bytes=128) * len(d) for d in documents)
     for row_bytes, batch_rows in ((128, 8), (128, 1), (52, 2), (1000, 1)):
         assert bits_per_byte(model, None, documents, row_bytes, batch_rows) * total == pytest.approx(alone, abs=1e-3)
+
+
+# N-gram hash tables
+
+
+def test_bytes_have_the_rows_that_they_have_in_the_blt():
+    """Flat and BLT share the tables of equal sizes: given the BLT's, the flat model adds the same sums."""
+    sizes = dict(ngram_sizes=[2, 3, 8], hash_rows=64)
+    blt = tiny_blt(**sizes)
+    flat = FlatByteTransformer(FlatConfig(dim=32, n_layers=1, **sizes))
+    flat.hash_embedding.load_state_dict(blt.encoder.hash_embedding.state_dict())
+    ids = torch.from_numpy(np.concatenate(([256], random_bytes(30), [256], random_bytes(9, 1)))).long()[None]
+    documents = documents_of(ids, 256)
+    ours = flat.hash_embedding(ids, documents)
+    assert torch.equal(ours, blt.encoder.hash_embedding(ids, documents))
+    # Before the blocks there is nothing but the sum of both embeddings.
+    seen = []
+    flat.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    flat(ids)
+    assert torch.equal(seen[0], flat.embedding(ids) + ours)
+
+
+def test_rows_of_tokens_by_hand(vocabulary):
+    """The hash of tokens a, b, c is (a + 4) + (b + 4) p + (c + 4) p ** 2: the boundary counts as 1, before it 0."""
+    p = 1_000_000_007
+    boundary = vocabulary.boundary
+    # 260 is a token here, and so is 256. 1,024 divides 2 ** 64: that the sum wraps changes no row.
+    row = [boundary, 260, 256, 7, boundary, 260]
+    released = [1, 264, 260, 11, 1, 264]
+    wanted = []
+    for t in range(6):
+        first = 0 if t < 4 else 4
+        a, b, c = (released[i] if i >= first else 0 for i in (t - 2, t - 1, t))
+        wanted.append([(b + c * p) % 1024, (a + b * p + c * p * p) % 1024])
+    ids = torch.tensor([row])
+    hashes = hash_ngrams(ids, documents_of(ids, boundary), (2, 3), 1024, boundary)
+    assert hashes[0].tolist() == wanted
+
+
+@pytest.mark.parametrize("kind, sizes, share", [("flat", [2, 3, 4, 6], 0.6), ("bpe", [2, 3], 0.8)])
+def test_tables_learn_what_the_last_ids_say(kind, sizes, share, vocabulary, tmp_path):
+    """In ten updates on a sentence that repeats: with tables, dense or sparse, the loss falls faster."""
+
+    def bpb(name, **tables):
+        settings = dict(training=[repeated], tables=tables, steps=10, eval_every=10)
+        model, result, _ = train(kind, vocabulary, tmp_path / name, **settings)
+        assert not tables or model.hash_embedding.tables.sparse == (tables["hash_rows"] > 65536)
+        return result["val_bpb"]
+
+    repeated = np.frombuffer(b" ".join(WORDS * 6), dtype=np.uint8)
+    without = bpb("without")
+    for rows in (4096, 65537):
+        assert bpb(str(rows), ngram_sizes=sizes, hash_rows=rows) < share * without
+
+
+def test_tables_have_as_many_parameters_as_asked():
+    theirs = LLMConfig(preset=["nano", "cpu"])
+    wanted = len(theirs.ngram_sizes) * theirs.hash_rows * theirs.encoder_dim
+    for kind, sizes in (("flat", [3, 4, 5, 6, 7, 8]), ("flat", [2]), ("bpe", [2, 3])):
+        config = TemplateConfig(model=kind, preset=["nano", "cpu"], ngram_sizes=sizes)
+        assert len(sizes) * config.hash_rows * config.dim == pytest.approx(wanted, rel=1e-3)
+        # A config that is made again from its values is the same.
+        assert replace(config) == config
+    config = TemplateConfig(preset=["nano", "cpu"], ngram_sizes=[2, 3], table_parameters=448_000)
+    assert config.hash_rows == 1000 and replace(config, seed=2).hash_rows == 1000
+    assert TemplateConfig(ngram_sizes=[2], hash_rows=77).hash_rows == 77
+
+
+def test_a_record_of_a_model_from_before_there_were_tables(vocabulary, tmp_path):
+    model = train("flat", vocabulary, tmp_path, steps=2, eval_every=2)[0]
+    old = {name: value for name, value in asdict(model.config).items() if name not in FlatConfig.ADDED_FIELDS}
+    record = RunRecord("flat", old, {"row_bytes": 64}, {"dataset": None, "sha256": None})
+    save_model(model, tmp_path / "best.pt", record, tmp_path / "model.json")
+    read, _ = load_template(tmp_path)
+    assert read.config.ngram_sizes == [] and read.hash_embedding is None
+    # Without its width it is damaged as before.
+    del record.model_config["dim"]
+    record.save(tmp_path / "model.json")
+    with pytest.raises(ValueError, match="its model_config lacks dim"):
+        load_template(tmp_path)
 
 
 # Bits per byte of tokens
@@ -247,13 +336,13 @@ def test_training_rows_of_tokens_hold_every_token_and_byte_once(vocabulary):
 # Training
 
 
-def train(kind, vocabulary, folder, training=None, stream_hook=None, **changes):
+def train(kind, vocabulary, folder, training=None, stream_hook=None, tables=None, **changes):
     """Train a small model on words: (model, what training returned, validation documents)."""
     torch.manual_seed(0)
     if kind == "flat":
-        model = FlatByteTransformer(FlatConfig(dim=32, n_layers=1, window=16))
+        model = FlatByteTransformer(FlatConfig(dim=32, n_layers=1, window=16, **(tables or {})))
     else:
-        model = BPETransformer(BPEConfig(dim=32, n_layers=1), vocabulary)
+        model = BPETransformer(BPEConfig(dim=32, n_layers=1, **(tables or {})), vocabulary)
     training = training or [text(80, seed) for seed in range(8)]
     stream = DocumentStream.of_documents([model.vocabulary.encode(d) for d in training], model.vocabulary)
     if stream_hook:
@@ -325,13 +414,18 @@ def test_leak_stops_training(kind, tmp_path, monkeypatch, vocabulary):
 
 def test_parameters_and_their_optimizers(model):
     parts = model.parameters_by_part()
-    assert set(parts) == {"embedding", "layers", "head"}
+    assert set(parts) == {"hash embedding", "embedding", "layers", "head"}
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    muon, adam = make_optimizers(model, RunConfig())
+    assert parts["hash embedding"] == len(model.config.ngram_sizes) * 64 * 32
+    muon, adam, *of_tables = make_optimizers(model, RunConfig())
+    assert len(of_tables) == (1 if model.config.ngram_sizes else 0)
     matrices_of_adam = [p for group in adam.param_groups for p in group["params"] if p.dim() == 2]
     assert sum(p.numel() for p in matrices_of_adam) == parts["embedding"] + parts["head"]
-    # q, k, v, o, w1, w2 and w3 of two layers
-    assert len(muon.param_groups[0]["params"]) == 7 * 2
+    # q, k, v, o, w1, w2 and w3 of two layers; squared ReLU has no w3
+    assert len(muon.param_groups[0]["params"]) == (6 if model.config.relu2 else 7) * 2
+    # Two FLOPs a weight: with either feed-forward a byte costs what `transformer_flops` says.
+    matrices = sum(p.numel() for p in muon.param_groups[0]["params"])
+    assert 2 * matrices == transformer_flops(32, 2, model.n_classes, 64)["layers"]
 
 
 # Sizes and presets
@@ -394,6 +488,12 @@ def test_settings():
         (dict(vocab_size=255), "vocab_size is 255"),
         (dict(tokenizer_bytes=0), "tokenizer_bytes is 0"),
         (dict(steps=0), "steps is 0"),
+        (dict(ngram_sizes=[1]), r"ngram_sizes is \[1\]"),
+        (dict(ngram_sizes=[3, 3]), "different whole numbers"),
+        (dict(ngram_sizes=[3], hash_rows=0), "hash_rows is 0"),
+        (dict(ngram_sizes=[3], hash_rows=9, table_parameters=999), "hash_rows or table_parameters"),
+        (dict(table_parameters=999), "table_parameters needs --ngram_sizes"),
+        (dict(ngram_sizes=[3], table_parameters=0), "table_parameters is 0"),
     ],
     ids=str,
 )

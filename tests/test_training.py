@@ -175,8 +175,9 @@ def test_a_right_compiled_model_is_used(monkeypatch):
     blt, made = compiled_as(monkeypatch)
     assert made is not blt
     # With dropout two passes differ, and there is nothing to compare.
-    blt, made = compiled_as(monkeypatch, error=1.0, dropout=0.1)
-    assert made is not blt
+    for dropout in (dict(dropout=0.1), dict(ngram_dropout=0.1)):
+        blt, made = compiled_as(monkeypatch, error=1.0, **dropout)
+        assert made is not blt
 
 
 @pytest.mark.parametrize("choice", ["no", "auto"])
