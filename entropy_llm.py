@@ -225,7 +225,7 @@ def train(config):
         settings=asdict(config),
         corpus={"dataset": config.dataset, "sha256": run.corpus.hash, "train_bytes": stream.total_bytes},
     )
-    finish_run(model, record, result, run.validation, run_dir, *files)
+    finish_run(model, record, result, run, run_dir, *files)
     print("document ends are not scored: the entropy model has no class for them")
     # Only a path that differs from what the next script takes by itself.
     named = {"entropy_model_path": config.output} if config.output != "entropy_model.pth" else {}

@@ -177,7 +177,7 @@ def train(config, make_patches):
         "start_sha256": None if start is None else start.weights_sha256,
     }
     result = train_blt(model, data, config, depends_on, begin)
-    finish_run(model, record, result, data.validation, output, output / "best.pt", output / "model.json")
+    finish_run(model, record, result, context, output, output / "best.pt", output / "model.json")
 
     if config.sample_bytes:
         prompt = data.validation[0][:120].tobytes() if config.prompt is None else argument_bytes(config.prompt)

@@ -350,7 +350,7 @@ def train(config):
     }
     result = train_template(model, stream, run.validation, config, depends_on, begin)
     paths = (output, output / "best.pt", output / "model.json")
-    finish_run(model, record, result, run.validation, *paths, vocabulary.bytes_per_id)
+    finish_run(model, record, result, run, *paths, vocabulary.bytes_per_id)
     other = "bpe" if config.model == "flat" else "flat"
     print("next: " + next_command("template_llm.py", named_presets(config), config, model=other))
 

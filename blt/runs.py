@@ -19,7 +19,7 @@ from blt.config import given_fields, print_header
 from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
 from blt.loop import training_curves
-from blt.metric import result_line
+from blt.metric import baselines, result_line
 from blt.records import save_model
 
 
@@ -109,12 +109,13 @@ def print_model(name, parts, config, train_bytes):
     print(f"training text {train_bytes:,} bytes, {trained_bytes / train_bytes:.2f} epochs")
 
 
-def finish_run(model, record, result, validation, run_dir, weights_path, record_path, bytes_per_id=1.0):
+def finish_run(model, record, result, run, run_dir, weights_path, record_path, bytes_per_id=1.0):
     """Save the best weights with their record, draw the curves, and print the result beside compressors.
 
     model: with its best weights.
     record: its `RunRecord`.
-    result: what `loop.fit` returned.
+    result: what `loop.fit` returned; gets "baselines", which later tables read from the record.
+    run: the `Run`, whose training text PPMd reads before the validation text.
     run_dir: where metrics.jsonl is.
     bytes_per_id: mean bytes of an id, for the curves of a BPE model.
     """
@@ -123,7 +124,10 @@ def finish_run(model, record, result, validation, run_dir, weights_path, record_
     save_model(model, weights_path, record, record_path)
     training_curves(Path(run_dir) / "curves.png", run_dir, bytes_per_id)
     print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s")
-    print(result_line(result, validation))
+    # Last, because PPMd takes up to two minutes for a long text: a run that is stopped now has lost nothing else.
+    result["baselines"] = baselines(run.corpus, run.train, run.validation)
+    record.save(record_path)
+    print(result_line(result))
     print(f"wrote {weights_path}, {record_path}, {run_dir}/curves.png, {run_dir}/metrics.jsonl")
 
 
