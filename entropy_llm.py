@@ -223,7 +223,7 @@ def train(config):
         kind="entropy",
         model_config=asdict(model_config),
         settings=asdict(config),
-        corpus={"dataset": config.dataset, "sha256": run.corpus.hash, "train_bytes": stream.total_bytes},
+        corpus=config.corpus_facts(run.corpus) | {"train_bytes": stream.total_bytes},
     )
     finish_run(model, record, result, run, run_dir, *files)
     print("document ends are not scored: the entropy model has no class for them")

@@ -125,7 +125,7 @@ class EvaluateConfig(DataConfig):
     # text
     val_bytes: int = BY_PRESET  # use at most this many bytes of the documents, or of each file
     file: list[str] = field(default_factory=list)  # score the raw bytes of these files instead of a dataset
-    split: Literal["validation", "train", "all"] = "validation"  # which documents of the dataset
+    split: Literal["validation", "train", "all", "test"] = "validation"  # which documents of the dataset; all but test
     group_by: Literal["source", "folder"] = "source"  # "source" field or file, or its first folder
     max_sources: int = 20  # report this many of the largest sources one by one, the others together
     resamples: int = 1000  # bootstrap draws over documents
@@ -149,12 +149,12 @@ class EvaluateConfig(DataConfig):
             check(self, name, getattr(self, name) >= 0, "0 or more")
         check(self, "resamples", self.resamples >= 2, "2 or more")
         check(self, "row_bytes", self.row_bytes is None or self.row_bytes >= 2, "2 or more")
-        check(self, "split", self.split in ("validation", "train", "all"), "validation, train or all")
+        check(self, "split", self.split in ("validation", "train", "all", "test"), "validation, train, all or test")
         check(self, "group_by", self.group_by in ("source", "folder"), "source or folder")
         # --max_bytes limits training text; accepted here, it would be ignored.
         limited = "left out: the text to score is limited by --val_bytes"
         check(self, "max_bytes", self.max_bytes is None, limited)
-        names_two_texts = bool(self.file) and self.dataset != "sample"
+        names_two_texts = bool(self.file) and (self.dataset != "sample" or self.val_dataset is not None)
         check(self, "file", not names_two_texts, "left out with --dataset: give either files or a dataset")
 
 
@@ -252,16 +252,16 @@ def read_documents(config):
         what = {"files": list(config.file), "cut_to_val_bytes": cut}
     else:
         corpus = config.corpus()
+        for line in corpus.notes(val_bytes=config.val_bytes, split=config.split):
+            print(line)
         numbers = corpus.documents(config.split, config.val_bytes)
         # Copies, because a corpus leaves its documents on disk and they are read several times below.
         documents = [np.array(corpus.document(number)) for number in numbers]
         sources = [corpus.sources[corpus.source_ids[number]] for number in numbers]
-        what = {
-            "dataset": config.dataset,
-            "split": config.split,
-            "corpus_sha256": corpus.hash,
-            "val_fraction": config.val_fraction,
-        }
+        facts = config.corpus_facts(corpus)
+        what = {"split": config.split, "corpus_sha256": facts.pop("sha256"), **facts}
+        if not corpus.is_named_split:
+            what["val_fraction"] = config.val_fraction
     if config.group_by == "folder":
         sources = [source.split("/")[0] if "/" in source else "(no folder)" for source in sources]
     what["documents"] = len(documents)
@@ -656,8 +656,10 @@ def training_text(record, config):
     trained = DataConfig(**{name: settings[name] for name in of_text if name in settings}, data_cache=config.data_cache)
     # The scored dataset first: it may be the same text under a name that is valid here.
     scored = None if config.file else config.corpus()
-    same_split = config.val_fraction == trained.val_fraction
-    corpus = scored if scored is not None and scored.hash == sha256 and same_split else trained.corpus()
+    is_same = scored is not None and scored.hash == sha256
+    # Equal texts may be split at another fraction; a named split is part of the hash.
+    is_same = is_same and (scored.is_named_split or config.val_fraction == trained.val_fraction)
+    corpus = scored if is_same else trained.corpus()
     if corpus.hash != sha256:
         raise ValueError(f"{trained.dataset} is another text now than when it was trained")
     return corpus, corpus.documents("train", trained.max_bytes)
@@ -750,7 +752,10 @@ def name_of_text(what):
     """The files, or the dataset and its split."""
     if "files" in what:
         return ", ".join(what["files"])
-    return f"{what['dataset']}, {what['split']}"
+    name = what["dataset"]
+    if what["split"] == "validation" and "val_dataset" in what:
+        name = what["val_dataset"]
+    return f"{name}, {what['split']}"
 
 
 def print_text(what, config):

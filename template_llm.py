@@ -329,7 +329,7 @@ def train(config):
         kind=config.model,
         model_config=asdict(model_config),
         settings=asdict(config),
-        corpus={"dataset": config.dataset, "sha256": run.corpus.hash},
+        corpus=config.corpus_facts(run.corpus),
         bytes_per_token=vocabulary.bytes_per_id if config.model == "bpe" else None,
     )
     output = Path(config.output)

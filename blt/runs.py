@@ -94,8 +94,10 @@ def start_run(config):
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
-    # Documents are held out by their hash before anything else is done with them.
+    # The validation text is split off before anything else is done with the documents.
     corpus = config.corpus()
+    for line in corpus.notes(config.max_bytes, config.val_bytes):
+        print(line)
     train = corpus.documents("train", config.max_bytes)
     validation = [corpus.document(number) for number in corpus.documents("validation", config.val_bytes)]
     return Run(device, precision, corpus, train, validation)
