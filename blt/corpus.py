@@ -5,9 +5,9 @@
         print(bytes(corpus.document(number)[:60]))
 
 Reads: the bundled sample (data/sample.jsonl.xz, 23.5 MB of English text; data/LICENSES.md names the
-authors); a ready-made dataset with its own split (blt/splits.py); a local file or folder of .txt,
-.md, .jsonl, .json or .parquet, each plain, .gz, .xz or .zst; or a dataset streamed from the Hugging Face hub, such as
-"HuggingFaceTB/smollm-corpus:cosmopedia-v2".
+authors); a ready-made dataset with its own split (blt/splits.py); a local file or folder of .txt, .md,
+.jsonl, .json or .parquet, each plain, .gz, .xz or .zst; or a dataset streamed from the Hugging Face
+hub, such as "HuggingFaceTB/smollm-corpus:cosmopedia-v2".
 Writes: a byte store, cache_dir/NAME-KEY/. The key is a hash of the settings and of the files' sizes
 and times, so the same settings on unchanged files open the store that exists already. Opening checks
 the store for damage; `check_store` reads all of it.
@@ -87,7 +87,7 @@ class DataConfig:
         )
 
     def corpus_facts(self, corpus):
-        """What the record of a run says about its text: names, hash and, of a named validation text, equal documents."""
+        """What a record says about the text of a run: names, hash and, of a named split, the equal documents."""
         facts = {"dataset": self.dataset, "sha256": corpus.hash}
         if self.val_dataset is not None:
             facts["val_dataset"] = self.val_dataset

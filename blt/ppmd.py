@@ -22,7 +22,7 @@ CUT_OFF = 1
 # The one of these that does best on the end of the training text is used. The held-out text has no part in the choice.
 ORDERS = (6, 8, 12, 16)
 # For that choice, PPMd reads this much of the training text's end, and the last tenth of it is scored.
-CHOICE_BYTES = 8_000_000
+CHOICE_BYTES = 4_000_000
 # Of a longer training text only the end is read: this much takes about a minute.
 PRIMING_BYTES = 64_000_000
 # English takes 20 to 30 bytes of memory a byte of text at order 16.

@@ -20,7 +20,11 @@ from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
 from blt.loop import training_curves
 from blt.metric import baselines, result_line
+from blt.ppmd import PRIMING_BYTES
 from blt.records import save_model
+
+# From this many bytes of training text on, PPMd takes so long that the user is told.
+SLOW_BYTES = 10_000_000
 
 
 @contextmanager
@@ -127,6 +131,9 @@ def finish_run(model, record, result, run, run_dir, weights_path, record_path, b
     training_curves(Path(run_dir) / "curves.png", run_dir, bytes_per_id)
     print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s")
     # Last, because PPMd takes up to two minutes for a long text: a run that is stopped now has lost nothing else.
+    read_bytes = min(int(np.diff(run.corpus.offsets)[run.train].sum()), PRIMING_BYTES)
+    if read_bytes > SLOW_BYTES:
+        print(f"PPMd reads {read_bytes:,} bytes of training text for the next line: about {read_bytes // 10**6} s")
     result["baselines"] = baselines(run.corpus, run.train, run.validation)
     record.save(record_path)
     print(result_line(result))
