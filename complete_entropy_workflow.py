@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import entropy_llm
+from blt import ppmd
 from blt.checkpoints import keep_earlier_run
 from blt.checks import check, check_positive
 from blt.config import run_script
@@ -105,6 +106,8 @@ def compare(config):
             "val_bpb_of_each_seed": bpb.tolist(),
             "bytes_per_second": float(np.mean([result["bytes_per_second"] for result in results])),
             "val_bytes": results[0]["val_bytes"],
+            # The same for all rows, because all runs have the same text.
+            "baselines": results[0]["baselines"],
         }
         if config.seeds > 1:
             row["ci"] = float(bpb.std(ddof=1))
@@ -113,7 +116,7 @@ def compare(config):
 
 
 def markdown_table(rows, seeds):
-    """The comparison as a Markdown table."""
+    """The comparison as a Markdown table, with compressors on the same bytes below the models."""
     lines = ["| method | bytes a patch | val bpb | spread | trained at |", "| - | - | - | - | - |"]
     for row in rows:
         spread = f"± {row['ci']:.4f} (std of {seeds} seeds)" if "ci" in row else "one seed"
@@ -121,6 +124,13 @@ def markdown_table(rows, seeds):
             f"| {row['method']} | {row['avg_patch_size']:.2f} | {row['val_bpb']:.4f} | {spread} | "
             f"{row['bytes_per_second'] / 1e3:.1f} kB/s |"
         )
+    found = rows[0]["baselines"]
+    if found["ppmd"] is None:
+        lines.append(f"| PPMd: {ppmd.INSTALL} | | | | |")
+    else:
+        lines.append(f"| {ppmd.label(found['ppmd'])} | | {found['ppmd']['bpb']:.4f} | no seed | |")
+    for name, bpb in found["untrained"].items():
+        lines.append(f"| {name}, untrained | | {bpb:.4f} | no seed | |")
     return "\n".join(lines) + "\n"
 
 

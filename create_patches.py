@@ -142,6 +142,8 @@ def main(config):
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
     corpus = config.corpus()
+    for line in corpus.notes(config.max_bytes, config.val_bytes):
+        print(line)
     model, record = load_entropy_model(config.entropy_model_path, device)
     train = corpus.documents("train", config.max_bytes)
     validation = corpus.documents("validation", config.val_bytes)

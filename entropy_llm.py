@@ -5,7 +5,7 @@ Writes  entropy_model.pth (plain state dict), entropy_model.json (what it is and
         entropy_model_run/: metrics.jsonl, curves.png, checkpoints
 Run     python entropy_llm.py [--preset [SIZE] [MACHINE]] [--field value ...]
 Next    python create_patches.py
-Time    half a minute to a minute on 2 CPU cores
+Time    a minute to a minute and a half on 2 CPU cores
 
 SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200.
 What is not named is chosen by the machine that is found. The settings are in `EntropyRunConfig`
@@ -225,9 +225,9 @@ def train(config):
         kind="entropy",
         model_config=asdict(model_config),
         settings=asdict(config),
-        corpus={"dataset": config.dataset, "sha256": run.corpus.hash, "train_bytes": stream.total_bytes},
+        corpus=config.corpus_facts(run.corpus) | {"train_bytes": stream.total_bytes},
     )
-    finish_run(model, record, result, run.validation, run_dir, *files)
+    finish_run(model, record, result, run, run_dir, *files)
     print("document ends are not scored: the entropy model has no class for them")
     # Only a path that differs from what the next script takes by itself.
     named = {"entropy_model_path": config.output} if config.output != "entropy_model.pth" else {}

@@ -33,6 +33,11 @@ replacement); a single document has none. It says how much the number depends on
 were drawn. It does not cover the training seed. Differences between models are paired: they use the
 same draws.
 
+PPMd: a compressor that reads the model's training text first, and then the documents, joined, so it
+learns on while it reads. Also what each document costs after the training text alone, on a random
+sample of --ppmd_documents documents; that is what a model does. Its order is chosen on the training
+text. gzip, xz and zstd are untrained: they have read no training text.
+
 Robustness: the five noises of the BLT paper (section 6.1, its table 3), as defined there:
     AntSpeak    "converts the entire text into uppercase, space-separated characters";
                 here a space between all neighbours, spaces too
@@ -56,9 +61,10 @@ command on the same device writes the same card.
 """
 
 import codecs
+import json
 import platform
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +72,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from blt import ppmd
 from blt.checks import check, check_output, check_packages, check_positive
 from blt.commands import command
 from blt.config import BY_PRESET, SIZE_NAMES, Presets, print_header, print_table, run_script
@@ -77,6 +84,7 @@ from blt.metric import (
     add_up,
     compressors_bpb,
     leak_gate,
+    ppmd_after_training,
     predicts_document_ends,
     rates,
     score_batches,
@@ -117,10 +125,11 @@ class EvaluateConfig(DataConfig):
     # text
     val_bytes: int = BY_PRESET  # use at most this many bytes of the documents, or of each file
     file: list[str] = field(default_factory=list)  # score the raw bytes of these files instead of a dataset
-    split: Literal["validation", "train", "all"] = "validation"  # which documents of the dataset
+    split: Literal["validation", "train", "all", "test"] = "validation"  # which documents of the dataset; all but test
     group_by: Literal["source", "folder"] = "source"  # "source" field or file, or its first folder
     max_sources: int = 20  # report this many of the largest sources one by one, the others together
     resamples: int = 1000  # bootstrap draws over documents
+    ppmd_documents: int = 300  # PPMd scores this many documents after the training text alone, too; 0: none
     # robustness and samples
     robustness_bytes: int = BY_PRESET  # noise on this many bytes of the first documents; 0: none
     samples: int = BY_PRESET  # continuations whose UTF-8 is checked (BLT only); 0: none
@@ -136,16 +145,16 @@ class EvaluateConfig(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "batch_rows", "max_sources", "sample_bytes")
-        for name in ("robustness_bytes", "samples", "temperature", "seed"):
+        for name in ("robustness_bytes", "samples", "temperature", "seed", "ppmd_documents"):
             check(self, name, getattr(self, name) >= 0, "0 or more")
         check(self, "resamples", self.resamples >= 2, "2 or more")
         check(self, "row_bytes", self.row_bytes is None or self.row_bytes >= 2, "2 or more")
-        check(self, "split", self.split in ("validation", "train", "all"), "validation, train or all")
+        check(self, "split", self.split in ("validation", "train", "all", "test"), "validation, train, all or test")
         check(self, "group_by", self.group_by in ("source", "folder"), "source or folder")
         # --max_bytes limits training text; accepted here, it would be ignored.
         limited = "left out: the text to score is limited by --val_bytes"
         check(self, "max_bytes", self.max_bytes is None, limited)
-        names_two_texts = bool(self.file) and self.dataset != "sample"
+        names_two_texts = bool(self.file) and (self.dataset != "sample" or self.val_dataset is not None)
         check(self, "file", not names_two_texts, "left out with --dataset: give either files or a dataset")
 
 
@@ -160,6 +169,7 @@ class ModelUnderTest:
     kind: BLT, BPE transformer, flat byte transformer or entropy model.
     patcher: None for a model without patches.
     row_bytes: bytes that a row is to hold.
+    record: what made the model; None if unknown.
     """
 
     name: str
@@ -167,6 +177,7 @@ class ModelUnderTest:
     model: torch.nn.Module
     patcher: EntropyPatcher | None
     row_bytes: int
+    record: RunRecord | None = None
 
     @property
     def row(self):
@@ -200,7 +211,7 @@ def open_model(path, row_bytes=None, device="cpu"):
         # A converted model's record does not say in which rows it was trained.
         trained_row_bytes = record.settings.get("row_bytes", 2048)
         row_bytes = trained_row_bytes if row_bytes is None else row_bytes
-        return ModelUnderTest(str(path), NAMES[record.kind], model, None, row_bytes)
+        return ModelUnderTest(str(path), NAMES[record.kind], model, None, row_bytes, record)
     record_path = path / "model.json"
     if not record_path.exists():
         raise FileNotFoundError(
@@ -213,7 +224,7 @@ def open_model(path, row_bytes=None, device="cpu"):
     else:
         model, record = load_template(path, device)
     row_bytes = record.row_bytes() if row_bytes is None else row_bytes
-    return ModelUnderTest(str(path), NAMES[record.kind], model, patcher, row_bytes)
+    return ModelUnderTest(str(path), NAMES[record.kind], model, patcher, row_bytes, record)
 
 
 def read_files(paths, limit):
@@ -241,16 +252,16 @@ def read_documents(config):
         what = {"files": list(config.file), "cut_to_val_bytes": cut}
     else:
         corpus = config.corpus()
+        for line in corpus.notes(val_bytes=config.val_bytes, split=config.split):
+            print(line)
         numbers = corpus.documents(config.split, config.val_bytes)
         # Copies, because a corpus leaves its documents on disk and they are read several times below.
         documents = [np.array(corpus.document(number)) for number in numbers]
         sources = [corpus.sources[corpus.source_ids[number]] for number in numbers]
-        what = {
-            "dataset": config.dataset,
-            "split": config.split,
-            "corpus_sha256": corpus.hash,
-            "val_fraction": config.val_fraction,
-        }
+        facts = config.corpus_facts(corpus)
+        what = {"split": config.split, "corpus_sha256": facts.pop("sha256"), **facts}
+        if not corpus.is_named_split:
+            what["val_fraction"] = config.val_fraction
     if config.group_by == "folder":
         sources = [source.split("/")[0] if "/" in source else "(no folder)" for source in sources]
     what["documents"] = len(documents)
@@ -628,6 +639,46 @@ def evaluate_model(under_test, documents, groups, config, precision):
     return record, draws
 
 
+# --------------------------------------------------------------------------------------------------
+# PPMd, which reads the training text of each model first
+
+
+def training_text(record, config):
+    """The (Corpus, numbers of its training documents) that a model was trained on.
+
+    record: its `RunRecord`; None if unknown. Raises ValueError or OSError that says why the text cannot be had.
+    """
+    sha256 = None if record is None else record.corpus.get("sha256")
+    if sha256 is None:
+        raise ValueError("its record does not say on which text it was trained")
+    settings = record.settings
+    of_text = [f.name for f in fields(DataConfig) if f.name not in ("preset", "device", "precision", "data_cache")]
+    trained = DataConfig(**{name: settings[name] for name in of_text if name in settings}, data_cache=config.data_cache)
+    # The scored dataset first: it may be the same text under a name that is valid here.
+    scored = None if config.file else config.corpus()
+    is_same = scored is not None and scored.hash == sha256
+    # Equal texts may be split at another fraction; a named split is part of the hash.
+    is_same = is_same and (scored.is_named_split or config.val_fraction == trained.val_fraction)
+    corpus = scored if is_same else trained.corpus()
+    if corpus.hash != sha256:
+        raise ValueError(f"{trained.dataset} is another text now than when it was trained")
+    return corpus, corpus.documents("train", trained.max_bytes)
+
+
+def ppmd_record(under_test, documents, config):
+    """What PPMd makes of the documents after the model's training text, as a dict for the card.
+
+    Where there is no number, the dict has only "missing", which says why.
+    """
+    if not ppmd.is_installed():
+        return {"missing": ppmd.INSTALL}
+    try:
+        corpus, train = training_text(under_test.record, config)
+    except (ValueError, OSError) as error:
+        return {"missing": f"no training text of {under_test.name}: {error}"}
+    return ppmd_after_training(corpus, train, documents, config.ppmd_documents)
+
+
 def add_differences(records, draws):
     """Give every record but the first its difference to the first, from the bootstrap draws of each."""
     for record, drawn in zip(records[1:], draws[1:]):
@@ -682,6 +733,7 @@ def main(config):
         records.append(record)
         draws.append(drawn)
         print_model(record)
+        record["ppmd"] = ppmd_record(under_test, documents, config)
     add_differences(records, draws)
     card = make_card(config, device, precision, what, documents, records)
     # The report comes first: a full disk or a broken font then loses no number.
@@ -700,7 +752,10 @@ def name_of_text(what):
     """The files, or the dataset and its split."""
     if "files" in what:
         return ", ".join(what["files"])
-    return f"{what['dataset']}, {what['split']}"
+    name = what["dataset"]
+    if what["split"] == "validation" and "val_dataset" in what:
+        name = what["val_dataset"]
+    return f"{name}, {what['split']}"
 
 
 def print_text(what, config):
@@ -794,8 +849,36 @@ def print_whole(card, names):
         error = f"± bootstrap standard error over {n_documents:,} documents"
     title = f"bytes: {card['text']['bytes']:,} (fewer bits are better; {error})"
     print_titled_table(title, names, lines)
+    print("the same bytes by compressors")
+    for line in ppmd_lines(records):
+        print(f"  {line}")
     compressors = ", ".join(f"{name} {bpb:.4f}" for name, bpb in card["compressors_bpb"].items())
-    print(f"  the same bytes by {compressors}")
+    print(f"  untrained: {compressors}")
+
+
+def ppmd_lines(records):
+    """Lines of PPMd's numbers: one for each training text, named if there are several."""
+    of_text = {}
+    for record, name in zip(records, short_names(records)):
+        # Models that were trained on the same text share a line.
+        of_text.setdefault(json.dumps(record["ppmd"]), []).append(name)
+    lines = []
+    for text, names in of_text.items():
+        facts = json.loads(text)
+        of_models = "" if len(of_text) == 1 else f" ({', '.join(names)})"
+        if "missing" in facts:
+            lines.append(f"PPMd{of_models}: {facts['missing']}")
+            continue
+        lines.append(f"{ppmd.label(facts)}{of_models} {facts['bpb']:.4f}")
+        if "alone_bpb" in facts:
+            drawn = f"{facts['alone_documents']:,} documents of {facts['documents']:,}, drawn at random"
+            if facts["alone_documents"] == facts["documents"]:
+                drawn = f"all {facts['documents']:,} documents"
+            lines.append(
+                "  it learns on while it reads; each document after the training text alone: "
+                f"{facts['alone_bpb']:.4f} ({drawn})"
+            )
+    return lines
 
 
 def print_sources(records, names, group_by):
@@ -927,8 +1010,9 @@ def draw(path, card):
             noises.append((noise, [record["robustness"][noise]["change"] for record in records]))
     what = card["text"]
     compressors = ", ".join(f"{name} {bpb:.3f}" for name, bpb in card["compressors_bpb"].items())
-    title = f"{name_of_text(what)}: {what['bytes']:,} bytes; {compressors}"
-    draw_evaluation(path, names, by_context_lines(records), sources, noises, title)
+    title = f"{name_of_text(what)}: {what['bytes']:,} bytes; untrained: {compressors}"
+    lines = [line for line in ppmd_lines(records) if not line.startswith(" ")]
+    draw_evaluation(path, names, by_context_lines(records), sources, noises, "\n".join([title, *lines]))
 
 
 if __name__ == "__main__":

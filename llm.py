@@ -154,7 +154,7 @@ def train(config, make_patches):
         kind="blt",
         model_config=asdict(model_config),
         settings=asdict(config),
-        corpus={"dataset": config.dataset, "sha256": context.corpus.hash},
+        corpus=config.corpus_facts(context.corpus),
         patch_config=asdict(patcher.config),
         precision=patcher.precision,
         entropy_model_path=config.entropy_model_path,
@@ -178,7 +178,7 @@ def train(config, make_patches):
         "start_sha256": None if start is None else start.weights_sha256,
     }
     result = train_blt(model, data, config, depends_on, begin)
-    finish_run(model, record, result, data.validation, output, output / "best.pt", output / "model.json")
+    finish_run(model, record, result, context, output, output / "best.pt", output / "model.json")
 
     if config.sample_bytes:
         prompt = data.validation[0][:120].tobytes() if config.prompt is None else argument_bytes(config.prompt)
@@ -229,7 +229,9 @@ def open_patches(config, context, make=False, start=None):
             config.patch_cache, context.corpus, model, record, context.train, validation, context.precision
         )
     else:
-        cache = open_entropies(config.patch_cache, context.corpus, record, config.entropy_model_path, config.dataset)
+        cache = open_entropies(
+            config.patch_cache, context.corpus, record, config.entropy_model_path, config.dataset, config.val_dataset
+        )
     needs_threshold = not uses_start and config.entropy_threshold is None
     if needs_threshold and (config.patch_method is not None or make):
         target = DEFAULT_PATCH_SIZE if config.target_patch_size is None else config.target_patch_size

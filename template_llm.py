@@ -389,7 +389,7 @@ def train(config):
         kind=config.model,
         model_config=asdict(model_config),
         settings=asdict(config),
-        corpus={"dataset": config.dataset, "sha256": run.corpus.hash},
+        corpus=config.corpus_facts(run.corpus),
         bytes_per_token=vocabulary.bytes_per_id if config.model == "bpe" else None,
         tokenizer_sha256=None if tokenizer is None else hash_of_tokenizer(tokenizer),
     )
@@ -411,7 +411,7 @@ def train(config):
     }
     result = train_template(model, stream, run.validation, config, depends_on, begin)
     paths = (output, output / "best.pt", output / "model.json")
-    finish_run(model, record, result, run.validation, *paths, vocabulary.bytes_per_id)
+    finish_run(model, record, result, run, *paths, vocabulary.bytes_per_id)
     other = "bpe" if config.model == "flat" else "flat"
     print("next: " + next_command("template_llm.py", named_presets(config), config, model=other))
 

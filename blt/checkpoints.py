@@ -36,7 +36,7 @@ FREE_TO_CHANGE = {
 # Ways to name the text, the patches and the start. A run that says by their hashes what it
 # depends on may name them in another way: a folder moves, a path becomes absolute.
 NAMES_OF_INPUTS = {
-    "dataset", "text_field", "corpus_bytes", "max_document_bytes", "patch_cache", "entropy_model_path",
+    "dataset", "val_dataset", "text_field", "corpus_bytes", "max_document_bytes", "patch_cache", "entropy_model_path",
     "patch_method", "entropy_threshold", "target_patch_size", "init_from",
 }  # fmt: skip
 # Changes that a user needs in the middle of a run: gentler steps after a loss that was no number,

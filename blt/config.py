@@ -52,12 +52,12 @@ SIZE_NAMES = ("nano", "tiny", "small", "medium", "large")
 # Fields of all configs that hold a path (dataset may also be an id of the hub). On the command line
 # a "~" at their beginning is the home folder, also where a shell leaves it: in quotes, after "=".
 PATH_FIELDS = frozenset(
-    """output model file decompress dataset data_cache cache_dir patch_cache entropy_model_path
+    """output model file decompress dataset val_dataset data_cache cache_dir patch_cache entropy_model_path
     prompt_file init_from to_hf from_hf patches_of""".split()
 )
 # Fields of `DataConfig` that the next script must be told if this one was: `next_command`.
 SHARED_FIELDS = (
-    *"preset dataset text_field corpus_bytes val_fraction max_document_bytes max_bytes val_bytes".split(),
+    *"preset dataset val_dataset text_field corpus_bytes val_fraction max_document_bytes max_bytes val_bytes".split(),
     *"data_cache device precision".split(),
 )
 

@@ -5,9 +5,9 @@
         print(bytes(corpus.document(number)[:60]))
 
 Reads: the bundled sample (data/sample.jsonl.xz, 23.5 MB of English text; data/LICENSES.md names the
-authors); a local file or folder of .txt, .md, .jsonl, .json or .parquet, each plain, .gz, .xz or
-.zst; or a dataset streamed from the Hugging Face hub, such as
-"HuggingFaceTB/smollm-corpus:cosmopedia-v2".
+authors); a ready-made dataset with its own split (blt/splits.py); a local file or folder of .txt, .md,
+.jsonl, .json or .parquet, each plain, .gz, .xz or .zst; or a dataset streamed from the Hugging Face
+hub, such as "HuggingFaceTB/smollm-corpus:cosmopedia-v2".
 Writes: a byte store, cache_dir/NAME-KEY/. The key is a hash of the settings and of the files' sizes
 and times, so the same settings on unchanged files open the store that exists already. Opening checks
 the store for damage; `check_store` reads all of it.
@@ -30,6 +30,7 @@ import shutil
 import tempfile
 import time
 import uuid
+import zipfile
 import zlib
 from array import array
 from collections import Counter
@@ -43,6 +44,7 @@ from tqdm import tqdm
 from blt.checks import check, check_positive
 from blt.config import apply_presets
 from blt.files import add_to_hash, write_atomically
+from blt.splits import STANDARD_SPLITS, standard_split
 
 
 @dataclass
@@ -51,10 +53,11 @@ class DataConfig:
 
     preset: list[str] = field(default_factory=list)  # a size, a machine, or one of each; what is not named is detected
     # data
-    dataset: str = "sample"  # sample, a file, a folder[:split] (.txt .md .jsonl .json .parquet), or a hub id[:subset]
+    dataset: str = "sample"  # sample, shakespeare, enwik8=FILE, text8=FILE, a file, folder[:split], or hub id[:subset]
+    val_dataset: str | None = None  # the validation text: a file, folder or hub id; None: held out from the dataset
     text_field: str = "text"  # the field of a JSON or parquet record that holds the text
-    corpus_bytes: int | None = None  # store at most this many bytes of the dataset (needed for a Hugging Face dataset)
-    val_fraction: float = 0.03  # share of documents held out, chosen by a hash of each document
+    corpus_bytes: int | None = None  # store at most this many bytes of each dataset (needed for a Hugging Face dataset)
+    val_fraction: float = 0.03  # share of documents held out, chosen by a hash of each; unused with val_dataset
     max_document_bytes: int = 65536  # plain text files are split into documents of at most this many bytes
     max_bytes: int | None = None  # use at most this many bytes of the training documents; None: all
     val_bytes: int = 1_000_000  # use at most this many bytes of the validation documents
@@ -75,12 +78,22 @@ class DataConfig:
         """Open the byte store of the dataset; the first time it is built."""
         return open_corpus(
             self.dataset,
+            val_dataset=self.val_dataset,
             text_field=self.text_field,
             max_bytes=self.corpus_bytes,
             val_fraction=self.val_fraction,
             max_document_bytes=self.max_document_bytes,
             cache_dir=self.data_cache,
         )
+
+    def corpus_facts(self, corpus):
+        """What a record says about the text of a run: names, hash and, of a named split, the equal documents."""
+        facts = {"dataset": self.dataset, "sha256": corpus.hash}
+        if self.val_dataset is not None:
+            facts["val_dataset"] = self.val_dataset
+        if corpus.is_named_split:
+            facts |= {name: corpus.manifest[name] for name in ("equal_documents", "equal_bytes")}
+        return facts
 
 
 # The version of the store's format. It is part of the key, so a store of another version is never
@@ -134,9 +147,12 @@ class Corpus:
     bytes: uint8 [total bytes], the raw bytes of all documents with nothing between them.
     offsets: int64 [documents + 1]; document i is bytes[offsets[i]:offsets[i + 1]].
     is_validation: bool [documents].
+    is_test: bool [documents], the part that is neither for training nor for validation; few datasets have one.
+    is_named_split: whether the user or a ready-made dataset said which text is for validation; else it was held out.
     source_ids: uint16 [documents], indices into `sources`. A document's source is its record's
         "source" field, else the name of its file or the hub id.
-    hash: sha256 over each document's length (8 bytes, little endian) and bytes, in stored order.
+    hash: sha256 over each document's length (8 bytes, little endian) and bytes, in stored order; of a named split
+        also over the number of documents in each part.
 
     Raises ValueError if the store is damaged.
     """
@@ -148,6 +164,10 @@ class Corpus:
         self.offsets = np.load(self.folder / "offsets.npy")
         self.is_validation = np.load(self.folder / "is_validation.npy")
         self.source_ids = np.load(self.folder / "source_ids.npy")
+        self.is_named_split = "parts" in self.manifest
+        # The parts of a named split follow each other, and the test comes last.
+        n_test = self.manifest["parts"].get("test", 0) if self.is_named_split else 0
+        self.is_test = np.arange(len(self.is_validation)) >= len(self.is_validation) - n_test
         self.sources = self.manifest["sources"]
         self.hash = self.manifest["sha256"]
 
@@ -164,19 +184,26 @@ class Corpus:
     def documents(self, split, max_bytes=None, max_documents=None):
         """Numbers of the first documents of a split, in stored order: as many as the limits allow.
 
-        split: "train", "validation" or "all".
+        split: "train", "validation", "test", or "all" for all but the test.
         max_bytes, max_documents: limits on their sum of bytes and on their number. The first document
             is always included, even if it is larger than max_bytes.
         Returns int64 [n]. Example: with training documents 0, 1 and 3 of 10 bytes each,
         documents("train", max_bytes=25) is [0, 1].
         """
-        if split not in ("train", "validation", "all"):
-            raise ValueError(f"split is {split!r}; it must be 'train', 'validation' or 'all'")
+        if split not in (*SPLITS, "all"):
+            raise ValueError(f"split is {split!r}; it must be 'train', 'validation', 'test' or 'all'")
+        if split == "test" and not self.is_test.any():
+            raise ValueError(
+                f"dataset {self.manifest['dataset']} has no test part; only enwik8 and text8 have one, "
+                "so score its validation text"
+            )
         check_limits(max_bytes=max_bytes, max_documents=max_documents)
         if split == "all":
-            numbers = np.arange(len(self))
+            numbers = np.flatnonzero(~self.is_test)
+        elif split == "test":
+            numbers = np.flatnonzero(self.is_test)
         else:
-            numbers = np.flatnonzero(self.is_validation == (split == "validation"))
+            numbers = np.flatnonzero((self.is_validation == (split == "validation")) & ~self.is_test)
         if max_bytes is not None:
             bytes_so_far = np.cumsum(np.diff(self.offsets)[numbers])
             # A limit may be larger than any number that NumPy compares.
@@ -184,6 +211,30 @@ class Corpus:
             n_within = np.searchsorted(bytes_so_far, max_bytes, side="right")
             numbers = numbers[: max(1, n_within)]
         return numbers[:max_documents]
+
+    def notes(self, train_bytes=None, val_bytes=None, split="validation"):
+        """What a reader of results must know about the split, as a list of lines.
+
+        train_bytes, val_bytes: the limits with which `documents` of "train" and of `split` are used.
+        """
+        lines = []
+        if self.is_named_split:
+            manifest = self.manifest
+            equal = "none of them is"
+            if manifest["equal_documents"]:
+                equal = f"{manifest['equal_documents']:,} of them ({manifest['equal_bytes']:,} bytes) are"
+            lines.append(
+                f"named split: {manifest['train_documents']:,} documents for training, "
+                f"{manifest['validation_documents']:,} for validation; {equal} in the training text, too"
+            )
+        for part, limit, name in (("train", train_bytes, "max_bytes"), (split, val_bytes, "val_bytes")):
+            numbers = self.documents(part, limit)
+            used = int(np.diff(self.offsets)[numbers].sum())
+            if limit is not None and used > limit:
+                lines.append(
+                    f"note: {name} is {limit:,}, but the first {part} document has {used:,} bytes: all are used"
+                )
+        return lines
 
 
 def open_corpus(
@@ -195,22 +246,25 @@ def open_corpus(
     val_fraction=0.03,
     max_document_bytes=65536,
     cache_dir="data_cache",
+    val_dataset=None,
 ):
     """Open the byte store of a dataset; build it first if there is none.
 
     dataset: "sample"; or a local file or folder (`find_files` says what of it is read); or
         "folder:train", "folder:validation", "folder:test" or "folder:all" for a folder that has
         files of several splits (else its train split is read); or a Hugging Face id, "owner/name" or
-        "owner/name:subset": its train split is streamed.
+        "owner/name:subset": its train split is streamed; or a ready-made dataset of blt/splits.py.
     text_field: the field of JSON, parquet and hub records that holds the text. Records whose text is
         null or empty are skipped.
-    max_bytes, max_documents: stop before the document that would exceed the limit. A hub dataset
-        needs one of them.
+    max_bytes, max_documents: stop before the document that would exceed the limit; of each dataset. A
+        hub dataset needs one of them.
     val_fraction: share of documents (not exactly of bytes) that become validation, in (0, 0.5]. See
         `split_off`.
     max_document_bytes: .txt and .md files are cut into documents of at most this many bytes. So one
         long book has training and validation parts: the validation text is then of known books.
         Records are never cut.
+    val_dataset: a dataset that is the whole validation text, named like `dataset`. Then all of
+        `dataset` is for training, and documents that are in both are counted.
     Raises ValueError, FileNotFoundError, ConnectionError or OSError with what to do about it.
     """
     check_limits(max_bytes=max_bytes, max_documents=max_documents, max_document_bytes=max_document_bytes)
@@ -220,33 +274,32 @@ def open_corpus(
         raise ValueError(f"val_fraction is {val_fraction}; it must be above 0 and at most 0.5")
     dataset = os.fspath(dataset)
     cache_dir = Path(cache_dir).expanduser()
-
-    path, split = (SAMPLE_PATH, None) if dataset == "sample" else local_path(dataset)
-    states = {}
-    if path is None:
-        repo, subset = hub_id(dataset, subset)
-        if max_bytes is None and max_documents is None:
-            raise ValueError(
-                f"{dataset} is not found here as a file or folder (looked from {shown(Path.cwd())})"
-                f"{close_names(dataset)}; if you mean the Hugging Face dataset {repo}, say how much of it"
-                " to store, because it may be terabytes: --corpus_bytes N"
-            )
-        name = f"{repo}:{subset}" if subset else repo
-        origin = f"{name} (Hugging Face hub, streamed)"
-        documents = read_hub(repo, subset, name, text_field)
+    needs_limit = max_bytes is None and max_documents is None
+    reading = dict(
+        text_field=text_field, max_document_bytes=max_document_bytes, cache_dir=cache_dir, needs_limit=needs_limit
+    )
+    standard = standard_split(dataset)
+    validation = None
+    if standard is not None:
+        if not needs_limit:
+            raise ValueError(f"{standard[0]} is stored as a whole; leave out --corpus_bytes, and use --max_bytes")
+        source = standard_source(*standard, **reading)
+        subset = source.subset
     else:
-        if subset is not None:
-            raise ValueError(f"subset is {subset!r}, but {dataset} is a local dataset; only hub datasets have subsets")
-        name = "sample" if dataset == "sample" else shown(path.resolve().name) + (f":{split}" if split else "")
-        files, found = find_files(path, cache_dir, text_field, split)
-        origin = f"{shown(path)} ({found})"
-        states = {file: file_state(where) for file, where in files.items()}
-        documents = read_files(files, text_field, max_document_bytes, states)
+        source = find_source(dataset, subset, **reading)
+    if val_dataset is not None:
+        val_dataset = os.fspath(val_dataset)
+        for name in (dataset, val_dataset):
+            if standard_split(name) is not None:
+                raise ValueError(
+                    f"{name} has a validation text of its own; leave out --val_dataset, or name other texts"
+                )
+        validation = find_source(val_dataset, None, **reading)
 
     settings = dict(
         format=FORMAT,
-        dataset=name,
-        subset=subset,
+        dataset=source.name,
+        subset=source.subset,
         text_field=text_field,
         max_bytes=max_bytes,
         max_documents=max_documents,
@@ -254,14 +307,23 @@ def open_corpus(
         max_document_bytes=max_document_bytes,
         # Sizes and times stand for the contents: reading 10 GB to learn whether they changed would
         # be slow.
-        files=[[file, *state] for file, state in states.items()],
+        files=[[file, *state] for file, state in source.states.items()],
     )
-    folder = cache_dir / store_name(name, settings)
-    # `documents` is a generator: what it reads is read only if the store is built.
+    parts = source.parts
+    names = source.name
+    origin = source.origin
+    if validation is not None:
+        settings["val_dataset"] = validation.name
+        settings["val_files"] = [[file, *state] for file, state in validation.states.items()]
+        parts = [("train", source.parts[0][1]), ("validation", validation.parts[0][1])]
+        names = f"{source.name}+{validation.name}"
+        origin = f"{source.origin}, validation from {validation.origin}"
+    folder = cache_dir / store_name(names, settings)
+    # The documents are generators: what they read is read only if the store is built.
     if not folder.exists():
-        if path is not None:
-            print_long_texts(files, states, max_document_bytes)
-        build_store(folder, documents, settings, origin)
+        if parts[0][0] is None:
+            print_long_texts(source.states, max_document_bytes)
+        build_store(folder, parts, settings, origin)
     corpus = Corpus(folder)
     # A store that was renamed, or whose manifest was exchanged, holds another text than the one asked for.
     other = [key for key, value in settings.items() if corpus.manifest.get(key) != value]
@@ -270,9 +332,146 @@ def open_corpus(
     return corpus
 
 
-def print_long_texts(files, states, max_document_bytes):
+@dataclass
+class Source:
+    """A dataset that was found, before it is read.
+
+    parts: list of ("train", "validation" or "test", generator of (source, bytes)); in place of the word None for one
+        generator whose documents are held out by their hashes.
+    states: {name of a file: its `file_state`}; empty for a hub dataset.
+    origin: where it is from, for messages.
+    """
+
+    name: str
+    subset: str | None
+    parts: list
+    states: dict
+    origin: str
+
+
+def find_source(dataset, subset, text_field, max_document_bytes, cache_dir, needs_limit):
+    """The `Source` of a dataset other than the ready-made ones; see `open_corpus`."""
+    path, split = (SAMPLE_PATH, None) if dataset == "sample" else local_path(dataset)
+    if path is None:
+        repo, subset = hub_id(dataset, subset)
+        if needs_limit:
+            raise ValueError(
+                f"{dataset} is not found here as a file or folder (looked from {shown(Path.cwd())})"
+                f"{close_names(dataset)}; if you mean the Hugging Face dataset {repo}, say how much of it"
+                " to store, because it may be terabytes: --corpus_bytes N"
+            )
+        name = f"{repo}:{subset}" if subset else repo
+        documents = read_hub(repo, subset, name, text_field)
+        return Source(name, subset, [(None, documents)], {}, f"{name} (Hugging Face hub, streamed)")
+    if subset is not None:
+        raise ValueError(f"subset is {subset!r}, but {dataset} is a local dataset; only hub datasets have subsets")
+    name = "sample" if dataset == "sample" else shown(path.resolve().name) + (f":{split}" if split else "")
+    files, found = find_files(path, cache_dir, text_field, split)
+    states = {file: file_state(where) for file, where in files.items()}
+    documents = read_files(files, text_field, max_document_bytes, states)
+    return Source(name, None, [(None, documents)], states, f"{shown(path)} ({found})")
+
+
+# ---- Ready-made datasets
+
+
+def standard_source(name, where, text_field, max_document_bytes, cache_dir, needs_limit):
+    """The `Source` of a ready-made dataset, its parts split as published.
+
+    name, where: what `standard_split` returned.
+    """
+    standard = STANDARD_SPLITS[name]
+    if standard.path is not None:
+        if where:
+            raise ValueError(f"{name} is bundled; write --dataset {name}, or name the file alone: --dataset {where}")
+        path = standard.path
+        if not path.exists():
+            raise FileNotFoundError(f"the bundled text {path} is missing; restore it with: git checkout {path}")
+    else:
+        path = standard_file(name, where)
+    if path is None:
+        repo, subset = hub_id(where, None)
+        source_name = f"{repo}:{subset}" if subset else repo
+        origin = f"{source_name} (Hugging Face hub, streamed)"
+        states = {}
+
+        def read():
+            records = hub_records(repo, subset, source_name, all_splits=True)
+            documents = hub_documents(records, text_field, source_name)
+            return b"".join(document for _, document in documents)
+    else:
+        origin = shown(path)
+        states = {shown(path.name): file_state(path)}
+
+        def read():
+            return read_whole(path, states, standard.total_bytes)
+
+    # All parts are of one text, which is read once.
+    kept = []
+
+    def documents_of(part):
+        if not kept:
+            kept.append(read())
+            if len(kept[0]) != standard.total_bytes:
+                size = "more" if len(kept[0]) > standard.total_bytes else f"{len(kept[0]):,}"
+                raise ValueError(
+                    f"{origin} is not {name}: it has {size} bytes, and {name} has exactly {standard.total_bytes:,}; "
+                    f"get the original{' from ' + standard.where if standard.where else ''}"
+                )
+        text = standard.part(part, kept[0])
+        for document in [text] if standard.is_whole else cut_text(io.BytesIO(text), max_document_bytes):
+            yield name, document
+
+    parts = [(part, documents_of(part)) for part in standard.sizes]
+    return Source(name, None, parts, states, origin)
+
+
+def standard_file(name, where):
+    """The path of a ready-made dataset's file; None if `where` has the form of a hub id."""
+    if not where:
+        # As the original is called when it is downloaded and when it is unpacked.
+        here = [Path(name), Path(f"{name}.zip")]
+        for path in here:
+            if path.is_file():
+                return path
+        raise FileNotFoundError(
+            f"{name} is not bundled, and there is no file {name} in {shown(Path.cwd())}; download "
+            f"{STANDARD_SPLITS[name].where} and pass --dataset {name}=FILE, or a Hugging Face id: {name}=OWNER/NAME"
+        )
+    path = Path(where).expanduser()
+    if path.is_file():
+        return path
+    if path.exists():
+        raise ValueError(f"cannot read {name} from {shown(path)}: it is no file; pass --dataset {name}=FILE")
+    # It is a hub id or a path that is not there, which ends with an error.
+    local_path(where)
+    return None
+
+
+def read_whole(path, states, limit):
+    """The bytes of a file, plain or compressed, up to one more than `limit`. Errors are those of `read_files`."""
+
+    def read(name, path, text_field, max_document_bytes):
+        with open_plain(path) as stream:
+            yield name, stream.read(limit + 1)
+
+    ((_, content),) = read_files({shown(path.name): path}, None, None, states, read)
+    return content
+
+
+def open_plain(path):
+    """The decompressed bytes of a file as a stream, also of a .zip with one file in it."""
+    if path.suffix.lower() != ".zip":
+        return open_stream(path)
+    archive = zipfile.ZipFile(path)
+    if len(archive.namelist()) != 1:
+        raise zipfile.BadZipFile(f"it holds {len(archive.namelist())} files, not one")
+    return archive.open(archive.namelist()[0])
+
+
+def print_long_texts(states, max_document_bytes):
     """Say that long text files will have parts on both sides of the split."""
-    is_long = [kind_of(name)[0] in TEXT_KINDS and states[name][0] > max_document_bytes for name in files]
+    is_long = [kind_of(name)[0] in TEXT_KINDS and state[0] > max_document_bytes for name, state in states.items()]
     if any(is_long):
         print(
             f"note: {sum(is_long):,} text files are longer than {max_document_bytes:,} bytes: each is split into"
@@ -580,17 +779,17 @@ def is_yaml_card(file):
 # ---- Reading documents from files
 
 
-def read_files(files, text_field, max_document_bytes, states):
+def read_files(files, text_field, max_document_bytes, states, read=None):
     """Yield (source, bytes) of each document of {name: path}.
 
-    Text files are not decoded, so invalid UTF-8 survives unchanged.
+    read: reads one of them; None: `read_file`. Text files are not decoded, so invalid UTF-8 survives unchanged.
     states: {name: what `file_state` said before}. The store's key stands for these states.
     Raises ValueError naming the file that cannot be read, or that has changed meanwhile.
     """
     for name, path in files.items():
         try:
-            yield from read_file(name, path, text_field, max_document_bytes)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            yield from (read or read_file)(name, path, text_field, max_document_bytes)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
             # Not the file's fault: there is no room for what is decompressed.
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OSError(error.errno, f"no room in {tempfile.gettempdir()} (or set TMPDIR)") from error
@@ -823,12 +1022,17 @@ def missing_field(text_field, place, fields):
 
 def read_hub(repo, subset, name, text_field):
     """Yield (source, bytes) of each document in a Hugging Face dataset's train split."""
-    for number, record in enumerate(hub_records(repo, subset, name), 1):
+    yield from hub_documents(hub_records(repo, subset, name), text_field, name)
+
+
+def hub_documents(records, text_field, name):
+    """Yield (source, bytes) of each record that holds a text."""
+    for number, record in enumerate(records, 1):
         yield from record_document(record, text_field, f"{name} record {number}", name)
 
 
-def hub_records(repo, subset, name):
-    """Stream records from the hub.
+def hub_records(repo, subset, name, all_splits=False):
+    """Stream the records of the train split from the hub; with all_splits those of train, validation and test.
 
     Whatever goes wrong there becomes a ValueError or a ConnectionError that says what to do.
     """
@@ -836,7 +1040,12 @@ def hub_records(repo, subset, name):
         import datasets
 
         check_hub_answers()
-        yield from datasets.load_dataset(repo, subset, split="train", streaming=True)
+        splits = ["train"]
+        if all_splits:
+            there = datasets.get_dataset_split_names(repo, subset)
+            splits = [split for split in SPLITS if split in there]
+        for split in splits:
+            yield from datasets.load_dataset(repo, subset, split=split, streaming=True)
     # For wrong names, missing access and no network, the library raises a dozen types.
     except Exception as error:
         kind = ConnectionError if isinstance(error, (ConnectionError, TimeoutError)) else ValueError
@@ -866,10 +1075,10 @@ def check_hub_answers():
 # ---- The store
 
 
-def build_store(folder, documents, settings, origin):
+def build_store(folder, parts, settings, origin):
     """Write a store under a temporary name, then rename it.
 
-    So an interrupted build is never taken for a store. documents: generator of (source, bytes).
+    So an interrupted build is never taken for a store. parts: as in `Source`.
     origin: where they are from, for messages.
     """
     remove_leftovers(folder.parent)
@@ -878,8 +1087,10 @@ def build_store(folder, documents, settings, origin):
     partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        with contextlib.closing(documents):
-            manifest = write_store(partial, documents, settings, origin)
+        with contextlib.ExitStack() as stack:
+            for _, documents in parts:
+                stack.enter_context(contextlib.closing(documents))
+            manifest = write_store(partial, parts, settings, origin)
         try:
             partial.rename(folder)
         except OSError:
@@ -921,11 +1132,11 @@ def remove_leftovers(cache_dir):
             print(f"removed {partial}, the leftover of an interrupted build")
 
 
-def write_store(folder, documents, settings, origin):
+def write_store(folder, parts, settings, origin):
     """Write documents into an existing empty folder and return the manifest.
 
-    documents: iterator of (source, bytes). Stops before the document that would exceed a limit in
-    `settings`. Raises ValueError if that is the first one, or if there are no documents.
+    parts: as in `Source`. Each stops before the document that would exceed a limit in `settings`.
+    Raises ValueError if that is the first one, or if there are no documents.
     """
     max_bytes = settings["max_bytes"]
     # Arrays, because a list of numbers takes several times the memory: int64, uint64 and uint16.
@@ -934,51 +1145,81 @@ def write_store(folder, documents, settings, origin):
     source_ids = array("H")
     id_of_source = {}
     digest = hashlib.sha256()
-    document = b""
-    bar = tqdm(total=max_bytes, unit="B", unit_scale=True, disable=None, leave=False)
+    # {part: its documents}
+    counts = {}
+    total = None if max_bytes is None else max_bytes * len(parts)
+    bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
     with bar, open(folder / "bytes.bin", "wb", buffering=BUFFER_BYTES) as store:
-        for source, document in documents:
-            total_bytes = offsets[-1] + len(document)
-            if max_bytes is not None and total_bytes > max_bytes:
-                break
-            store.write(document)
-            add_to_hash(digest, document)
-            offsets.append(total_bytes)
-            split_hashes.append(_split_hash(document))
-            # Some datasets put each document's address there; the last id takes all that are too many.
-            if source not in id_of_source and len(id_of_source) >= SOURCE_LIMIT - 1:
-                source = "(other)"
-            source_ids.append(id_of_source.setdefault(source, len(id_of_source)))
-            bar.update(len(document))
-            # Stop here and not at the next document, which the hub would have to send first.
-            if total_bytes == max_bytes or len(split_hashes) == settings["max_documents"]:
-                break
-    if not split_hashes:
-        if document:
-            size = len(document)
-            cause = f"the first has {size:,} bytes, above the limit of {max_bytes:,} (--corpus_bytes); raise it"
-        else:
-            cause = "it holds no text"
-        raise ValueError(f"no documents from {origin}: {cause}")
+        for part, documents in parts:
+            first = len(split_hashes)
+            begin = offsets[-1]
+            document = b""
+            for source, document in documents:
+                total_bytes = offsets[-1] + len(document)
+                if max_bytes is not None and total_bytes - begin > max_bytes:
+                    break
+                store.write(document)
+                add_to_hash(digest, document)
+                offsets.append(total_bytes)
+                split_hashes.append(_split_hash(document))
+                # Some datasets put each document's address there; the last id takes all that are too many.
+                if source not in id_of_source and len(id_of_source) >= SOURCE_LIMIT - 1:
+                    source = "(other)"
+                source_ids.append(id_of_source.setdefault(source, len(id_of_source)))
+                bar.update(len(document))
+                # Stop here and not at the next document, which the hub would have to send first.
+                n_documents = len(split_hashes) - first
+                if total_bytes - begin == max_bytes or n_documents == settings["max_documents"]:
+                    break
+            counts[part] = len(split_hashes) - first
+            if not counts[part]:
+                raise no_documents(part, origin, document, max_bytes)
 
-    is_validation = split_off(np.frombuffer(split_hashes, np.uint64), settings["val_fraction"])
+    split_hashes = np.frombuffer(split_hashes, np.uint64)
+    lengths = np.diff(offsets)
+    named = {}
+    if None in counts:
+        is_validation = split_off(split_hashes, settings["val_fraction"])
+        is_test = np.zeros_like(is_validation)
+    else:
+        # Indices into SPLITS.
+        part_of_document = np.repeat(np.array([SPLITS.index(part) for part in counts], np.uint8), list(counts.values()))
+        is_validation = part_of_document == SPLITS.index("validation")
+        is_test = part_of_document == SPLITS.index("test")
+        is_equal = is_validation & np.isin(split_hashes, split_hashes[part_of_document == SPLITS.index("train")])
+        named = dict(parts=counts, equal_documents=int(is_equal.sum()), equal_bytes=int(lengths[is_equal].sum()))
+        add_parts_to_hash(digest, counts)
     np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
     np.save(folder / "is_validation.npy", is_validation)
     np.save(folder / "source_ids.npy", np.frombuffer(source_ids, np.uint16))
-    validation_documents = int(is_validation.sum())
-    validation_bytes = int(np.diff(offsets)[is_validation].sum())
+    is_train = ~is_validation & ~is_test
     manifest = settings | dict(
         documents=len(is_validation),
         bytes=offsets[-1],
-        train_documents=len(is_validation) - validation_documents,
-        train_bytes=offsets[-1] - validation_bytes,
-        validation_documents=validation_documents,
-        validation_bytes=validation_bytes,
+        train_documents=int(is_train.sum()),
+        train_bytes=int(lengths[is_train].sum()),
+        validation_documents=int(is_validation.sum()),
+        validation_bytes=int(lengths[is_validation].sum()),
         sources=list(id_of_source),
         sha256=digest.hexdigest(),
         file_bytes={name: os.stat(folder / name).st_size for name in STORE_FILES},
     )
-    return write_manifest(folder, manifest)
+    return write_manifest(folder, manifest | named)
+
+
+def no_documents(part, origin, document, max_bytes):
+    """The error of a part without documents. document: the first one, b"" if there is none."""
+    if document:
+        cause = f"the first has {len(document):,} bytes, above the limit of {max_bytes:,} (--corpus_bytes); raise it"
+    else:
+        cause = "it holds no text"
+    of_part = "" if part is None else f" for {'training' if part == 'train' else part}"
+    return ValueError(f"no documents{of_part} from {origin}: {cause}")
+
+
+def add_parts_to_hash(digest, counts):
+    """Add the parts of a named split, {part: documents}: the same text split elsewhere is another corpus."""
+    add_to_hash(digest, json.dumps(counts).encode())
 
 
 def _split_hash(document):
@@ -1111,6 +1352,8 @@ def _check_documents(folder, manifest):
     with open(folder / "bytes.bin", "rb", buffering=BUFFER_BYTES) as file:
         for length in lengths.tolist():
             add_to_hash(digest, file.read(length))
+    if "parts" in manifest:
+        add_parts_to_hash(digest, manifest["parts"])
     if digest.hexdigest() != manifest["sha256"]:
         raise damaged(folder, "bytes.bin was changed: its sha256 is not the one in manifest.json")
 

@@ -363,16 +363,17 @@ def check_files(folder, manifest, full_check=False):
             write_sealed(folder / "manifest.json", manifest)
 
 
-def open_entropies(cache_dir, corpus, model_record, entropy_model_path, dataset=None):
+def open_entropies(cache_dir, corpus, model_record, entropy_model_path, dataset=None, val_dataset=None):
     """Open the cached entropies of this corpus by this model.
 
-    dataset: as the user named it, for the command in the message.
+    dataset, val_dataset: as the user named them, for the command in the message.
     Raises FileNotFoundError that says what the folder holds instead and what to run, or ValueError
     if the cache is damaged or outdated.
     """
     dataset = corpus.manifest["dataset"] if dataset is None else dataset
-    flags = {"dataset": dataset, "entropy_model_path": entropy_model_path, "cache_dir": cache_dir}
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+    flags = {"dataset": dataset, "val_dataset": val_dataset}
+    flags |= {"entropy_model_path": entropy_model_path, "cache_dir": cache_dir}
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
     advice = "run: python create_patches.py " + " ".join(words)
     folder = cache_folder(cache_dir, corpus, model_record)
     if folder.exists():

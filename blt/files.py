@@ -209,7 +209,7 @@ def add_to_hash(digest, document):
 
 
 def hash_of_documents(documents):
-    """sha256 (hex) of a list of documents. For all documents of a store it equals `Corpus.hash`."""
+    """sha256 (hex) of a list of documents. For all documents of a store with no named split it equals `Corpus.hash`."""
     digest = hashlib.sha256()
     for document in documents:
         add_to_hash(digest, np.ascontiguousarray(document))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from blt import ppmd
 from blt.device import autocast
 from blt.ids import BYTES
 from blt.layers import without_zeros
@@ -250,10 +251,60 @@ def compressors_bpb(documents):
     return {name: 8 * len(data) / len(raw) for name, data in compressed.items()}
 
 
-def result_line(result, validation):
-    """One line: bits per byte of the best weights beside those of compressors on the same documents."""
-    others = ", ".join(f"{name} {bpb:.3f}" for name, bpb in compressors_bpb(validation).items())
+def ppmd_after_training(corpus, train, documents, alone=0):
+    """What PPMd pays for documents after it has read a run's training text: the dict of `ppmd.ppmd_bpb`, or None.
+
+    train: numbers of the training documents in the `Corpus`, in the order of the run. Of a long text only the end is
+        read; the dict says how much: "primed_bytes" of "training_bytes".
+    documents: uint8 arrays. alone: as in `ppmd.ppmd_bpb`.
+    None: the package pyppmd is not installed.
+    """
+    if not ppmd.is_installed():
+        return None
+    lengths = np.diff(corpus.offsets)[train]
+    ends = lengths.cumsum()
+    training_bytes = int(ends[-1])
+    left_out = max(0, training_bytes - ppmd.PRIMING_BYTES)
+    # The first document that is not left out as a whole, and from which of its bytes on it is read.
+    first = int(np.searchsorted(ends, left_out, side="right"))
+    begin = left_out - int(ends[first] - lengths[first])
+    training = [corpus.document(train[first])[begin:].tobytes()]
+    training += [corpus.document(number).tobytes() for number in train[first + 1 :]]
+    facts = ppmd.ppmd_bpb(training, [document.tobytes() for document in documents], alone)
+    return facts | {"primed_bytes": training_bytes - left_out, "training_bytes": training_bytes}
+
+
+def ppmd_cell(facts, digits=3):
+    """The label and the number of PPMd as text: "PPMd order 12, 256 MB, after the same training text 1.894".
+
+    facts: what `ppmd_after_training` returned.
+    """
+    if facts is None:
+        return f"PPMd: {ppmd.INSTALL}"
+    return f"{ppmd.label(facts)} {facts['bpb']:.{digits}f}"
+
+
+def baselines(corpus, train, documents):
+    """What compressors make of held-out documents, for the record of a run.
+
+    Returns {"untrained": {name: bits per byte} of compressors that have read no training text, "ppmd": what
+    `ppmd_after_training` returns}.
+    """
+    return {"untrained": compressors_bpb(documents), "ppmd": ppmd_after_training(corpus, train, documents)}
+
+
+def baselines_line(found):
+    """`baselines` as text: PPMd, which has read the training text, and those that have not."""
+    untrained = ", ".join(f"{name} {bpb:.3f}" for name, bpb in found["untrained"].items())
+    return f"{ppmd_cell(found['ppmd'])}; untrained: {untrained}"
+
+
+def result_line(result):
+    """One line: bits per byte of the best weights beside those of compressors on the same documents.
+
+    result: what `loop.fit` returned, with "baselines".
+    """
     return (
         f"val {result['val_bpb']:.4f} bpb over {result['val_bytes']:,} bytes of held-out text "
-        f"(accuracy {result['val_accuracy']:.1%}); the same bytes by {others}"
+        f"(accuracy {result['val_accuracy']:.1%}); the same bytes by {baselines_line(result['baselines'])}"
     )

@@ -14,8 +14,12 @@ from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
 from blt.locks import claim_folder
 from blt.loop import check_tensorboard, training_curves
-from blt.metric import result_line
+from blt.metric import baselines, result_line
+from blt.ppmd import PRIMING_BYTES
 from blt.records import save_model
+
+# From this many bytes of training text on, PPMd takes so long that the user is told.
+SLOW_BYTES = 10_000_000
 
 
 @contextmanager
@@ -66,8 +70,10 @@ def start_run(config):
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
-    # Documents are held out by their hash before anything else is done with them.
+    # The validation text is split off before anything else is done with the documents.
     corpus = config.corpus()
+    for line in corpus.notes(config.max_bytes, config.val_bytes):
+        print(line)
     train = corpus.documents("train", config.max_bytes)
     validation = [corpus.document(number) for number in corpus.documents("validation", config.val_bytes)]
     return Run(device, precision, corpus, train, validation)
@@ -81,12 +87,13 @@ def print_model(name, parts, config, train_bytes):
     print(f"training text {train_bytes:,} bytes, {trained_bytes / train_bytes:.2f} epochs")
 
 
-def finish_run(model, record, result, validation, run_dir, weights_path, record_path, bytes_per_id=1.0):
+def finish_run(model, record, result, run, run_dir, weights_path, record_path, bytes_per_id=1.0):
     """Save the best weights with their record, draw the curves, and print the result beside compressors.
 
     model: with its best weights.
     record: its `RunRecord`.
-    result: what `loop.fit` returned.
+    result: what `loop.fit` returned; gets "baselines", which later tables read from the record.
+    run: the `Run`, whose training text PPMd reads before the validation text.
     run_dir: where metrics.jsonl is.
     bytes_per_id: mean bytes of an id, for the curves of a BPE model.
     """
@@ -95,7 +102,13 @@ def finish_run(model, record, result, validation, run_dir, weights_path, record_
     save_model(model, weights_path, record, record_path)
     training_curves(Path(run_dir) / "curves.png", run_dir, bytes_per_id)
     print(f"trained {result['train_seconds']:.0f} s at {result['bytes_per_second'] / 1e3:.1f} kB/s")
-    print(result_line(result, validation))
+    # Last, because PPMd takes up to two minutes for a long text: a run that is stopped now has lost nothing else.
+    read_bytes = min(int(np.diff(run.corpus.offsets)[run.train].sum()), PRIMING_BYTES)
+    if read_bytes > SLOW_BYTES:
+        print(f"PPMd reads {read_bytes:,} bytes of training text for the next line: about {read_bytes // 10**6} s")
+    result["baselines"] = baselines(run.corpus, run.train, run.validation)
+    record.save(record_path)
+    print(result_line(result))
     print(f"wrote {weights_path}, {record_path}, {run_dir}/curves.png, {run_dir}/metrics.jsonl")
 
 

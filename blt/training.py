@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from blt.checks import check
+from blt.commands import command
 from blt.entropies import training_starts
 from blt.files import load_weights
 from blt.ids import to_bytes
@@ -93,12 +94,14 @@ class PatchedDataset:
         train = corpus.documents("train", config.max_bytes)
         numbers = corpus.documents("validation", config.val_bytes)
         if cache is not None and not cache.covers(train, numbers):
-            limits = {"max_bytes": config.max_bytes, "val_bytes": config.val_bytes}
-            flags = " ".join(f"--{name} {value}" for name, value in limits.items() if value)
+            shared = ("dataset", "val_dataset", "max_bytes", "val_bytes")
+            flags = {name: getattr(config, name) for name in shared if getattr(config, name)}
+            if config.dataset == "sample":
+                del flags["dataset"]
             raise ValueError(
                 f"{cache.folder} covers {len(cache.train):,} training and {len(cache.validation):,} validation "
                 f"documents, but {len(train):,} and {len(numbers):,} are wanted; "
-                f"run: python create_patches.py {flags}, or lower max_bytes"
+                f"run: {command('create_patches.py', **flags)}, or lower max_bytes"
             )
         # One vectorised pass over the cached entropies; the entropy model does not run.
         is_start = training_starts(corpus, train, patcher.config, cache)

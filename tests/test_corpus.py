@@ -532,8 +532,8 @@ def test_documents_of_a_split(tmp_path, opened):
             first_three = corpus.documents(split, max_bytes=max_bytes, max_documents=3)
             assert first_three.tolist() == expected[:3]
     assert 60 <= len(corpus.documents("validation")) <= 120
-    with pytest.raises(ValueError, match="split is 'test'; it must be"):
-        corpus.documents("test")
+    with pytest.raises(ValueError, match="split is 'some'; it must be"):
+        corpus.documents("some")
     with pytest.raises(ValueError, match="max_bytes is 0"):
         corpus.documents("all", max_bytes=0)
     with pytest.raises(IndexError, match="documents 0 to 299"):

@@ -504,7 +504,7 @@ def test_errors_say_what_to_do(folder, monkeypatch, settings, words):
         ("samples", -1),
         ("resamples", 1),
         ("temperature", -0.1),
-        ("split", "test"),
+        ("split", "some"),
         ("group_by", "language"),
         ("max_sources", 0),
     ],

@@ -11,7 +11,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGE = sorted(path.stem for path in (ROOT / "blt").glob("*.py") if path.stem != "__init__")
 # A module imports only modules of a lower level. docs/design.md shows the same table.
 LEVELS = [
-    {"checks", "commands", "device", "files", "ids", "locks", "plain_blt"},
+    {"checks", "commands", "device", "files", "ids", "locks", "plain_blt", "ppmd", "splits"},
     {"checkpoints", "config", "kernels", "loss_watch", "ngrams", "patch_rules", "records"},
     {"attention", "corpus", "optimizers", "pictures", "segments"},
     {"layers", "rows"},
