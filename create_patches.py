@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_packages, check_positive
 from blt.config import BY_PRESET, SIZE_NAMES, Presets, next_command, print_header, run_script
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
@@ -137,6 +137,7 @@ def sizes_of_patches(patcher, corpus, train, cache):
 
 
 def main(config):
+    check_packages("matplotlib", *(["tokenizers"] if config.method == "bpe" else []))
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)

@@ -26,7 +26,7 @@ import torch.nn as nn
 
 from blt.attention import AttentionPlan
 from blt.checkpoints import has_checkpoint
-from blt.checks import check, check_positive
+from blt.checks import check, check_packages, check_positive
 from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights, write_atomically
@@ -300,6 +300,8 @@ def load_template(folder, device="cpu"):
 
 
 def main(config):
+    if config.model == "bpe":
+        check_packages("tokenizers")
     with claim_output(config, config.output):
         train(config)
 

@@ -38,11 +38,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_packages, check_positive
 from blt.config import apply_presets
 from blt.files import add_to_hash, write_atomically
+from blt.progress import progress_bar
 
 
 @dataclass
@@ -832,6 +832,7 @@ def hub_records(repo, subset, name):
 
     Whatever goes wrong there becomes a ValueError or a ConnectionError that says what to do.
     """
+    check_packages("datasets")
     try:
         import datasets
 
@@ -935,8 +936,7 @@ def write_store(folder, documents, settings, origin):
     id_of_source = {}
     digest = hashlib.sha256()
     document = b""
-    bar = tqdm(total=max_bytes, unit="B", unit_scale=True, disable=None, leave=False)
-    with bar, open(folder / "bytes.bin", "wb", buffering=BUFFER_BYTES) as store:
+    with progress_bar(max_bytes, leave=False) as bar, open(folder / "bytes.bin", "wb", buffering=BUFFER_BYTES) as store:
         for source, document in documents:
             total_bytes = offsets[-1] + len(document)
             if max_bytes is not None and total_bytes > max_bytes:

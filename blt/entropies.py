@@ -21,13 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from blt.device import autocast, detect_machine
 from blt.files import write_atomically
 from blt.ids import to_bytes
 from blt.patch_rules import PatchConfig, patch_starts
+from blt.progress import progress_bar
 from blt.rows import BitArray, DocumentStream
 
 # Positions that are patched at once: tens of megabytes in memory.
@@ -506,6 +505,9 @@ def existing_cache(folder, corpus, model_record, train, validation, precision, f
 @contextlib.contextmanager
 def lock_of(folder):
     """Let only one process make this cache. The system lifts the lock of a process that ends, however it ends."""
+    # Here, so that --help does without the package; `run_script` names it where it is missing.
+    from filelock import FileLock, Timeout
+
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -546,7 +548,7 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
         print(f"entropies: going on with {partial}, {before:,} of {total:,} numbers are there")
     began = time.perf_counter()
     try:
-        with sigterm_raises(), progress_bar(total, before) as progress:
+        with sigterm_raises(), progress_bar(total, "entropies", initial=before) as progress:
             stream_entropies(
                 model,
                 stream,
@@ -598,11 +600,6 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
         shutil.rmtree(leftover, ignore_errors=True)
     speed = (total - before) / seconds / 1e3
     print(f"entropies: {total:,} numbers in {seconds:.1f} s ({speed:.0f} kB/s) -> {folder}")
-
-
-def progress_bar(total, initial):
-    """A tqdm bar over the positions of a pass."""
-    return tqdm(total=total, initial=initial, unit="B", unit_scale=True, desc="entropies", disable=None)
 
 
 def file_facts(path):

@@ -1,6 +1,5 @@
 """The beginning and the end that all training scripts have in common."""
 
-import importlib.util
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from blt.checkpoints import check_resumable
+from blt.checks import check_packages
 from blt.config import given_fields, print_header
 from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
@@ -37,8 +37,8 @@ def claim_output(config, folder, *files):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file as --output, such as {path / 'model.pth'}")
     check_resumable(folder, config, *files)
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs a package: pip install tensorboard")
+    # For the curves and for zstd beside the result, both at the end of the run.
+    check_packages("matplotlib", "pyarrow", *(["tensorboard"] if config.tensorboard else []))
     # Made now, so that a folder that cannot be made ends the run before its work.
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,10 @@ restore it exactly.
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from blt.files import write_atomically
 from blt.ids import Vocabulary
+from blt.progress import progress_bar
 
 # What a token may span: letters (bytes from 0x80 count as letters: they are the parts of UTF-8
 # characters), up to three digits, or punctuation, each with one space before it; or a run of white
@@ -91,8 +91,7 @@ class BPEVocabulary(Vocabulary):
         documents = list(documents)
         total_bytes = sum(len(document) for document in documents)
         encoded = []
-        bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokens", disable=None, leave=False)
-        with bar:
+        with progress_bar(total_bytes, "tokens", leave=False) as bar:
             # In blocks, so that the strings and the tokenizer's results of the whole corpus are
             # never in memory at once.
             for block in _blocks(documents, block_bytes):

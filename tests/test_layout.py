@@ -11,7 +11,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGE = sorted(path.stem for path in (ROOT / "blt").glob("*.py") if path.stem != "__init__")
 # A module imports only modules of a lower level. docs/design.md shows the same table.
 LEVELS = [
-    {"checks", "commands", "device", "files", "ids", "plain_blt"},
+    {"checks", "commands", "device", "files", "ids", "plain_blt", "progress"},
     {"checkpoints", "config", "kernels", "patch_rules", "records"},
     {"attention", "corpus", "optimizers", "pictures", "segments"},
     {"layers", "rows"},
