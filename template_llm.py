@@ -292,7 +292,11 @@ def load_template(folder, device="cpu"):
     def make():
         if record.kind == "flat":
             return FlatByteTransformer(record.config(FlatConfig))
-        vocabulary = BPEVocabulary(read_tokenizer(folder, f"run: {retrain}"), record.bytes_per_token)
+        tokenizer = read_tokenizer(folder, f"run: {retrain}")
+        # Other tokens would give a number without a sign that it is wrong. Earlier records have no hash.
+        if record.corpus.get("tokenizer_sha256") not in (None, hash_of_tokenizer(tokenizer)):
+            raise ValueError(f"{folder}/tokenizer.json is not the one of this model; restore it, or run: {retrain}")
+        vocabulary = BPEVocabulary(tokenizer, record.bytes_per_token)
         return BPETransformer(record.config(BPEConfig), vocabulary)
 
     model = load_model(make, folder / "best.pt", record, retrain)
@@ -302,6 +306,9 @@ def load_template(folder, device="cpu"):
 def main(config):
     if config.model == "bpe":
         check_packages("tokenizers")
+        tokenizer, record = (Path(config.output) / name for name in ("tokenizer.json", "model.json"))
+        if tokenizer.exists() and not record.exists():
+            raise ValueError(f"{tokenizer} is of no model of this script, and would be replaced; give another --output")
     with claim_output(config, config.output):
         train(config)
 
@@ -327,11 +334,12 @@ def train(config):
     model = model.to(run.device)
     print_model(config.model, model.parameters_by_part(), config, train_bytes)
 
+    tokenizer_sha256 = None if tokenizer is None else hash_of_tokenizer(tokenizer)
     record = RunRecord(
         kind=config.model,
         model_config=asdict(model_config),
         settings=asdict(config),
-        corpus={"dataset": config.dataset, "sha256": run.corpus.hash},
+        corpus={"dataset": config.dataset, "sha256": run.corpus.hash, "tokenizer_sha256": tokenizer_sha256},
         bytes_per_token=vocabulary.bytes_per_id if config.model == "bpe" else None,
     )
     output = Path(config.output)
@@ -348,7 +356,7 @@ def train(config):
         "kind": record.kind,
         **record.model_config,
         "corpus_sha256": run.corpus.hash,
-        "tokenizer_sha256": None if tokenizer is None else hash_of_tokenizer(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256,
     }
     result = train_template(model, stream, run.validation, config, depends_on, begin)
     paths = (output, output / "best.pt", output / "model.json")

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import threading
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blt.commands import command
 from blt.device import autocast, detect_machine
 from blt.files import write_atomically
 from blt.ids import to_bytes
@@ -404,17 +404,18 @@ def check_files(folder, manifest, full_check=False):
             write_sealed(folder / "manifest.json", manifest)
 
 
-def open_entropies(cache_dir, corpus, model_record, entropy_model_path, dataset=None):
+def open_entropies(cache_dir, corpus, model_record, entropy_model_path, dataset=None, advice=None):
     """Open the cached entropies of this corpus by this model.
 
-    dataset: as the user named it, for the command in the message.
+    dataset: as the user named it, for the message.
+    advice: what a message tells the user to do; None: the command that fills the cache.
     Raises FileNotFoundError that says what the folder holds instead and what to run, or ValueError
     if the cache is damaged or outdated.
     """
     dataset = corpus.manifest["dataset"] if dataset is None else dataset
-    flags = {"dataset": dataset, "entropy_model_path": entropy_model_path, "cache_dir": cache_dir}
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
-    advice = "run: python create_patches.py " + " ".join(words)
+    if advice is None:
+        flags = {"dataset": dataset, "entropy_model_path": entropy_model_path, "cache_dir": cache_dir}
+        advice = "run: " + command("create_patches.py", **flags)
     folder = cache_folder(cache_dir, corpus, model_record)
     if folder.exists():
         try:
@@ -720,7 +721,7 @@ class UnfinishedPass:
             if not np.isfinite(new).all():
                 raise ValueError(
                     "the entropy model gives entropies that are not finite; "
-                    "pass --precision fp32, or train it again: python entropy_llm.py"
+                    f"pass --precision fp32, or train it again: {command('entropy_llm.py')}"
                 )
             checksums.append(zlib.crc32(new, checksum))
         self.saved = (self.n_done, checksums)
@@ -776,16 +777,18 @@ def write_patches(path, patch_config, facts):
     write_sealed(path, {"format": FORMAT, "patch_config": patch_config} | facts)
 
 
-def read_patches(path, corpus, entropy_record, advice="run: python create_patches.py"):
+def read_patches(path, corpus, entropy_record, advice=None):
     """The `PatchConfig` in patches.json, checked.
 
     corpus: the `Corpus` in use. entropy_record: the `RunRecord` of the entropy model in use. None of
     either: it is not compared. A rule that needs no entropies is about neither.
-    advice: what a message tells the user to do.
+    advice: what a message tells the user to do; None: the command that writes it.
     Raises FileNotFoundError if there is none, ValueError if it is damaged, outdated, or about another
     corpus or entropy model.
     """
     path = Path(path)
+    if advice is None:
+        advice = "run: " + command("create_patches.py", cache_dir=path.parent)
     if not path.exists():
         raise FileNotFoundError(f"{path} not found; {advice}")
     try:

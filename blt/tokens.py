@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blt.commands import command
 from blt.files import write_atomically
 from blt.ids import Vocabulary
 from blt.progress import progress_bar
@@ -38,14 +39,19 @@ def train_tokenizer(documents, vocab_size, path):
 
 
 def load_tokenizer(path):
-    """Read a tokenizer that `train_tokenizer` wrote. Raises FileNotFoundError if there is none."""
+    """Read a tokenizer that `train_tokenizer` wrote. Raises FileNotFoundError or ValueError for one that is no such."""
+    folder = {} if path is None else {"cache_dir": Path(path).parent}
     if path is None or not Path(path).exists():
-        raise FileNotFoundError(
-            f"method 'bpe' needs a tokenizer, and {path} is none; run: python create_patches.py --method bpe"
-        )
+        make = command("create_patches.py", method="bpe", **folder)
+        raise FileNotFoundError(f"method 'bpe' needs a tokenizer, and {path} is none; run: {make}")
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    # The library raises Exception itself, for whatever is wrong with a file.
+    except Exception as error:
+        raise ValueError(f"{path} is no tokenizer ({error}); restore the file, or train again") from None
+    return tokenizer
 
 
 def bpe_starts(tokenizer, document):
