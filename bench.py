@@ -56,7 +56,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_output, check_packages, check_positive, check_written_by
 from blt.config import field_comments, print_header, print_table, run_script
 from blt.corpus import open_corpus
 from blt.device import autocast, choose_device, choose_precision, set_seed, synchronize, threads_for
@@ -1351,15 +1351,28 @@ def run_scaling(job, out, config, peak):
     for what, slope in out["scaling"]["slopes"].items():
         text = "not defined here" if slope is None else f"{slope:.2f} (1 is linear)"
         print(f"slope of log {what} by log row length: {text}")
-    output = Path(config.output)
-    picture = output.with_name(output.stem + "_scaling.png")
+    picture = scaling_picture(config)
     draw_scaling(picture, out["scaling"], job.name)
-    write_json(output, out)
+    write_json(config.output, out)
     return str(picture)
+
+
+def scaling_picture(config):
+    """Where the picture of --scaling goes: bench_scaling.png beside bench.json."""
+    output = Path(config.output)
+    return output.with_name(output.stem + "_scaling.png")
 
 
 def main(config):
     """Measure what the config asks for, print it and write it."""
+    # What is needed last is checked first.
+    packages = ["transformers", "safetensors", "tokenizers"] if "transformers" in config.against else []
+    check_packages(*packages, *(["matplotlib"] if config.scaling else []))
+    read = [name for name in config.models if name.endswith(".json")]
+    check_output(config.output, reads=read)
+    check_written_by(config.output, "bench.py")
+    if config.scaling:
+        check_output(scaling_picture(config), reads=read)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     default_names = ["llm"] if device.type == "cpu" else ["llm", "llm_large"]

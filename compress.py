@@ -39,7 +39,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from blt.checks import check, check_output, check_packages, check_positive
 from blt.commands import command
@@ -49,6 +48,7 @@ from blt.files import model_hash, write_atomically
 from blt.ids import BOUNDARY
 from blt.incremental import IncrementalBLT
 from blt.metric import bits_per_byte
+from blt.progress import progress_bar
 from save_entropy_model import load_blt
 
 try:
@@ -400,10 +400,6 @@ def read_start(path):
 
 def write_file(path, data):
     write_atomically(path, lambda temporary: Path(temporary).write_bytes(data))
-
-
-def progress_bar(n_bytes, what):
-    return tqdm(total=n_bytes, unit="B", unit_scale=True, desc=what, disable=None, dynamic_ncols=True)
 
 
 def load_model(config):

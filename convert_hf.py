@@ -56,13 +56,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-# transformers imports its modules on first use. Its classes are therefore written as attributes below:
-# `from transformers import BltForCausalLM` would load the model code here and slow --help down.
-import transformers
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-from blt.checks import check, check_output
+from blt.checks import check, check_output, check_packages
 from blt.commands import command
 from blt.config import run_script
 from blt.files import git_commit, load_weights, model_hash, write_atomically, write_json
@@ -73,6 +67,18 @@ from blt.records import RunRecord, read_record, save_model
 from blt_model import BLTConfig, BLTModel, uninitialized
 from entropy_llm import EntropyConfig, MinimalLLM
 from save_entropy_model import entropy_model_of, load_blt, save_entropy_model
+
+try:
+    # transformers imports its modules on first use. Its classes are therefore written as attributes below:
+    # `from transformers import BltForCausalLM` would load the model code here and slow --help down.
+    import transformers
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+except ImportError:
+    # `check_packages` says what to install; --help does without them.
+    transformers = None
+
+PACKAGES = ("transformers", "safetensors", "tokenizers")
 
 
 @dataclass
@@ -244,6 +250,7 @@ def to_transformers(model, entropy_model=None, patch_config=None):
     layers (it pools again at each), methods other than global, min_patch_size, and max_patch_size
     (it splits without the next byte, so the patches of a prefix differ).
     """
+    check_packages(*PACKAGES)
     config, weights = hf_config_and_weights(model, entropy_model, patch_config)
     hf_model = _filled(transformers.BltForCausalLM(config), weights)
     hf_model.generation_config.suppress_tokens = UNKNOWN_CLASSES
@@ -571,6 +578,7 @@ def make_tokenizer():
     Special tokens are not searched for in the text: "<s>" is three bytes. A str holds valid Unicode
     only; for any bytes use `hf_inputs`.
     """
+    check_packages(*PACKAGES)
     vocabulary = {"<pad>": 0, "<s>": HF_BEGIN, "</s>": HF_END, "<delim>": 3}
     for byte in range(256):
         vocabulary[_byte_character(byte)] = byte + HF_FIRST_BYTE
@@ -612,12 +620,16 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
     twice. Raises ValueError if the model or its patch rule cannot be converted, or if output holds
     another model.
     """
+    check_packages(*PACKAGES)
     folder = Path(folder)
     output = Path(output)
     if (output / "config.json").exists() and not (output / "convert_hf.json").exists():
         raise ValueError(
             f"{output} holds a transformers model that convert_hf.py has not written; give another --output"
         )
+    # Its tokenizer.json would be replaced.
+    if any((output / name).exists() for name in ("model.json", "patches.json")):
+        raise ValueError(f"{output} holds results of other scripts; give another --output")
     record = read_record(folder, "blt")
     # The model maps the file into memory. A copy would need the weights' size again.
     try:
@@ -674,8 +686,13 @@ def write_from_transformers(source, output, dtype="keep", patches_of=None):
     weights twice. The entropy model is written in fp32. Raises ValueError if the model or its patch
     rule cannot be converted, or if output holds a trained model.
     """
+    check_packages(*PACKAGES)
     output = Path(output)
     record_file = output / "model.json"
+    files = (output / name for name in ("best.pt", "entropy_model.pth", "entropy_model.json"))
+    there = [str(file) for file in files if file.exists()]
+    if there and not record_file.exists():
+        raise ValueError(f"{' and '.join(there)} would be replaced; give another --output")
     if record_file.exists() and RunRecord.load(record_file).converted_from is None:
         raise ValueError(f"{output} holds a model that was trained there; give another --output")
     hf_model = open_hf_model(source, DTYPES[dtype] or "auto")
@@ -846,6 +863,7 @@ def print_check(folder, hf_folder):
 
 
 def main(config):
+    check_packages(*PACKAGES)
     check_output(config.output, is_folder=True, reads=[config.to_hf, config.from_hf, config.patches_of])
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_packages, check_positive
 from blt.config import BY_PRESET, SIZE_NAMES, Presets, next_command, print_header, run_script
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
@@ -137,14 +137,25 @@ def sizes_of_patches(patcher, corpus, train, cache):
     return count_sizes(np.concatenate(sizes)), len(some)
 
 
+def check_tokenizer_place(config):
+    """Raise ValueError if the tokenizer of --method bpe would replace that of a trained model."""
+    tokenizer, record = (Path(config.cache_dir) / name for name in ("tokenizer.json", "model.json"))
+    if config.method == "bpe" and tokenizer.exists() and record.exists():
+        raise ValueError(f"{tokenizer} belongs to the model in {record}; give another --cache_dir")
+
+
 def main(config):
+    check_packages("matplotlib", *(["tokenizers"] if config.method == "bpe" else []))
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
+    check_tokenizer_place(config)
+    train_entropy = next_command("entropy_llm.py", config=config, output=config.entropy_model_path)
+    # Before the corpus, whose reading may take long.
+    model, record = load_entropy_model(config.entropy_model_path, device, train_entropy)
     corpus = config.corpus()
     for line in corpus.notes(config.max_bytes, config.val_bytes):
         print(line)
-    model, record = load_entropy_model(config.entropy_model_path, device)
     train = corpus.documents("train", config.max_bytes)
     validation = corpus.documents("validation", config.val_bytes)
     cache = make_entropies(
@@ -194,6 +205,9 @@ def main(config):
     write_patches(Path(config.cache_dir) / "patches.json", asdict(patch_config), facts)
     drawn = draw_pictures(config, corpus, validation, patcher, sizes)
     print(f"wrote {config.cache_dir}/patches.json, {', '.join(drawn)}")
+    if not patch_config.rule.is_causal:
+        print(f"note: {config.method} patches look ahead: they are for comparison, and no model can be trained on them")
+        return
     # Paths that differ from what the next script takes by itself.
     named = {}
     if config.entropy_model_path != "entropy_model.pth":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blt.commands import command
 from blt.entropies import default_reading, entropy_distribution, stream_entropies
 from blt.files import hash_of_documents, model_hash, write_atomically
 from blt.ids import to_bytes
@@ -44,7 +45,8 @@ class EntropyPatcher:
             kind = type(patch_config).__name__
             raise ValueError(f"patch_config must be a PatchConfig, not {kind}; a threshold goes by name: threshold=0.6")
         if entropy_model is None and patch_config.needs_entropies:
-            raise ValueError(f"method {patch_config.method!r} needs an entropy model; train one: python entropy_llm.py")
+            train = command("entropy_llm.py")
+            raise ValueError(f"method {patch_config.method!r} needs an entropy model; train one: {train}")
         self.entropy_model = entropy_model
         self.config = patch_config
         self.precision = precision

@@ -70,10 +70,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from blt import ppmd
-from blt.checks import check, check_output, check_packages, check_positive
+from blt.checks import check, check_output, check_packages, check_positive, check_written_by
 from blt.commands import command
 from blt.config import BY_PRESET, SIZE_NAMES, Presets, print_header, print_table, run_script
 from blt.corpus import DataConfig
@@ -92,6 +91,7 @@ from blt.metric import (
     vocabulary_of,
 )
 from blt.patch_rules import patch_sizes
+from blt.progress import progress_bar
 from blt.records import NAMES, RunRecord
 from blt.rows import target_positions
 from entropy_patcher import EntropyPatcher
@@ -313,8 +313,7 @@ def measure(under_test, documents, is_start, batch_rows=8, precision="fp32"):
     costs = Costs(add_up([]), np.zeros((len(documents), len(COLUMNS))), np.zeros((64, len(COLUMNS))))
     batches = scoring_batches(model, documents, is_start, under_test.row_bytes, batch_rows)
     n_bytes = sum(len(document) for document in documents)
-    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=under_test.name, disable=None, leave=False)
-    with bar:
+    with progress_bar(n_bytes, under_test.name, leave=False) as bar:
         for batch, nats_BT, is_right_BT in score_batches(model, batches, device, precision):
             # In the order of `blt.metric.add_up`, so that the totals are its sums to the last bit.
             for name, value in add_up([(batch, nats_BT, is_right_BT)]).items():
@@ -717,7 +716,8 @@ def main(config):
     check_output(output, is_folder=True)
     for name in ("card.json", "evaluation.png"):
         check_output(output / name, reads=config.file)
-    check_packages("matplotlib")
+    check_written_by(output / "card.json", "evaluate.py")
+    check_packages("matplotlib", "pyarrow")
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)

@@ -28,7 +28,7 @@ from blt.metric import evaluate
 from blt.patch_rules import DEFAULT_PATCH_SIZE, RULES, PatchConfig, calibrate, refuse_lookahead
 from blt.records import RunRecord, read_record, record_beside
 from blt.runs import claim_output, finish_run, print_model, start_run
-from blt.training import PatchedDataset, TrainingConfig, train_blt
+from blt.training import PatchedDataset, TrainingConfig, entropy_command, patches_command, train_blt
 from blt_model import BLTConfig, BLTModel, uninitialized
 from entropy_patcher import EntropyPatcher
 from generate import generate
@@ -216,7 +216,7 @@ def open_patches(config, context, make=False, start=None):
     patch_config = chosen_patches(config, context.corpus, make, start)
     if not RULES[patch_config.method].needs_entropies:
         return EntropyPatcher(None, patch_config), None
-    model, record = load_entropy_model(config.entropy_model_path, context.device)
+    model, record = load_entropy_model(config.entropy_model_path, context.device, entropy_command(config))
     uses_start = start is not None and config.patch_method is None
     if uses_start and record.weights_sha256 != start.entropy_model_sha256:
         raise ValueError(
@@ -229,9 +229,9 @@ def open_patches(config, context, make=False, start=None):
             config.patch_cache, context.corpus, model, record, context.train, validation, context.precision
         )
     else:
-        cache = open_entropies(
-            config.patch_cache, context.corpus, record, config.entropy_model_path, config.dataset, config.val_dataset
-        )
+        paths = (config.entropy_model_path, config.dataset)
+        advice = "run: " + patches_command(config)
+        cache = open_entropies(config.patch_cache, context.corpus, record, *paths, advice)
     needs_threshold = not uses_start and config.entropy_threshold is None
     if needs_threshold and (config.patch_method is not None or make):
         target = DEFAULT_PATCH_SIZE if config.target_patch_size is None else config.target_patch_size
@@ -253,7 +253,8 @@ def chosen_patches(config, corpus, make=False, start=None):
         return PatchConfig("global", 1.0, cache_dir=config.patch_cache)
     record = record_beside(config.entropy_model_path)
     entropy_record = RunRecord.load(record) if record.exists() else None
-    patch_config = read_patches(Path(config.patch_cache) / "patches.json", corpus, entropy_record)
+    advice = "run: " + patches_command(config)
+    patch_config = read_patches(Path(config.patch_cache) / "patches.json", corpus, entropy_record, advice)
     refuse_lookahead(patch_config, "train: pass --patch_method global")
     return patch_config
 

@@ -41,13 +41,14 @@ def model_config_of(model):
     return EntropyConfig(**{name: getattr(model.config, name) for name in names})
 
 
-def load_entropy_model(path="entropy_model.pth", device="cpu"):
+def load_entropy_model(path="entropy_model.pth", device="cpu", retrain=None):
     """Read a `MinimalLLM`, in evaluation mode, and its `RunRecord`.
 
+    retrain: the command that makes it, for messages; None: that of the bundled sample.
     Raises FileNotFoundError or ValueError saying what to do.
     """
     path = Path(path)
-    retrain = command("entropy_llm.py", output=path)
+    retrain = command("entropy_llm.py", output=path) if retrain is None else retrain
     for file in (path, record_beside(path)):
         if not file.exists():
             raise FileNotFoundError(f"{file} not found; run: {retrain}")

@@ -17,9 +17,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from blt.checks import check, check_output, check_positive
+from blt.checks import check, check_output, check_packages, check_positive
 from blt.config import run_script
 from blt.device import autocast, choose_device, choose_precision
 from blt.entropies import TopPredictions, stream_predictions
@@ -27,6 +26,7 @@ from blt.ids import argument_bytes
 from blt.metric import row_logits
 from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, calibrate, causal_methods
 from blt.pictures import MAX_FIGURE_BYTES, MAX_PAGE_BYTES, draw_entropy_figure, whole_characters, write_patch_page
+from blt.progress import progress_bar
 from blt.rows import evaluation_batches
 from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_blt, load_entropy_model
@@ -151,11 +151,8 @@ def open_models(config, device):
     return blt, patcher, entropy_model, precision
 
 
-def progress_bar(total, what):
-    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
-
-
 def main(config):
+    check_packages("matplotlib")
     check_output(config.output, is_folder=True)
     for name in ("patches.html", "patches.png"):
         check_output(Path(config.output) / name, reads=[config.file])

@@ -27,7 +27,7 @@ import torch.nn as nn
 
 from blt.attention import AttentionPlan
 from blt.checkpoints import has_checkpoint
-from blt.checks import check, check_positive
+from blt.checks import check, check_packages, check_positive
 from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights, write_atomically
@@ -360,6 +360,11 @@ def load_template(folder, device="cpu"):
 
 
 def main(config):
+    if config.model == "bpe":
+        check_packages("tokenizers")
+        tokenizer, record = (Path(config.output) / name for name in ("tokenizer.json", "model.json"))
+        if tokenizer.exists() and not record.exists():
+            raise ValueError(f"{tokenizer} is of no model of this script, and would be replaced; give another --output")
     with claim_output(config, config.output):
         train(config)
 
@@ -385,13 +390,14 @@ def train(config):
     model = model.to(run.device)
     print_model(config.model, model.parameters_by_part(), config, train_bytes)
 
+    tokenizer_sha256 = None if tokenizer is None else hash_of_tokenizer(tokenizer)
     record = RunRecord(
         kind=config.model,
         model_config=asdict(model_config),
         settings=asdict(config),
         corpus=config.corpus_facts(run.corpus),
         bytes_per_token=vocabulary.bytes_per_id if config.model == "bpe" else None,
-        tokenizer_sha256=None if tokenizer is None else hash_of_tokenizer(tokenizer),
+        tokenizer_sha256=tokenizer_sha256,
     )
     output = Path(config.output)
 
@@ -407,7 +413,7 @@ def train(config):
         "kind": record.kind,
         **record.model_config,
         "corpus_sha256": run.corpus.hash,
-        "tokenizer_sha256": record.tokenizer_sha256,
+        "tokenizer_sha256": tokenizer_sha256,
     }
     result = train_template(model, stream, run.validation, config, depends_on, begin)
     paths = (output, output / "best.pt", output / "model.json")

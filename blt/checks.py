@@ -46,6 +46,18 @@ def check_output(path, is_folder=False, reads=()):
         raise ValueError(f"{path} cannot be written: no permission in {ancestor}; {advice}")
 
 
+def check_written_by(path, script, advice="give another --output"):
+    """Raise ValueError if a file is there that the script has not written."""
+    path = Path(path)
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        beginning = file.read(1 << 16)
+    # With these two the results of evaluate.py and bench.py begin.
+    if b'"command"' not in beginning or b'"commit"' not in beginning:
+        raise ValueError(f"{path} exists, and {script} has not written it; {advice}")
+
+
 def check_packages(*names):
     """Raise ValueError for packages that are not installed: called before the work that ends in using them."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]

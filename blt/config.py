@@ -33,6 +33,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from blt.checks import check_packages
 from blt.commands import command
 from blt.device import MACHINE_NAMES, detect_machine
 from blt.files import git_commit
@@ -60,6 +61,8 @@ SHARED_FIELDS = (
     *"preset dataset val_dataset text_field corpus_bytes val_fraction max_document_bytes max_bytes val_bytes".split(),
     *"data_cache device precision".split(),
 )
+# What every script needs beside torch and NumPy, which are imported above.
+NEEDED = ("tqdm", "filelock")
 
 
 @dataclass(frozen=True)
@@ -434,12 +437,16 @@ def _class_source(config_class):
 def run_script(main, config_class, description):
     """Parse the command line and run main(config). A user's mistake ends in one line and exit status 1.
 
+    A package that is missing is such a mistake too; --help does without it.
+
     Set BLT_TRACEBACK=1 to see where an error came from.
     """
     prepare_streams()
     try:
         try:
-            main(parse_config(config_class, description))
+            config = parse_config(config_class, description)
+            check_packages(*NEEDED)
+            main(config)
         finally:
             # Here and not when Python ends, so that a closed pipe is noticed below: after --help, too.
             sys.stdout.flush()
@@ -460,6 +467,14 @@ def run_script(main, config_class, description):
         if raised_by_system:
             message = f"{error.filename}: {error.strerror}; check the path and its permissions, or pass another one"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(1)
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        # A file of this project that is missing is no package to install.
+        is_ours = package == "blt" or (Path(__file__).parent.parent / f"{package}.py").exists()
+        if os.environ.get("BLT_TRACEBACK") or not package or is_ours:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}; run: pip install {package}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -39,11 +39,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_packages, check_positive
 from blt.config import apply_presets
 from blt.files import add_to_hash, write_atomically
+from blt.progress import progress_bar
 from blt.splits import STANDARD_SPLITS, standard_split
 
 
@@ -1036,6 +1036,7 @@ def hub_records(repo, subset, name, all_splits=False):
 
     Whatever goes wrong there becomes a ValueError or a ConnectionError that says what to do.
     """
+    check_packages("datasets")
     try:
         import datasets
 
@@ -1148,8 +1149,7 @@ def write_store(folder, parts, settings, origin):
     # {part: its documents}
     counts = {}
     total = None if max_bytes is None else max_bytes * len(parts)
-    bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
-    with bar, open(folder / "bytes.bin", "wb", buffering=BUFFER_BYTES) as store:
+    with progress_bar(total, leave=False) as bar, open(folder / "bytes.bin", "wb", buffering=BUFFER_BYTES) as store:
         for part, documents in parts:
             first = len(split_hashes)
             begin = offsets[-1]

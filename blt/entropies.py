@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import threading
@@ -23,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
+from blt.commands import command
 from blt.device import autocast, detect_machine
 from blt.files import read_sealed, write_sealed
 from blt.ids import to_bytes
 from blt.patch_rules import PatchConfig, count_sizes, patch_starts
+from blt.progress import progress_bar
 from blt.rows import BitArray, DocumentStream
 
 # Positions that are patched at once: tens of megabytes in memory.
@@ -363,18 +362,18 @@ def check_files(folder, manifest, full_check=False):
             write_sealed(folder / "manifest.json", manifest)
 
 
-def open_entropies(cache_dir, corpus, model_record, entropy_model_path, dataset=None, val_dataset=None):
+def open_entropies(cache_dir, corpus, model_record, entropy_model_path, dataset=None, advice=None):
     """Open the cached entropies of this corpus by this model.
 
-    dataset, val_dataset: as the user named them, for the command in the message.
+    dataset: as the user named it, for the message.
+    advice: what a message tells the user to do; None: the command that fills the cache.
     Raises FileNotFoundError that says what the folder holds instead and what to run, or ValueError
     if the cache is damaged or outdated.
     """
     dataset = corpus.manifest["dataset"] if dataset is None else dataset
-    flags = {"dataset": dataset, "val_dataset": val_dataset}
-    flags |= {"entropy_model_path": entropy_model_path, "cache_dir": cache_dir}
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
-    advice = "run: python create_patches.py " + " ".join(words)
+    if advice is None:
+        flags = {"dataset": dataset, "entropy_model_path": entropy_model_path, "cache_dir": cache_dir}
+        advice = "run: " + command("create_patches.py", **flags)
     folder = cache_folder(cache_dir, corpus, model_record)
     if folder.exists():
         try:
@@ -465,6 +464,9 @@ def existing_cache(folder, corpus, model_record, train, validation, precision, f
 @contextlib.contextmanager
 def lock_of(folder):
     """Let only one process make this cache. The system lifts the lock of a process that ends, however it ends."""
+    # Here, so that --help does without the package; `run_script` names it where it is missing.
+    from filelock import FileLock, Timeout
+
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -505,7 +507,7 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
         print(f"entropies: going on with {partial}, {before:,} of {total:,} numbers are there")
     began = time.perf_counter()
     try:
-        with sigterm_raises(), progress_bar(total, before) as progress:
+        with sigterm_raises(), progress_bar(total, "entropies", initial=before) as progress:
             stream_entropies(
                 model,
                 stream,
@@ -557,11 +559,6 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
         shutil.rmtree(leftover, ignore_errors=True)
     speed = (total - before) / seconds / 1e3
     print(f"entropies: {total:,} numbers in {seconds:.1f} s ({speed:.0f} kB/s) -> {folder}")
-
-
-def progress_bar(total, initial):
-    """A tqdm bar over the positions of a pass."""
-    return tqdm(total=total, initial=initial, unit="B", unit_scale=True, desc="entropies", disable=None)
 
 
 def file_facts(path):
@@ -682,7 +679,7 @@ class UnfinishedPass:
             if not np.isfinite(new).all():
                 raise ValueError(
                     "the entropy model gives entropies that are not finite; "
-                    "pass --precision fp32, or train it again: python entropy_llm.py"
+                    f"pass --precision fp32, or train it again: {command('entropy_llm.py')}"
                 )
             checksums.append(zlib.crc32(new, checksum))
         self.saved = (self.n_done, checksums)
@@ -738,16 +735,18 @@ def write_patches(path, patch_config, facts):
     write_sealed(path, {"format": FORMAT, "patch_config": patch_config} | facts)
 
 
-def read_patches(path, corpus, entropy_record, advice="run: python create_patches.py"):
+def read_patches(path, corpus, entropy_record, advice=None):
     """The `PatchConfig` in patches.json, checked.
 
     corpus: the `Corpus` in use. entropy_record: the `RunRecord` of the entropy model in use. None of
     either: it is not compared. A rule that needs no entropies is about neither.
-    advice: what a message tells the user to do.
+    advice: what a message tells the user to do; None: the command that writes it.
     Raises FileNotFoundError if there is none, ValueError if it is damaged, outdated, or about another
     corpus or entropy model.
     """
     path = Path(path)
+    if advice is None:
+        advice = "run: " + command("create_patches.py", cache_dir=path.parent)
     if not path.exists():
         raise FileNotFoundError(f"{path} not found; {advice}")
     try:

@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from blt.attention import slow_attention
 from blt.checkpoints import (
@@ -40,6 +39,7 @@ from blt.locks import claim_unless_claimed
 from blt.loss_watch import Fault, LossWatch
 from blt.metric import evaluate, target_losses
 from blt.optimizers import backward, clip_gradients, learning_rate_scale, make_optimizers, step_optimizers
+from blt.progress import progress_bar
 
 
 @dataclass
@@ -557,7 +557,7 @@ class Progress:
         self.seconds = state["seconds"]
         self.running_since = time.perf_counter()  # None in a pause
         self.last_log = {"seconds": self.seconds, "bytes": self.trained_bytes, "step": start}
-        self.bar = tqdm(total=config.steps, initial=start, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = progress_bar(config.steps, initial=start, unit="step", unit_scale=False, dynamic_ncols=True)
 
     def count(self, batches):
         """Count the bytes of an update."""

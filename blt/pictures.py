@@ -28,9 +28,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from blt.files import write_atomically
 from blt.ids import drawable
@@ -96,6 +93,8 @@ def whole_characters(text_bytes, limit):
 
 def _byte_labels(text_bytes):
     """The label of each byte on the axis of an entropy figure; see `draw_entropy_figure`."""
+    from matplotlib import font_manager
+
     font = font_manager.get_font(font_manager.findfont(FIGURE_FONT))
     symbols = {" ": "␣", "\n": "⏎", "\t": "→"}
     labels = []
@@ -153,7 +152,7 @@ def draw_entropy_figure(path, text_bytes, entropies_nats, is_start, threshold=No
     # One scale for all lines. A threshold above log 256, the highest entropy, would waste room.
     limit = 1.1 * max(entropies_nats.max(), min(threshold or 0, math.log(256)), 0.1)
 
-    figure = Figure(figsize=(width, height))
+    figure = _new_figure(figsize=(width, height))
     for line in range(n_lines):
         begin = line * columns
         end = min((line + 1) * columns, n)
@@ -244,7 +243,7 @@ def draw_patch_size_histogram(path, patch_sizes, title=None):
     clipped = np.minimum(sizes, last).astype(np.int64)
     shares = np.bincount(clipped, weights=counts, minlength=last + 1)[1:] * 100 / n_patches
 
-    figure = Figure(figsize=(max(6.5, 0.15 * last + 2), 4), layout="constrained")
+    figure = _new_figure(figsize=(max(6.5, 0.15 * last + 2), 4), layout="constrained")
     axes = figure.subplots()
     _bare(axes)
     bars = axes.bar(np.arange(1, last + 1), shares, color=BLUE, width=0.85)
@@ -295,7 +294,7 @@ def draw_curves(path, curves, x_label, y_label, title=None):
     """
     if not curves:
         raise ValueError("curves is empty: nothing to draw")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = _new_figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     _bare(axes)
     finite_ys = []
@@ -376,7 +375,7 @@ def draw_comparison(path, rows, title=None):
     ci = np.array([row.get("ci") or 0.0 for row in rows])
     size = np.array([row["avg_patch_size"] for row in rows], dtype=np.float64)
 
-    figure = Figure(figsize=(9, 1.3 + 0.38 * len(rows)), layout="constrained")
+    figure = _new_figure(figsize=(9, 1.3 + 0.38 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _bare(left, right)
     left.errorbar(bpb, y, xerr=ci if ci.any() else None, fmt="o", color=BLUE, ecolor=GREY, capsize=3)
@@ -421,7 +420,7 @@ def draw_evaluation(path, names, by_context, by_source, noises, title=None):
     n_panels = 1 + bool(source_rows) + bool(noise_rows)
     height = max(4.2, 1.6 + max(len(source_rows), len(noise_rows)) * (0.14 + 0.2 * len(names)))
 
-    figure = Figure(figsize=(5.5 + 5 * (n_panels - 1), height), layout="constrained")
+    figure = _new_figure(figsize=(5.5 + 5 * (n_panels - 1), height), layout="constrained")
     panels = list(np.atleast_1d(figure.subplots(1, n_panels)))
     _bare(*panels)
     context_panel = panels.pop(0)
@@ -627,6 +626,15 @@ def _colour(number):
     return CURVE_COLOURS[number % len(CURVE_COLOURS)]
 
 
+def _new_figure(**options):
+    """A matplotlib figure."""
+    # matplotlib takes half a second to import, and --help does without it. Scripts that draw call
+    # `check_packages` before their work.
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
 def _bare(*all_axes):
     """Remove the top and right frame lines; return the axes."""
     for axes in all_axes:
@@ -636,6 +644,8 @@ def _bare(*all_axes):
 
 def _save(path, figure, dpi=150):
     """Write a figure in the format that the file name says, else as PNG; return the path."""
+    from matplotlib.text import Text
+
     # Titles and legends hold file names, which need not be UTF-8.
     for text in figure.findobj(Text):
         text.set_text(drawable(text.get_text()))

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from blt.checkpoints import check_resumable
+from blt.checks import check_packages
 from blt.config import given_fields, print_header
 from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
 from blt.locks import claim_folder
-from blt.loop import check_tensorboard, training_curves
+from blt.loop import training_curves
 from blt.metric import baselines, result_line
 from blt.ppmd import PRIMING_BYTES
 from blt.records import save_model
@@ -36,7 +37,8 @@ def claim_output(config, folder, *files):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file as --output, such as {path / 'model.pth'}")
     check_resumable(folder, config, *files)
-    check_tensorboard(config)
+    # For the curves and for zstd beside the result, both at the end of the run.
+    check_packages("matplotlib", "pyarrow", *(["tensorboard"] if config.tensorboard else []))
     # Made now, so that a folder that cannot be made ends the run before its work.
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

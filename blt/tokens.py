@@ -7,10 +7,11 @@ restore it exactly.
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from blt.commands import command
 from blt.files import write_atomically
 from blt.ids import Vocabulary
+from blt.progress import progress_bar
 
 # What a token may span: letters (bytes from 0x80 count as letters: they are the parts of UTF-8
 # characters), up to three digits, or punctuation, each with one space before it; or a run of white
@@ -43,18 +44,17 @@ def load_tokenizer(path):
     Raises FileNotFoundError if there is no file, ValueError if it is no tokenizer.
     """
     if path is None or not Path(path).exists():
-        raise FileNotFoundError(
-            f"method 'bpe' needs a tokenizer, and {path} is none; run: python create_patches.py --method bpe"
-        )
+        folder = {} if path is None else {"cache_dir": Path(path).parent}
+        make = command("create_patches.py", method="bpe", **folder)
+        raise FileNotFoundError(f"method 'bpe' needs a tokenizer, and {path} is none; run: {make}")
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_file(str(path))
-    # The package raises plain Exceptions.
+    # The library raises Exception itself, for whatever is wrong with a file.
     except Exception as error:
-        raise ValueError(
-            f"{path} is no tokenizer ({str(error).splitlines()[0]}); restore it, or train it again"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no tokenizer ({reason}); restore the file, or train again") from None
 
 
 def bpe_starts(tokenizer, document):
@@ -100,8 +100,7 @@ class BPEVocabulary(Vocabulary):
         documents = list(documents)
         total_bytes = sum(len(document) for document in documents)
         encoded = []
-        bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokens", disable=None, leave=False)
-        with bar:
+        with progress_bar(total_bytes, "tokens", leave=False) as bar:
             # In blocks, so that the strings and the tokenizer's results of the whole corpus are
             # never in memory at once.
             for block in _blocks(documents, block_bytes):

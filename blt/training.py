@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from blt.checks import check
-from blt.commands import command
+from blt.config import SHARED_FIELDS, SIZE_NAMES, next_command
+from blt.device import MACHINE_NAMES
 from blt.entropies import training_starts
 from blt.files import load_weights
 from blt.ids import to_bytes
@@ -49,6 +50,25 @@ class TrainingConfig(RunConfig):
         check(self, "sample_bytes", self.sample_bytes >= 0, "0 or more")
         if self.patch_slots is not None:
             check(self, "patch_slots", self.patch_slots >= 4, "4 or more")
+
+
+def patches_command(config, **limits):
+    """The command that makes the patches which a `TrainingConfig` reads. limits: of the text."""
+    flags = {"entropy_model_path": config.entropy_model_path, "cache_dir": config.patch_cache}
+    return _command_before("create_patches.py", config, **flags, **limits)
+
+
+def entropy_command(config):
+    """The command that trains the entropy model which a `TrainingConfig` reads."""
+    return _command_before("entropy_llm.py", config, output=config.entropy_model_path)
+
+
+def _command_before(script, config, **flags):
+    """A command with the text of this config, for a script whose results it needs."""
+    # These scripts know no presets but sizes and machines.
+    is_known = {*config.preset} <= {*SIZE_NAMES, *MACHINE_NAMES}
+    shared = SHARED_FIELDS if is_known else [name for name in SHARED_FIELDS if name != "preset"]
+    return next_command(script, config=config, shared_fields=shared, **flags)
 
 
 class PatchedDataset:
@@ -94,14 +114,12 @@ class PatchedDataset:
         train = corpus.documents("train", config.max_bytes)
         numbers = corpus.documents("validation", config.val_bytes)
         if cache is not None and not cache.covers(train, numbers):
-            shared = ("dataset", "val_dataset", "max_bytes", "val_bytes")
-            flags = {name: getattr(config, name) for name in shared if getattr(config, name)}
-            if config.dataset == "sample":
-                del flags["dataset"]
+            limits = {"max_bytes": config.max_bytes, "val_bytes": config.val_bytes}
+            limits = {name: value for name, value in limits.items() if value is not None}
             raise ValueError(
                 f"{cache.folder} covers {len(cache.train):,} training and {len(cache.validation):,} validation "
                 f"documents, but {len(train):,} and {len(numbers):,} are wanted; "
-                f"run: {command('create_patches.py', **flags)}, or lower max_bytes"
+                f"run: {patches_command(config, **limits)}, or lower --max_bytes"
             )
         # One vectorised pass over the cached entropies; the entropy model does not run.
         is_start = training_starts(corpus, train, patcher.config, cache)
