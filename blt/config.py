@@ -21,6 +21,7 @@ import difflib
 import inspect
 import io
 import linecache
+import math
 import os
 import re
 import sys
@@ -329,12 +330,25 @@ def _argparse_options(field_type, choices=None):
         return {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
     if choices is not None:
         return {"type": _one_of(choices), "metavar": "{" + ",".join(choices) + "}"}
-    return {"type": _text if field_type is str else field_type, "metavar": field_type.__name__.upper()}
+    converters = {str: _text, float: _finite}
+    return {"type": converters.get(field_type, field_type), "metavar": field_type.__name__.upper()}
 
 
 def _text(word):
     """A word of the command line without the mark of `_prepare_words`."""
     return word.removeprefix(IS_VALUE)
+
+
+def _finite(text):
+    """A number; results are saved as JSON, which has no infinity, and a comparison with NaN is never true."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+# argparse prints it in "invalid float value".
+_finite.__name__ = "float"
 
 
 def _expanding(convert):
