@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blt.checks import DISK_IS_FULL
 from blt.commands import command
 from blt.device import autocast, detect_machine
 from blt.files import write_atomically
@@ -610,8 +611,6 @@ def file_facts(path):
 
 
 PROGRESS = "progress.json"
-# A file system that is full, a quota that is used up, and the limit of a process.
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UnfinishedPass:

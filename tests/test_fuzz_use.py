@@ -101,23 +101,26 @@ def test_random_prompts_are_continued(models):
 
 
 def test_random_bytes_are_restored(models):
-    model, entropy_model = models
     for case in range(CASES):
-        rng = np.random.default_rng(case)
-        data = random_text(rng)
-        patcher = EntropyPatcher(entropy_model, random_rule(rng))
-        # Streams so many that most cases take few steps; some short files have one.
-        is_in_one = len(data) < 20 and case % 10 == 0
-        n_streams = 1 if is_in_one else max(1, len(data) // int(rng.integers(1, 4)))
-        context_bytes = int(rng.integers(2, 64))
-        # The code itself, also where a file would be stored.
-        code, bits = encode(model, patcher, data, n_streams, context_bytes)
-        assert decode(model, patcher, code, len(data), n_streams, context_bytes) == data, case
-        assert np.isfinite(bits)
-        # As files, with header and checks.
-        if case % 20 == 0:
-            made, _ = compress(data, model, patcher, n_streams, context_bytes)
-            assert len(made) <= len(data) + 41 and decompress(made, model, patcher) == data, case
+        check_restored(case, *models)
+
+
+def check_restored(case, model, entropy_model):
+    rng = np.random.default_rng(case)
+    data = random_text(rng)
+    patcher = EntropyPatcher(entropy_model, random_rule(rng))
+    # Streams so many that most cases take few steps; some short files have one.
+    is_in_one = len(data) < 20 and case % 10 == 0
+    n_streams = 1 if is_in_one else max(1, len(data) // int(rng.integers(1, 4)))
+    context_bytes = int(rng.integers(2, 64))
+    # The code itself, also where a file would be stored.
+    code, bits = encode(model, patcher, data, n_streams, context_bytes)
+    assert decode(model, patcher, code, len(data), n_streams, context_bytes) == data, case
+    assert np.isfinite(bits)
+    # As files, with header and checks.
+    if case % 20 == 0:
+        made, _ = compress(data, model, patcher, n_streams, context_bytes)
+        assert len(made) <= len(data) + 41 and decompress(made, model, patcher) == data, case
 
 
 def test_a_file_that_the_model_knows_is_coded_and_restored(models):
