@@ -864,6 +864,12 @@ def print_check(folder, hf_folder):
 
 def main(config):
     check_packages(*PACKAGES)
+    try:
+        config.output.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{config.output} is not UTF-8, as the libraries here want a name; give another --output"
+        ) from None
     check_output(config.output, is_folder=True, reads=[config.to_hf, config.from_hf, config.patches_of])
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

@@ -30,7 +30,7 @@ from blt.checkpoints import has_checkpoint
 from blt.checks import check, check_packages, check_positive
 from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
-from blt.files import load_weights, write_atomically
+from blt.files import load_weights
 from blt.ids import BYTES, documents_of
 from blt.layers import Block, RMSNorm, cap_logits, default_heads, init_weights, zero_outputs
 from blt.loop import RunConfig, fit
@@ -39,7 +39,7 @@ from blt.ngrams import HashEmbedding, check_tables
 from blt.records import RunRecord, load_model, read_record
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
 from blt.runs import claim_output, finish_run, named_presets, print_model, start_run
-from blt.tokens import BPEVocabulary, load_tokenizer, train_tokenizer
+from blt.tokens import BPEVocabulary, load_tokenizer, save_tokenizer, train_tokenizer
 from llm import MACHINES, PAIRS, LLMConfig
 
 # (width, layers) of the model for each size of llm.py. They are chosen for equal cost. Millions of multiply-adds that a
@@ -407,7 +407,7 @@ def train(config):
         # Before training, so that an interrupted run can be used too.
         record.save(output / "model.json")
         if tokenizer is not None and not is_resumed:
-            write_atomically(output / "tokenizer.json", tokenizer.save)
+            save_tokenizer(output / "tokenizer.json", tokenizer)
 
     depends_on = {
         "kind": record.kind,

@@ -18,9 +18,11 @@ import ast
 import codecs
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import linecache
+import math
 import os
 import re
 import sys
@@ -33,7 +35,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from blt.checks import check_packages
+from blt.checks import DISK_IS_FULL, check_packages
 from blt.commands import command
 from blt.device import MACHINE_NAMES, detect_machine
 from blt.files import git_commit
@@ -329,12 +331,25 @@ def _argparse_options(field_type, choices=None):
         return {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
     if choices is not None:
         return {"type": _one_of(choices), "metavar": "{" + ",".join(choices) + "}"}
-    return {"type": _text if field_type is str else field_type, "metavar": field_type.__name__.upper()}
+    converters = {str: _text, float: _finite}
+    return {"type": converters.get(field_type, field_type), "metavar": field_type.__name__.upper()}
 
 
 def _text(word):
     """A word of the command line without the mark of `_prepare_words`."""
     return word.removeprefix(IS_VALUE)
+
+
+def _finite(text):
+    """A number; results are saved as JSON, which has no infinity, and a comparison with NaN is never true."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+# argparse prints it in "invalid float value".
+_finite.__name__ = "float"
 
 
 def _expanding(convert):
@@ -461,12 +476,14 @@ def run_script(main, config_class, description):
     except (ValueError, OSError) as error:  # FileNotFoundError, PermissionError and ConnectionError are OSErrors
         if os.environ.get("BLT_TRACEBACK"):
             raise
-        message = str(error)
-        # Such a message names neither the file nor what to do; ours do.
-        raised_by_system = isinstance(error, OSError) and error.strerror and error.filename
-        if raised_by_system:
-            message = f"{error.filename}: {error.strerror}; check the path and its permissions, or pass another one"
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {_words_of(error)}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        # So torch.save fails where a file cannot be written to its end. It does not say why.
+        is_half_written = "PytorchStreamWriter" in str(error) or "inline_container.cc" in str(error)
+        if os.environ.get("BLT_TRACEBACK") or not is_half_written:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {_words_of(OSError(errno.ENOSPC, 'no room'))}", file=sys.stderr)
         sys.exit(1)
     except ImportError as error:
         package = (error.name or "").split(".")[0]
@@ -479,6 +496,24 @@ def run_script(main, config_class, description):
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _words_of(error):
+    """What is printed of a ValueError or OSError."""
+    # Python's own messages name neither what to do nor, some of them, the file; ours do.
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    # A copy has two names, and the second is the one that is written.
+    name = error.filename2 or error.filename
+    if error.errno in DISK_IS_FULL:
+        what = "a file" if name is None else name
+        return (
+            f"{what} cannot be written: {error.strerror}; is the disk full? nothing that was there before is damaged; "
+            "free some space and run the same command again (a training run: with --resume), or write elsewhere"
+        )
+    if name is None:
+        return str(error)
+    return f"{name}: {error.strerror}; check the path and its permissions, or pass another one"
 
 
 def prepare_streams():

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blt.checks import DISK_IS_FULL
 from blt.commands import command
 from blt.device import autocast, detect_machine
 from blt.files import read_sealed, write_sealed
@@ -568,8 +569,6 @@ def file_facts(path):
 
 
 PROGRESS = "progress.json"
-# A file system that is full, a quota that is used up, and the limit of a process.
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UnfinishedPass:

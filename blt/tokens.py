@@ -34,8 +34,15 @@ def train_tokenizer(documents, vocab_size, path):
     alphabet = [chr(byte) for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((_as_characters(document) for document in documents), trainer)
-    write_atomically(path, lambda temporary: tokenizer.save(temporary))
+    save_tokenizer(path, tokenizer)
     return tokenizer
+
+
+def save_tokenizer(path, tokenizer):
+    """Write a tokenizer.json, atomically."""
+    # The library's own functions take no path that is not UTF-8.
+    text = tokenizer.to_str(pretty=True)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def load_tokenizer(path):
@@ -50,7 +57,9 @@ def load_tokenizer(path):
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise
     # The library raises Exception itself, for whatever is wrong with a file.
     except Exception as error:
         reason = str(error).splitlines()[0]
