@@ -428,7 +428,7 @@ def patched(settings, config):
         training = [np.array(run.corpus.document(number)) for number in run.train]
         is_oracle = settings["kind"] == "bpe"
         if is_oracle:
-            patcher, vocabulary_size = oracle_patcher(training, settings["target"], Path(config.output))
+            patcher, vocabulary_size = oracle_patcher(training, run.validation, settings["target"], Path(config.output))
         else:
             models = [load_entropy_model(settings[name], run.device)[0] for name in ("first", "second")]
             make = (models, COMBINATIONS[settings["kind"]])
@@ -457,13 +457,13 @@ def patch_near(patcher, documents, target):
     return [patcher.starts(document, of_document) for document, of_document in zip(documents, entropies)]
 
 
-def oracle_patcher(documents, target, folder):
-    """(EntropyPatcher of BPE tokens, tokens): the vocabulary whose tokens are nearest to the target size."""
+def oracle_patcher(documents, held_out, target, folder):
+    """(EntropyPatcher of BPE tokens, tokens): the vocabulary whose tokens of held-out text are nearest to the target."""
     best = None
     for size in (1024, 2048, 4096, 8192, 16384, 32768):
         tokenizer = train_tokenizer(documents, size, folder / f"tokenizer_{size}.json")
-        some = documents[:500]
-        mean = sum(map(len, some)) / sum(int(bpe_starts(tokenizer, document)[:-1].sum()) for document in some)
+        tokens = sum(int(bpe_starts(tokenizer, document)[:-1].sum()) for document in held_out)
+        mean = sum(map(len, held_out)) / tokens
         if best is None or abs(mean - target) < abs(best[0] - target):
             best = (mean, size)
     config = PatchConfig("bpe", tokenizer_path=str(folder / f"tokenizer_{best[1]}.json"))

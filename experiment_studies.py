@@ -306,7 +306,7 @@ def domains(bench):
             "corpus", {"kind": "python", "max_bytes": 6_000_000}, "documents.jsonl", seeded=False
         ),
     }
-    datasets = {"English": "sample"} | {name: Made(step) for name, step in corpora.items()}
+    datasets = {"English": bench.dataset} | {name: Made(step) for name, step in corpora.items()}
     runs = []
     for trained_on in DOMAINS:
         made = [corpora[trained_on]] if trained_on in corpora else []
