@@ -178,17 +178,18 @@ class Bench:
         return Step("evaluate", flags)
 
 
-def scaled(bench, multiple, runs, ratio, estimate):
+def scaled(bench, multiple, runs, ratio, estimate, steps=None):
     """Changes of a run whose updates and text are `ratio(*metrics of runs)` times those of the multiple.
 
-    More updates read more text, as far as the corpus has it; then they read it again.
+    steps: its updates before; None: those of the multiple. More updates read more text, as far as the corpus has it;
+    then they read it again.
     """
 
-    def of(base, factor):
-        return Measured(tuple(runs), lambda *metrics: max(2, round(base * factor(*metrics))), round(base * estimate))
+    def of(base):
+        return Measured(tuple(runs), lambda *metrics: max(2, round(base * ratio(*metrics))), round(base * estimate))
 
-    steps = of(bench.budget.steps * multiple, ratio)
-    return {"steps": steps, "eval_every": steps, "max_bytes": of(bench.text(multiple), ratio)}
+    updates = of(bench.budget.steps * multiple if steps is None else steps)
+    return {"steps": updates, "eval_every": updates, "max_bytes": of(bench.text(multiple))}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,7 +309,9 @@ def expected_seconds(step, flags, budget):
     """Seconds that a step should take: its FLOPs by the budget's rate, and what comes before and after."""
     if step.script == "experiments":
         return PARTS[flags["part"]].seconds(flags["settings"], budget)
-    config = CONFIGS.get(step.script, Settings)(**flags) if step.script in CONFIGS else None
+    if step.script not in CONFIGS:
+        return budget.overhead
+    config = CONFIGS[step.script](**flags)
     if step.script == "create_patches":
         forward = forward_flops(EntropyRunConfig(preset=["nano", "cpu"], device="cpu"), "entropy")
         # A pass computes no gradients and little at once: a third of the rate.
@@ -318,8 +321,6 @@ def expected_seconds(step, flags, budget):
         # The held-out text, and each noise on a part of it.
         scored = config.val_bytes + 7 * config.robustness_bytes
         return budget.overhead + sum(forward.values()) * scored / (budget.rate / 3)
-    if config is None:
-        return budget.overhead
     kind = {"llm": "blt", "entropy_llm": "entropy"}.get(step.script) or config.model
     patch = flags.get("target_patch_size") or 4.5
     forward = forward_flops(config, kind, patch, bytes_per_token=3.57)
@@ -458,7 +459,7 @@ def patch_near(patcher, documents, target):
 
 
 def oracle_patcher(documents, held_out, target, folder):
-    """(EntropyPatcher of BPE tokens, tokens): the vocabulary whose tokens of held-out text are nearest to the target."""
+    """(EntropyPatcher of BPE tokens, tokens): the vocabulary whose tokens are nearest to it in held-out text."""
     best = None
     for size in (1024, 2048, 4096, 8192, 16384, 32768):
         tokenizer = train_tokenizer(documents, size, folder / f"tokenizer_{size}.json")
@@ -509,6 +510,8 @@ def tune(settings, config):
         adam_lr=settings.get("lr", 0.003),
         seed=config.seed,
         device=config.device,
+        # A few updates; to compile would take longer.
+        compile="no",
         resume=has_checkpoint(config.output),
     )
     precision = choose_precision("auto", choose_device(config.device))

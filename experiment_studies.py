@@ -11,7 +11,7 @@ import numpy as np
 
 from blt.checks import check_packages
 from blt.flops import TRAINING
-from blt.studies import Made, Measured, Run, Step, difference_cell, markdown_table
+from blt.studies import Made, Measured, Run, Step, difference_cell, markdown_table, paired_difference
 from experiment_steps import (
     Settings,
     forward_flops,
@@ -33,7 +33,7 @@ def baselines(bench):
     for multiple in MULTIPLES:
 
         def add(model, tables, equal, steps):
-            labels = {"model": WORDS[model], "tables": "yes" if tables else "no", "text": multiple, "equal": equal}
+            labels = {"model": WORDS[model], "tables": "yes" if tables else "no", "budget": multiple, "equal": equal}
             runs.append(Run(named(model, tables, equal), labels, steps, read_training))
 
         def named(model, tables, equal):
@@ -59,7 +59,7 @@ def baselines(bench):
                     add(model, tables, equal, bench.template(model, tables, multiple, **changes))
         if bench.is_first:
             settings = {"dataset": bench.dataset, "max_bytes": bench.text(multiple), "val_bytes": val_bytes(bench)}
-            labels = {"model": "PPMd, order 12", "tables": "-", "text": multiple, "equal": "bytes"}
+            labels = {"model": "PPMd, order 12", "tables": "-", "budget": multiple, "equal": "bytes"}
             runs.append(Run(f"ppmd {multiple}x", labels, [bench.part("ppmd", settings, seeded=False)], read_part))
     return runs
 
@@ -73,7 +73,7 @@ def summarize_baselines(groups):
     by_name = {group.run.name: group for group in groups}
     rows = []
     for group in groups:
-        reference = by_name.get(f"blt+tables {group.run.labels['text']}x bytes")
+        reference = by_name.get(f"blt+tables {group.run.labels['budget']}x bytes")
         if reference is not None and reference is not group:
             rows.append([group.run.name, difference_cell(reference, group)])
     return [
@@ -343,7 +343,7 @@ def speedrun(bench):
                 steps = bench.blt(multiple, cached=10, eval_every=every)
             else:
                 steps = bench.template("flat", True, multiple, eval_every=every)
-            labels = {"model": WORDS[model] + (" with tables" if model == "flat" else ""), "text": multiple}
+            labels = {"model": WORDS[model] + (" with tables" if model == "flat" else ""), "budget": multiple}
             runs.append(Run(f"{model} {multiple}x", labels, steps, read_speedrun))
     return runs
 
@@ -366,7 +366,7 @@ def summarize_speedrun(groups):
         cells = []
         for target in TARGETS:
             times = [
-                (group.mean(f"all_seconds_to_{target}"), group.mean(f"seconds_to_{target}"), group.run.labels["text"])
+                (group.mean(f"all_seconds_to_{target}"), group.mean(f"seconds_to_{target}"), group.run.labels["budget"])
                 for group in groups
                 # A mean over the seeds that reached it would hide those that did not.
                 if group.run.labels["model"] == model
@@ -374,19 +374,19 @@ def summarize_speedrun(groups):
                 and len(group.values(f"seconds_to_{target}")) == len(group.finished)
             ]
             best = min(times, default=None)
-            cells.append("-" if best is None else f"{best[1]:.0f} ({best[0]:.0f}; text {best[2]})")
+            cells.append("-" if best is None else f"{best[1]:.0f} ({best[0]:.0f}; budget {best[2]})")
         rows.append([model, *cells])
     return [
         "Seconds of training to each number of bits per byte, evaluations left out, by the run that is fastest there; "
-        "in brackets with the entropy model's training and pass, and the run's text. Every run has a whole schedule of "
-        "its own, so a short run is faster to a high target.",
+        "in brackets with the entropy model's training and pass, and the run's budget. Every run has a whole schedule "
+        "of its own, so a short run is faster to a high target.",
         "",
         *markdown_table(["model", *(f"{target}" for target in TARGETS)], rows),
     ]
 
 
 def grown(config, patch):
-    """(width, layers) of the latent transformer that costs as much per byte with larger patches as config's with 4.5."""
+    """(width, layers) of the latent transformer that costs as much per byte with larger patches as with 4.5 bytes."""
     target = forward_flops(config, "blt", 4.5)
 
     def cost(shape):
@@ -412,8 +412,8 @@ def patches_map(bench):
         # The same bytes in all: where one row is more than an update, there are fewer updates.
         steps = max(2, round(bench.budget.steps * multiple * update / (rows * row)))
         changes = {"row_bytes": row, "batch_rows": rows, "accumulate": 1, "dataset": Made(long)}
-        place = {"size": size, "row": row, "text": multiple}
-        name = f"{size} row {row} text {multiple}"
+        place = {"size": size, "row": row, "budget": multiple}
+        name = f"{size} row {row} budget {multiple}"
         for patch in (4.5, 8, 12):
             width, layers = (config.global_dim, config.global_layers) if patch == 4.5 else grown(config, patch)
             entropy = bench.entropy(dataset=Made(long))
@@ -444,41 +444,46 @@ def patches_map(bench):
         flat = bench.template("flat", True, multiple, size, steps=steps, **changes)
         runs.append(Run(f"flat {name} bytes", labels | {"equal": "bytes"}, [long, *flat], read_after(1)))
         of = (f"blt {name} patch 4.5", f"flat {name} bytes")
-        ratio = (lambda base: lambda blt, own: blt["all_flops"] / own["train_flops"])(None)
-        by_flops = {
-            "steps": Measured(of, lambda blt, own, steps=steps: round(steps * ratio(blt, own)), round(1.3 * steps)),
-            "max_bytes": Measured(
-                of,
-                lambda blt, own, text=bench.text(multiple): round(text * ratio(blt, own)),
-                round(1.3 * bench.text(multiple)),
-            ),
-        }
-        by_flops["eval_every"] = by_flops["steps"]
+        by_flops = scaled(bench, multiple, of, lambda blt, own: blt["all_flops"] / own["train_flops"], 1.3, steps)
         flat = bench.template("flat", True, multiple, size, **changes, **by_flops)
         runs.append(Run(f"flat {name} FLOPs", labels | {"equal": "FLOPs"}, [long, *flat], read_after(1)))
     return runs
 
 
-def summarize_map(groups):
-    """BLT minus flat with tables at each place of the map."""
+def pairs_of_map(groups, equal):
+    """(BLT, flat byte transformer or None) at each place of the map."""
     by_name = {group.run.name: group for group in groups}
-    rows = []
     for group in groups:
         labels = group.run.labels
-        if labels["model"] != "BLT":
-            continue
-        name = f"flat {labels['size']} row {labels['row']} text {labels['text']}"
-        cells = [
-            difference_cell(group, by_name[f"{name} {equal}"]) if f"{name} {equal}" in by_name else "-"
-            for equal in ("bytes", "FLOPs")
-        ]
-        rows.append([labels["size"], labels["row"], labels["text"], labels["patch"], *cells])
+        if labels["model"] == "BLT":
+            yield group, by_name.get(f"flat {labels['size']} row {labels['row']} budget {labels['budget']} {equal}")
+
+
+def picture_of_map(groups):
+    """BLT minus flat with tables against the patch size, a curve for each place of the map."""
+    curves = {}
+    for group, flat in pairs_of_map(groups, "FLOPs"):
+        mean, error, _ = (None, None, 0) if flat is None else paired_difference(group, flat)
+        if mean is not None:
+            labels = group.run.labels
+            name = f"{labels['size']}, rows of {labels['row']} bytes, budget {labels['budget']}"
+            curves.setdefault(name, []).append((labels["patch"], mean, error or 0.0))
+    return curves, "bytes a patch", "BLT minus flat with tables, bits per byte (equal FLOPs)"
+
+
+def summarize_map(groups):
+    """BLT minus flat with tables at each place of the map."""
+    rows = []
+    for (group, by_bytes), (_, by_flops) in zip(pairs_of_map(groups, "bytes"), pairs_of_map(groups, "FLOPs")):
+        labels = group.run.labels
+        cells = ["-" if flat is None else difference_cell(group, flat) for flat in (by_bytes, by_flops)]
+        rows.append([labels["size"], labels["row"], labels["budget"], labels["patch"], *cells])
     return [
         "BLT minus flat byte transformer with tables, bits per byte; below zero patches pay. Equal bytes are equal "
         "FLOPs without the entropy model: the latent transformer grows with the patches. In the last column the flat "
         "model gets the entropy model's FLOPs too.",
         "",
-        *markdown_table(["size", "row bytes", "text", "bytes a patch", "equal bytes", "equal FLOPs"], rows),
+        *markdown_table(["size", "row bytes", "budget", "bytes a patch", "equal bytes", "equal FLOPs"], rows),
     ]
 
 

@@ -21,7 +21,7 @@ import json
 import math
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -232,6 +232,8 @@ def leak(settings, config):
         adam_lr=settings["lr"],
         seed=config.seed,
         device=config.device,
+        # It would take longer than the training of so small a model.
+        compile="no",
         resume=has_checkpoint(config.output),
     )
     try:
@@ -423,8 +425,8 @@ STUDIES = {
         ),
         Study(
             "patch_size",
-            "How large should patches be? Averages of 3 to 12 bytes, of a fixed size and by entropy, at equal bytes and "
-            "at the training FLOPs of the default BLT.",
+            "How large should patches be? Averages of 3 to 12 bytes, of a fixed size and by entropy, at equal bytes "
+            "and at the training FLOPs of the default BLT.",
             studies.patch_size,
             [*QUALITY, UNIT, FLOPS],
             ("bytes_a_unit", "val_bpb", ("patches", "equal")),
@@ -439,16 +441,17 @@ STUDIES = {
         ),
         Study(
             "model_size",
-            "How much do larger models give? The sizes tiny, small and medium, at equal bytes and at the training FLOPs "
-            "of the default BLT.",
+            "How much do larger models give? The sizes tiny, small and medium, at equal bytes and at the training "
+            "FLOPs of the default BLT.",
             studies.model_size,
             [*QUALITY, FLOPS, SECONDS],
             ("flops_per_byte", "val_bpb", ("equal",)),
         ),
         Study(
             "leak",
-            "What are the losses of 0.33 to 3.5 nats that small BLT scripts have published? The published setting, with "
-            "its three mistakes one at a time and together, beside none and beside llm.py, and what compress.py says.",
+            "What are the losses of 0.33 to 3.5 nats that small BLT scripts have published? The published setting, "
+            "with its three mistakes one at a time and together, beside none and beside llm.py, and what compress.py "
+            "says.",
             leak_runs,
             [*QUALITY[:3], Column("coded (nats)", "coded_loss"), UNIT],
             ("bytes_a_unit", "val_loss", ("mistakes",)),
@@ -473,8 +476,8 @@ STUDIES = {
         ),
         Study(
             "ablations",
-            "What does each part of the BLT give? One change at a time, at equal bytes; the FLOPs differ and are in the "
-            "table.",
+            "What does each part of the BLT give? One change at a time, at equal bytes; the FLOPs differ and are in "
+            "the table.",
             studies.ablations,
             [
                 BPB,
@@ -497,8 +500,8 @@ STUDIES = {
         ),
         Study(
             "domains",
-            "What happens on other text? Models and thresholds of English, French, Spanish and Python code, each scored "
-            "on all four: bits per byte, and the drift of the patch size from 4.5 bytes.",
+            "What happens on other text? Models and thresholds of English, French, Spanish and Python code, each "
+            "scored on all four: bits per byte, and the drift of the patch size from 4.5 bytes.",
             studies.domains,
             [BPB, Column("bytes a patch", "bytes_a_unit", "{:.2f}"), Column("accuracy", "val_accuracy", "{:.3f}")],
             (None, "bytes_a_unit", ("trained, calibrated on",)),
@@ -518,7 +521,7 @@ STUDIES = {
             "size, the length of a row of long documents, and the text.",
             studies.patches_map,
             [BPB, UNIT, FLOPS, ALL_FLOPS, SECONDS],
-            ("bytes_a_unit", "val_bpb", ("size", "row", "text")),
+            studies.picture_of_map,
             seeds=1,
             summary=studies.summarize_map,
         ),
@@ -575,8 +578,6 @@ class ExperimentsConfig:
         unknown = [name for name in self.name if name not in STUDIES]
         if unknown:
             raise ValueError(f"there is no study {unknown[0]!r}; choose from: {', '.join(STUDIES)}")
-        if not self.name and not self.list and self.part is None:
-            raise ValueError(f"name a study: {', '.join(STUDIES)}; --list says how long each takes")
         try:
             self.settings_of_part = json.loads(self.settings)
         except ValueError as error:
@@ -624,9 +625,10 @@ def chosen(runs, words, study):
 def kept_steps(config, workshop):
     """Folders of the steps that a step of any study reads: their weights stay when they are made."""
     folders = set()
+    of_all = replace(config, only=[])
     for study in STUDIES.values():
         try:
-            planned = plan(study, config, workshop)
+            planned = plan(study, of_all, workshop)
         # A study that lacks something is not run, and keeps nothing.
         except ValueError:
             continue
@@ -682,6 +684,7 @@ def print_plans(plans, missing, budget, factor, n_measured):
 
 def print_commands(planned):
     """Print the commands of a study's runs; a value that is measured first is shown as estimated."""
+    print(f"\nThe commands run in {planned.workshop.folder}; the scripts are those in {ROOT}.")
     for outcome in planned.outcomes:
         results = planned.results(outcome.seed)
         print(f"\n# {planned.study.name}: {outcome.run.name}, seed {outcome.seed} ({outcome.state})")
@@ -750,11 +753,13 @@ def main(config):
     if config.part is not None:
         PARTS[config.part].compute(config.settings_of_part, config)
         return
+    if not config.name and not config.list:
+        raise ValueError(f"name a study: {', '.join(STUDIES)}; --list says how long each takes")
     check_packages("matplotlib")
     workshop = Workshop(config.work, ROOT)
     plans = []
     missing = {}
-    for name in dict.fromkeys(config.name or STUDIES):
+    for name in dict.fromkeys(config.name if config.name else STUDIES):
         try:
             plans.append(plan(STUDIES[name], config, workshop))
         except ValueError as error:

@@ -100,13 +100,13 @@ class Run:
 
     def needs(self):
         """Names of the runs that must be finished before this one."""
-        return sorted({name for step in self.steps for value in _values(step.flags) for name in _runs_of(value)})
+        return sorted({name for step in self.steps for value in values_in(step.flags) for name in _runs_of(value)})
 
 
-def _values(flags):
+def values_in(flags):
     """The values of flags, those in a dict too."""
     for value in flags.values():
-        yield from _values(value) if isinstance(value, dict) else [value]
+        yield from values_in(value) if isinstance(value, dict) else [value]
 
 
 def _runs_of(value):
@@ -128,14 +128,15 @@ class Study:
 
     runs(bench): the `Run`s of one seed. summary(groups): further lines of Markdown, from `Group`s.
     picture: (x, y, series): the metric or label on each axis, and the labels that name a curve; x None
-    draws a line for each run.
+    draws a line for each run. Or a function of the groups that returns (curves, x label, y label), as
+    `pictures.draw_study` takes them.
     """
 
     name: str
     question: str
     runs: object
     columns: list
-    picture: tuple
+    picture: object
     seeds: int = 3
     summary: object = None
 
@@ -395,7 +396,7 @@ class StudyRuns:
             id(value.step)
             for outcome in self.outcomes
             for step in outcome.run.steps
-            for value in _values(step.flags)
+            for value in values_in(step.flags)
             if isinstance(value, Made)
         }
         for outcome in self.outcomes:
@@ -711,6 +712,18 @@ def draw(path, study, groups):
     # matplotlib takes half a second to import, for which --help should not wait.
     from blt.pictures import draw_study
 
+    if callable(study.picture):
+        curves, x_label, y_label = study.picture(groups)
+    else:
+        curves, x_label, y_label = curves_of(study, groups)
+    if not curves:
+        return False
+    draw_study(path, curves, x_label, y_label, study.name)
+    return True
+
+
+def curves_of(study, groups):
+    """(curves, x label, y label) of a study whose picture is (x, y, series)."""
     x, y, series = study.picture
     curves = {}
     for group in groups:
@@ -725,8 +738,5 @@ def draw(path, study, groups):
                 continue
         name = ", ".join(f"{label} {group.run.labels.get(label, '-')}" for label in series) or study.name
         curves.setdefault(name, []).append((at, mean, deviation or 0.0))
-    if not curves:
-        return False
     names = {column.metric: column.header for column in study.columns}
-    draw_study(path, curves, names.get(x, x), names.get(y, y), study.name)
-    return True
+    return curves, names.get(x, x), names.get(y, y)

@@ -1,4 +1,4 @@
-"""experiments.py: steps that are made once and resumed, runs that fail, tables, records, commands, and the study leak."""
+"""experiments.py: steps that are made once and resumed, runs that fail, tables, records, commands, the study leak."""
 
 import dataclasses
 import fcntl
@@ -13,13 +13,25 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY_BLT, error_of, is_png, output_of, random_bytes, run_here, some_words, tiny_blt
+from helpers import (
+    CORPUS_FLAGS,
+    ROOT,
+    TINY_BLT,
+    error_of,
+    is_png,
+    output_of,
+    random_bytes,
+    run_here,
+    some_words,
+    tiny_blt,
+)
 
 import experiment_steps
 import experiment_studies
 import experiments
 from blt import tasks
 from blt.config import parse_config
+from blt.corpus import is_own_output
 from blt.files import write_json
 from blt.flops import TRAINING, blt_flops, transformer_flops
 from blt.metric import leak_gate
@@ -43,12 +55,14 @@ from blt.studies import (
     paired_difference,
     safe_name,
     study_table,
+    values_in,
     write_record,
 )
 from blt_model import BLTConfig, BLTModel
 from entropy_patcher import EntropyPatcher
 from experiment_steps import Bench, read_curve, read_training
 from experiments import STUDIES, ExperimentsConfig, LeakRows, OwnPatchBLT, leak_windows
+from generate import generate
 from llm import LLMConfig
 from template_llm import TemplateConfig
 
@@ -315,6 +329,8 @@ def test_a_record_is_written_at_once_and_completed(workshop, tmp_path):
     assert settings["runs"][0]["commits"] and settings["machine"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"run": "a", "seed": 2, "name": "a", "val_bpb": 3.0} in lines
+    # Someone who trains on a folder with records in it does not read them as text.
+    assert all(is_own_output(folder / name, "text") for name in ("settings.json", "metrics.jsonl"))
     # A study in another work folder does not replace it.
     other = Workshop(tmp_path / "other", workshop.root)
     other_runs = runs_of(other, make)
@@ -323,6 +339,7 @@ def test_a_record_is_written_at_once_and_completed(workshop, tmp_path):
 
 # The studies
 
+SCRIPT_CONFIGS = dict(experiment_steps.CONFIGS)
 # Flags that a script is about to get. Once it has them, parse_config checks them like all others.
 PENDING = {
     "LLMConfig": {"zero_init": str, "table_lr": float, "ngram_dropout": float},
@@ -372,17 +389,11 @@ def test_every_command_of_a_study_is_accepted(name, budget, studies_config, with
         before.add(outcome.run.name)
         made = set()
         for step in outcome.run.steps:
-            read = [value.step for value in planned_values(step) if isinstance(value, Made)]
+            read = [value.step for value in values_in(step.flags) if isinstance(value, Made)]
             assert {id(other) for other in read} <= made, f"{outcome.run.name}: a step reads what comes after it"
             made.add(id(step))
             check_command(step, workshop.command(step, {}), capsys)
     assert 60 < planned.expected_seconds() < 30 * 86400
-
-
-def planned_values(step):
-    from blt.studies import _values
-
-    return list(_values(step.flags))
 
 
 def check_command(step, command, capsys):
@@ -397,7 +408,7 @@ def check_command(step, command, capsys):
         script, command = "llm", ["llm.py", *words]
     words = without_pending(script, command[1:])
     try:
-        parse_config({**experiment_steps.CONFIGS}[script].__mro__[0], "", words)
+        parse_config(SCRIPT_CONFIGS[script], "", words)
     except SystemExit:
         pytest.fail(f"{' '.join(command)}: {capsys.readouterr().err}")
 
@@ -408,11 +419,8 @@ def words_of(name, value):
 
 def without_pending(script, words):
     """The words of a command without the flags that the script does not have yet."""
-    classes = {"llm": LLMConfig, "template_llm": TemplateConfig}
-    if script not in classes:
-        return words
-    present = {f.name for f in dataclasses.fields(classes[script])}
-    lacking = set(PENDING[classes[script].__name__]) - present
+    present = {f.name for f in dataclasses.fields(SCRIPT_CONFIGS[script])}
+    lacking = set(PENDING.get(SCRIPT_CONFIGS[script].__name__, {})) - present
     kept = []
     is_kept = True
     for word in words:
@@ -503,8 +511,7 @@ def test_a_record_of_any_part_of_a_study_is_written(name, studies_config, with_p
     config = studies_config(seeds=2)
     planned = experiments.plan(study, config, Workshop(config.work, ROOT))
     draw = np.random.default_rng(0)
-    x, y, _ = study.picture
-    metrics = {"val_bpb", "val_loss", "bytes_a_unit", "trained_megabytes", "flops_per_byte", y, *([x] if x else [])}
+    metrics = {"val_bpb", "val_loss", "bytes_a_unit", "trained_megabytes", "flops_per_byte", "accuracy"}
     metrics |= {column.metric for column in study.columns} | {"task spell"}
     metrics |= {f"all_seconds_to_{target}" for target in experiment_studies.TARGETS}
 
@@ -552,7 +559,13 @@ def test_cards_of_evaluate_are_read(pipeline_copy):
     assert noises["Drop"] == card["robustness"]["Drop"]["change"] and noises["val_bpb"] > 0
 
 
-def test_fine_tuning_reads_a_trained_model(pipeline_copy):
+@pytest.mark.parametrize("model", ["blt", "flat", "bpe"])
+def test_fine_tuning_reads_a_trained_model(pipeline_copy, model):
+    if model != "blt":
+        flags = f"--model {model} --dim 32 --n_layers 1 --vocab_size 300 --row_bytes 128 --batch_rows 4 --steps 2"
+        output_of(
+            pipeline_copy, "template_llm", *flags.split(), "--overwrite", "--output", "checkpoints", *CORPUS_FLAGS
+        )
     (pipeline_copy / "cute").mkdir()
     rows = "".join(f"word{n}\tw{n}\n" for n in range(30))
     (pipeline_copy / "cute" / "spell.tsv").write_text("input1\tlabel\n" + rows)
@@ -726,8 +739,6 @@ def test_cute_files_are_read(tmp_path):
 
 def test_exact_answers_are_what_greedy_generation_writes(tmp_path):
     """A model answers right exactly where generating from the question, most likely byte first, gives the answer."""
-    from generate import generate
-
     model = tiny_blt(3)
     patcher = EntropyPatcher(None, PatchConfig("static", 3.0))
     training = [("spell", word, " ".join(word), n) for n, word in enumerate(("cat", "dog", "mat", "the"), 1)]
