@@ -247,10 +247,10 @@ def read_training(folders):
     metrics |= entropy_costs(folders, settings.max_bytes) if record.entropy_model_sha256 else {}
     metrics["all_flops"] = metrics["train_flops"] + metrics.get("entropy_flops", 0.0)
     metrics["all_seconds"] = metrics["train_seconds"] + metrics.get("entropy_seconds", 0.0)
-    # What a compressor that has read the training text makes of the held-out text, where the script says it.
-    primed = (result.get("baselines") or {}).get("ppmd")
+    # What PPMd makes of the same held-out text after the same training text, where the script says it.
+    primed = result.get("baselines", {}).get("ppmd")
     if primed is not None:
-        metrics["ppmd"] = primed
+        metrics["ppmd_bpb"] = primed["bpb"]
     metrics["curve"] = read_curve(folders[-1] / "output")
     return metrics
 

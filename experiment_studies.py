@@ -493,7 +493,7 @@ CHOICES = {
     "lr": (0.5, 1.0, 2.0),
     "adam_lr": (0.5, 1.0, 2.0),
     "cooldown": (0.4, 0.7, 1.0),
-    "zero_init": ("yes", "no"),
+    "zero_init": (True, False),
     "table_lr": (1.0, 4.0, 8.0),
 }
 OWN_CHOICES = {

@@ -342,8 +342,8 @@ def test_a_record_is_written_at_once_and_completed(workshop, tmp_path):
 SCRIPT_CONFIGS = dict(experiment_steps.CONFIGS)
 # Flags that a script is about to get. Once it has them, parse_config checks them like all others.
 PENDING = {
-    "LLMConfig": {"zero_init": str, "table_lr": float, "ngram_dropout": float},
-    "TemplateConfig": {"ngram_sizes": list, "hash_rows": int, "zero_init": str, "table_lr": float},
+    "LLMConfig": {"zero_init": bool, "table_lr": float, "ngram_dropout": float},
+    "TemplateConfig": {"ngram_sizes": list, "hash_rows": int, "zero_init": bool, "table_lr": float},
 }
 
 
