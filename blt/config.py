@@ -56,7 +56,7 @@ SIZE_NAMES = ("nano", "tiny", "small", "medium", "large")
 # a "~" at their beginning is the home folder, also where a shell leaves it: in quotes, after "=".
 PATH_FIELDS = frozenset(
     """output model file decompress dataset val_dataset data_cache cache_dir patch_cache entropy_model_path
-    prompt_file init_from to_hf from_hf patches_of""".split()
+    prompt_file init_from to_hf from_hf patches_of work records cute_folder corpus_folder""".split()
 )
 # Fields of `DataConfig` that the next script must be told if this one was: `next_command`.
 SHARED_FIELDS = (
@@ -230,7 +230,9 @@ def _prepare_words(argv, config_class, parser):
             # After "--" every word is one, whatever it begins with.
             loose = rest if word == "--" else [word]
             words += [f"--{positional}={name}" for name in loose]
-            seen += [f"--{positional}"] * len(loose)
+            # A list takes all of them.
+            if get_origin(types_of_flags[f"--{positional}"]) is not list:
+                seen += [f"--{positional}"] * len(loose)
             rest = [] if word == "--" else rest
             continue
         words.append(word)

@@ -116,7 +116,7 @@ OWN_OUTPUT = "outputs of this project"
 # What the JSON files of this project begin with: records, manifests, rules, tables of results, metrics.
 OWN_JSON = re.compile(
     rb'"(model_config|patch_config|max_document_bytes|corpus_sha256|added_tokens|transformers_version)"\s*:'
-    rb'|"val_bpb_of_each_seed"|^\s*\{"step":\s*\d'
+    rb'|"val_bpb_of_each_seed"|"expected_time_is_from"|^\s*\{"step":\s*\d|^\s*\{"run":\s*"[^"]*",\s*"seed"'
 )
 # Results name the script that made them. They may quote text, so a field of that name in them proves nothing.
 OWN_RESULT = re.compile(rb'"command":\s*\[?\s*"(bench|evaluate)\.py')

@@ -4,6 +4,7 @@
     draw_patch_size_histogram  how many patches have how many bytes
     draw_curves                training and validation curves
     draw_comparison            bits per byte beside average patch size, by patching method
+    draw_study                 means and spreads of many runs, as curves or one line a run
     draw_evaluation            bits per byte by context, by source and by noise, of several models
     write_patch_page           an interactive page: text by patch, entropies, predictions; the reader
                                can change the rule and its threshold
@@ -400,6 +401,47 @@ def draw_comparison(path, rows, title=None):
     left.set_xlabel("validation bits per byte (lower is better)")
     right.set_xlabel("average patch size (bytes)")
     figure.suptitle(title or "", parse_math=False)
+    return _save(path, figure)
+
+
+def draw_study(path, series, x_label, y_label, title=None):
+    """Draw runs with the spread over their seeds: {"BLT": [(x, mean, deviation), ...]}.
+
+    Where every x is a number the points of a series are joined, and x is logarithmic if it spans a factor of 8 or
+    more. Where x are names, each has a line of its own and the y axis of the numbers lies across.
+    """
+    if not series:
+        raise ValueError("series is empty: nothing to draw")
+    points = [point for of_series in series.values() for point in of_series]
+    names = list(dict.fromkeys(str(x) for x, _, _ in points))
+    is_numeric = all(isinstance(x, (int, float)) for x, _, _ in points)
+    height = 5 if is_numeric else 1.5 + 0.3 * len(names)
+    figure = _new_figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    _bare(axes)
+    for number, (label, of_series) in enumerate(series.items()):
+        look = dict(color=_colour(number), label=label, capsize=3, markersize=4)
+        if is_numeric:
+            x, mean, deviation = np.array(sorted(of_series)).T
+            axes.errorbar(x, mean, yerr=deviation, fmt="-o", **look)
+        else:
+            lines = [names.index(str(x)) for x, _, _ in of_series]
+            mean, deviation = np.array([point[1:] for point in of_series]).T
+            axes.errorbar(mean, lines, xerr=deviation, fmt="o", **look)
+    if is_numeric:
+        xs = [x for x, _, _ in points]
+        if min(xs) > 0 and max(xs) >= 8 * min(xs):
+            axes.set_xscale("log")
+        axes.set_xlabel(x_label or "")
+        axes.set_ylabel(y_label)
+    else:
+        axes.set_yticks(range(len(names)), names, parse_math=False, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(y_label)
+    axes.grid(alpha=0.3)
+    axes.set_title(title or "", parse_math=False)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
     return _save(path, figure)
 
 

@@ -14,10 +14,10 @@ LEVELS = [
     {"checks", "commands", "device", "files", "ids", "locks", "plain_blt", "progress"},
     {"checkpoints", "config", "kernels", "loss_watch", "ngrams", "patch_rules", "records", "splits"},
     {"attention", "corpus", "optimizers", "pictures", "segments"},
-    {"layers", "ppmd", "rows"},
+    {"layers", "ppmd", "rows", "studies"},
     {"entropies", "flops", "metric", "sampling", "tokens"},
     {"incremental", "loop"},
-    {"runs", "training"},
+    {"runs", "tasks", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 # Imported inside functions, because importing matplotlib or transformers takes long and --help should not wait.

@@ -1,0 +1,535 @@
+"""The runs of the studies of experiments.py, but for the study leak, and what their tables say beside the numbers.
+
+A function such as `baselines(bench)` returns the `Run`s of one seed; one such as `summarize_baselines(groups)` the
+Markdown below the table. experiments.py has the list of all studies, each with its question.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from blt.checks import check_packages
+from blt.flops import TRAINING
+from blt.studies import Made, Measured, Run, Step, difference_cell, markdown_table, paired_difference
+from experiment_steps import (
+    Settings,
+    forward_flops,
+    read_domain,
+    read_noises,
+    read_part,
+    read_training,
+    scaled,
+)
+from llm import LLMConfig
+
+WORDS = {"blt": "BLT", "flat": "flat byte transformer", "bpe": "BPE transformer"}
+# Training text as multiples of the smallest budget.
+MULTIPLES = (1, 4, 10)
+
+
+def baselines(bench):
+    runs = []
+    for multiple in MULTIPLES:
+
+        def add(model, tables, equal, steps):
+            labels = {"model": WORDS[model], "tables": "yes" if tables else "no", "budget": multiple, "equal": equal}
+            runs.append(Run(named(model, tables, equal), labels, steps, read_training))
+
+        def named(model, tables, equal):
+            return f"{model}{'+tables' if tables else ''} {multiple}x {equal}"
+
+        cached = max(MULTIPLES)
+        add("blt", True, "bytes", bench.blt(multiple, cached=cached))
+        for model in ("flat", "bpe"):
+            add(model, True, "bytes", bench.template(model, True, multiple))
+        add("blt", False, "bytes", bench.blt(multiple, cached=cached, ngram_sizes=[]))
+        for model in ("flat", "bpe"):
+            add(model, False, "bytes", bench.template(model, False, multiple))
+        # The shapes have equal FLOPs per byte within 5%, so equal bytes are equal FLOPs without the entropy model.
+        ways = {
+            "FLOPs": (lambda blt, own: blt["all_flops"] / own["train_flops"], 1.34 if multiple == 1 else 1.16),
+            "seconds": (lambda blt, own: blt["all_seconds"] / own["train_seconds"], 1.6 if multiple == 1 else 1.3),
+        }
+        for equal, (ratio, estimate) in ways.items():
+            for tables in (True, False):
+                for model in ("flat", "bpe"):
+                    of = (named("blt", True, "bytes"), named(model, tables, "bytes"))
+                    changes = scaled(bench, multiple, of, ratio, estimate)
+                    add(model, tables, equal, bench.template(model, tables, multiple, **changes))
+        if bench.is_first:
+            settings = {"dataset": bench.dataset, "max_bytes": bench.text(multiple), "val_bytes": val_bytes(bench)}
+            labels = {"model": "PPMd, order 12", "tables": "-", "budget": multiple, "equal": "bytes"}
+            runs.append(Run(f"ppmd {multiple}x", labels, [bench.part("ppmd", settings, seeded=False)], read_part))
+    return runs
+
+
+def val_bytes(bench):
+    return LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu").val_bytes
+
+
+def summarize_baselines(groups):
+    """Each model against the BLT with tables, paired by seed."""
+    by_name = {group.run.name: group for group in groups}
+    rows = []
+    for group in groups:
+        reference = by_name.get(f"blt+tables {group.run.labels['budget']}x bytes")
+        if reference is not None and reference is not group:
+            rows.append([group.run.name, difference_cell(reference, group)])
+    return [
+        "BLT with tables minus each other model: bits per byte, with the standard error over pairs of equal seed and "
+        "the number of pairs. Below zero the BLT is better.",
+        "",
+        *markdown_table(["other model", "BLT minus it"], rows),
+        "",
+        "equal bytes: one pass over the same text; the FLOPs are then equal within 5% without the entropy model. "
+        "equal FLOPs: what the BLT and its entropy model (training and one pass over the text) cost together buys the "
+        "other model more updates on more text. equal seconds: the same with measured seconds.",
+    ]
+
+
+PATCH_SIZES = (3, 5, 7, 10, 12)
+THRESHOLDS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+
+
+def both_budgets(bench, name, labels, make, reference_flops, cached=2.0):
+    """Two runs: with the bytes of the multiple 1, and with the FLOPs of the reference. make(**changes): its steps."""
+    first = f"{name} bytes"
+    by_flops = scaled(bench, 1, [first], lambda own: min(cached, reference_flops / own["train_flops"]), 1.0)
+    return [
+        Run(first, labels | {"equal": "bytes"}, make(), read_training),
+        Run(f"{name} FLOPs", labels | {"equal": "FLOPs"}, make(**by_flops), read_training),
+    ]
+
+
+def reference_flops(bench):
+    """Training FLOPs of the default BLT with the multiple 1."""
+    config = LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu")
+    trained = bench.budget.steps * config.accumulate * config.batch_rows * config.row_bytes
+    return TRAINING * forward_flops(config, "blt", 4.5) * trained
+
+
+def patch_size(bench):
+    runs = []
+    for method in ("static", "global"):
+        for size in PATCH_SIZES:
+
+            def make(method=method, size=size, **changes):
+                return bench.blt(cached=2.0, patch_method=method, target_patch_size=float(size), **changes)
+
+            labels = {"patches": "entropy" if method == "global" else method, "size": size}
+            runs += both_budgets(bench, f"{method} {size}", labels, make, reference_flops(bench))
+    return runs
+
+
+def threshold(bench):
+    runs = []
+    for level in THRESHOLDS:
+
+        def make(level=level, **changes):
+            return bench.blt(cached=2.0, entropy_threshold=level, **changes)
+
+        runs += both_budgets(bench, f"threshold {level}", {"threshold (nats)": level}, make, reference_flops(bench))
+    return runs
+
+
+def model_size(bench):
+    runs = []
+    for size in ("tiny", "small", "medium"):
+
+        def make(size=size, **changes):
+            return bench.blt(size=size, cached=2.0, **changes)
+
+        config = LLMConfig(preset=[size, bench.budget.machine], device="cpu")
+        labels = {"size": size, "latent": f"{config.global_layers} x {config.global_dim}"}
+        runs += both_budgets(bench, size, labels, make, reference_flops(bench))
+    return runs
+
+
+def patching(bench):
+    space = "space"
+    runs = [Run(space, {"patches": space}, bench.blt(patch_method=space), read_training)]
+    # Space patches are as long as the text makes them, so the others follow them.
+    size = Measured((space,), lambda measured: round(measured["bytes_a_unit"], 3), 4.6)
+    for method in ("static", "global", "monotonic", "both", "cumulative"):
+        runs.append(
+            Run(
+                method,
+                {"patches": method},
+                bench.blt(patch_method=method, target_patch_size=size),
+                read_training,
+            )
+        )
+    oracle = bench.part("patched", {"kind": "bpe", "target": size, "llm": training_flags(bench)})
+    runs.append(Run("bpe", {"patches": "bpe tokens (an oracle: they look ahead)"}, [oracle], read_part))
+    return runs
+
+
+def training_flags(bench, **changes):
+    """Flags of llm.py for a part that trains a BLT itself."""
+    return bench.training(1.0, None, changes)
+
+
+def entropy_model(bench):
+    budget = bench.budget
+    steps = budget.entropy_steps
+    code = bench.part("corpus", {"kind": "python", "max_bytes": 3_000_000}, "documents.jsonl", seeded=False)
+    variants = {
+        "as it is": {},
+        "128 x 1": dict(d_model=128, n_heads=2, n_layers=1),
+        "256 x 4": dict(d_model=256, n_heads=4, n_layers=4),
+        "window 32": dict(max_seq_len=32),
+        "window 512": dict(max_seq_len=512),
+        "a quarter of the updates": dict(steps=steps // 4),
+        "4 times the updates": dict(steps=steps * 4),
+        "a tenth of the text": dict(multiple=0.1),
+        "10 times the text": dict(multiple=10.0),
+        "other text (Python code)": dict(dataset=Made(code), max_bytes=2_000_000),
+    }
+    runs = []
+    for name, changes in variants.items():
+        entropy = bench.entropy(**changes)
+        steps_of_run = bench.blt(entropy=entropy)
+        before = [code] if "other text" in name else []
+        runs.append(Run(name, {"entropy model": name}, before + steps_of_run, read_after(len(before))))
+    second = bench.entropy(seed=bench.seed + 1000)
+    for kind, words in (("mean", "mean of two"), ("min", "start where both say so"), ("max", "where either does")):
+        models = {"first": Made(bench.entropy()), "second": Made(second)}
+        settings = {"kind": kind, "target": 4.5, "llm": training_flags(bench)} | models
+        steps_of_run = [bench.entropy(), second, bench.part("patched", settings)]
+        runs.append(Run(words, {"entropy model": f"two: {words}"}, steps_of_run, read_part))
+    return runs
+
+
+def read_after(n):
+    """`read_training` of a run whose first n steps make a corpus."""
+    return lambda folders: read_training(folders[n:])
+
+
+ABLATIONS = {
+    "as it is": {},
+    "no n-grams": dict(ngram_sizes=[]),
+    "n-grams 3": dict(ngram_sizes=[3]),
+    "n-grams 3 to 5": dict(ngram_sizes=[3, 4, 5]),
+    "n-grams 2 to 8": dict(ngram_sizes=[2, 3, 4, 5, 6, 7, 8]),
+    "4,096 rows": dict(hash_rows=4096),
+    "16,384 rows": dict(hash_rows=16384),
+    "65,536 rows": dict(hash_rows=65536),
+    "k = 1": dict(cross_attn_k=1),
+    "k = 4": dict(cross_attn_k=4),
+    "mean pooling": dict(pooling="mean"),
+    "encoder of 2 layers": dict(encoder_layers=2),
+    "decoder of 1 layer": dict(decoder_layers=1),
+    "decoder of 4 layers": dict(decoder_layers=4),
+    "window 32": dict(window=32),
+    "window 512": dict(window=512),
+    "encoder: 2 layers, cross-attention in both": dict(encoder_layers=2, cross_attn_all_layers_encoder=True),
+    "decoder: cross-attention in the first only": dict(cross_attn_all_layers_decoder=False),
+    "QK norm": dict(qk_norm=True),
+    "cosine schedule": dict(schedule="cosine"),
+    "no weight decay": dict(weight_decay=0.0),
+}
+
+
+def ablations(bench):
+    runs = [Run(name, {"change": name}, bench.blt(**changes), read_training) for name, changes in ABLATIONS.items()]
+    # Every matrix and table by AdamW, as in the paper. There is no flag for it, so it is a part.
+    for rate in (0.001, 0.003):
+        entropy, patches, training = bench.blt(lr=rate, adam_lr=rate)
+        adamw = bench.part("adamw", {"llm": {n: v for n, v in training.flags.items() if n not in ("device", "seed")}})
+        name = f"AdamW for all, rate {rate}"
+        runs.append(Run(name, {"change": name}, [entropy, patches, adamw], read_training))
+    return runs
+
+
+def summarize_ablations(groups):
+    """Each change against the model as it is."""
+    reference = next((group for group in groups if group.run.name == "as it is"), None)
+    if reference is None:
+        return []
+    rows = [[group.run.name, difference_cell(group, reference)] for group in groups if group is not reference]
+    return [
+        "Each minus the model as it is (standard error over pairs of equal seed; pairs). Below zero: better.",
+        "",
+    ] + (markdown_table(["change", "difference in bits per byte"], rows))
+
+
+def robustness(bench):
+    if bench.config.cute_folder is None or not Path(bench.config.cute_folder).is_dir():
+        raise ValueError("the study robustness needs --cute_folder, the folder with the .tsv files of CUTE")
+    check_packages("wordfreq")
+    cute = str(Path(bench.config.cute_folder).resolve())
+    runs = []
+    models = {model: bench.template(model, True) for model in ("flat", "bpe")}
+    for model, steps in {"blt": bench.blt(cached=max(MULTIPLES)), **models}.items():
+        labels = {"model": WORDS[model]}
+        scored = bench.evaluate(steps[-1])
+        runs.append(Run(f"{model} noises", labels | {"test": "noises"}, [*steps, scored], read_noises))
+        for test, items in (("CUTE", {"kind": "cute", "folder": cute}), ("spelling", {"kind": "words"})):
+            tuned = bench.part(
+                "fine_tune", {"model": Made(steps[-1]), "items": items, "steps": bench.budget.steps // 2}
+            )
+            runs.append(Run(f"{model} {test}", labels | {"test": test}, [*steps, tuned], read_part))
+    return runs
+
+
+def summarize_robustness(groups):
+    """Accuracy by task."""
+    lines = []
+    for test in ("CUTE", "spelling"):
+        of_test = [group for group in groups if group.run.labels["test"] == test and group.finished]
+        if not of_test:
+            continue
+        tasks = sorted({name for group in of_test for o in group.finished for name in o.metrics if "task" in name})
+        rows = [
+            [t.removeprefix("task "), *(f"{g.mean(t):.3f}" if g.mean(t) is not None else "-" for g in of_test)]
+            for t in tasks
+        ]
+        lines += [f"{test}: share of answers that are right to the last byte, after fine-tuning.", ""]
+        lines += [*markdown_table(["task", *(group.run.labels["model"] for group in of_test)], rows), ""]
+    return lines
+
+
+DOMAINS = ("English", "French", "Spanish", "Python code")
+
+
+def domains(bench):
+    folder = bench.config.corpus_folder
+    path = None if folder is None else Path(folder) / "wiki_fr_es.jsonl.xz"
+    if path is None or not path.exists():
+        raise ValueError("the study domains needs --corpus_folder, a folder with wiki_fr_es.jsonl.xz")
+    wiki = {"kind": "language", "file": str(path.resolve())}
+    corpora = {
+        "French": bench.part("corpus", wiki | {"source": "wikipedia-fr"}, "documents.jsonl", seeded=False),
+        "Spanish": bench.part("corpus", wiki | {"source": "wikipedia-es"}, "documents.jsonl", seeded=False),
+        "Python code": bench.part(
+            "corpus", {"kind": "python", "max_bytes": 6_000_000}, "documents.jsonl", seeded=False
+        ),
+    }
+    datasets = {"English": bench.dataset} | {name: Made(step) for name, step in corpora.items()}
+    runs = []
+    for trained_on in DOMAINS:
+        made = [corpora[trained_on]] if trained_on in corpora else []
+        shared = bench.shared() | {"dataset": datasets[trained_on]}
+        entropy = bench.entropy(dataset=datasets[trained_on])
+        # `patches` takes the text of the bench, which is another one here.
+        flags = shared | {"entropy_model_path": Made(entropy), "max_bytes": bench.text()}
+        patches = Step("create_patches", flags, "patch_cache", "cache_dir")
+        flags = bench.blt(entropy=entropy)[-1].flags | {"dataset": datasets[trained_on], "patch_cache": Made(patches)}
+        training = Step("llm", flags, checkpoints="output")
+        for scored_on in DOMAINS:
+            other = [corpora[scored_on]] if scored_on in corpora else []
+            scored = bench.evaluate(training, dataset=datasets[scored_on], robustness_bytes=0)
+            runs.append(
+                Run(
+                    f"{trained_on} on {scored_on}",
+                    {"trained, calibrated on": trained_on, "scored on": scored_on},
+                    [*made, *other, entropy, patches, training, scored],
+                    read_domain,
+                )
+            )
+    return runs
+
+
+TARGETS = (1.9, 1.8, 1.7, 1.6, 1.5)
+
+
+def speedrun(bench):
+    runs = []
+    for model in ("blt", "flat"):
+        for multiple in (0.5, 1, 2, 4, 10):
+            every = max(1, round(bench.budget.steps * multiple / 20))
+            if model == "blt":
+                steps = bench.blt(multiple, cached=10, eval_every=every)
+            else:
+                steps = bench.template("flat", True, multiple, eval_every=every)
+            labels = {"model": WORDS[model] + (" with tables" if model == "flat" else ""), "budget": multiple}
+            runs.append(Run(f"{model} {multiple}x", labels, steps, read_speedrun))
+    return runs
+
+
+def read_speedrun(folders):
+    """Metrics of a run, and the seconds of training at which it first reached each target."""
+    metrics = read_training(folders)
+    for target in TARGETS:
+        reached = [seconds for _, _, seconds, bpb in metrics["curve"] if bpb <= target]
+        if reached:
+            metrics[f"seconds_to_{target}"] = reached[0]
+            metrics[f"all_seconds_to_{target}"] = reached[0] + metrics.get("entropy_seconds", 0.0)
+    return metrics
+
+
+def summarize_speedrun(groups):
+    """The fastest run to each target, by model."""
+    rows = []
+    for model in dict.fromkeys(group.run.labels["model"] for group in groups):
+        cells = []
+        for target in TARGETS:
+            times = [
+                (group.mean(f"all_seconds_to_{target}"), group.mean(f"seconds_to_{target}"), group.run.labels["budget"])
+                for group in groups
+                # A mean over the seeds that reached it would hide those that did not.
+                if group.run.labels["model"] == model
+                and group.finished
+                and len(group.values(f"seconds_to_{target}")) == len(group.finished)
+            ]
+            best = min(times, default=None)
+            cells.append("-" if best is None else f"{best[1]:.0f} ({best[0]:.0f}; budget {best[2]})")
+        rows.append([model, *cells])
+    return [
+        "Seconds of training to each number of bits per byte, evaluations left out, by the run that is fastest there; "
+        "in brackets with the entropy model's training and pass, and the run's budget. Every run has a whole schedule "
+        "of its own, so a short run is faster to a high target.",
+        "",
+        *markdown_table(["model", *(f"{target}" for target in TARGETS)], rows),
+    ]
+
+
+def grown(config, patch):
+    """(width, layers) of the latent transformer that costs as much per byte with larger patches as with 4.5 bytes."""
+    target = forward_flops(config, "blt", 4.5)
+
+    def cost(shape):
+        sizes = asdict(config) | dict(zip(("global_dim", "global_layers"), shape))
+        return abs(forward_flops(Settings(sizes), "blt", patch) - target)
+
+    shapes = [(64 * n, layers) for n in range(2, 33) for layers in range(1, 33) if 32 <= 64 * n / layers <= 128]
+    return min(shapes, key=cost)
+
+
+def patches_map(bench):
+    sizes = {"cpu": ("nano", "small"), "gpu": ("small", "medium")}[bench.config.budget]
+    # A long row shows more only of a long document.
+    long = bench.part(
+        "corpus", {"kind": "long", "dataset": bench.dataset, "min_bytes": 16384}, "documents.jsonl", seeded=False
+    )
+    runs = []
+    places = [(size, row, 1) for size in sizes for row in (2048, 8192, 32768)] + [(sizes[0], 2048, 4)]
+    for size, row, multiple in places:
+        config = LLMConfig(preset=[size, bench.budget.machine], device="cpu")
+        update = config.row_bytes * config.batch_rows * config.accumulate
+        rows = max(1, update // row)
+        # The same bytes in all: where one row is more than an update, there are fewer updates.
+        steps = max(2, round(bench.budget.steps * multiple * update / (rows * row)))
+        changes = {"row_bytes": row, "batch_rows": rows, "accumulate": 1, "dataset": Made(long)}
+        place = {"size": size, "row": row, "budget": multiple}
+        name = f"{size} row {row} budget {multiple}"
+        for patch in (4.5, 8, 12):
+            width, layers = (config.global_dim, config.global_layers) if patch == 4.5 else grown(config, patch)
+            entropy = bench.entropy(dataset=Made(long))
+            patches = bench.made.setdefault(
+                ("map patches", id(entropy), multiple),
+                Step(
+                    "create_patches",
+                    bench.shared()
+                    | {"dataset": Made(long), "entropy_model_path": Made(entropy), "max_bytes": bench.text(multiple)},
+                    "patch_cache",
+                    "cache_dir",
+                ),
+            )
+            flags = bench.blt(
+                multiple,
+                size,
+                entropy,
+                target_patch_size=patch,
+                global_dim=width,
+                global_layers=layers,
+                steps=steps,
+                **changes,
+            )[-1].flags | {"patch_cache": Made(patches)}
+            labels = {"model": "BLT"} | place | {"patch": patch, "latent": f"{layers} x {width}"}
+            steps_of_run = [entropy, patches, Step("llm", flags, checkpoints="output")]
+            runs.append(Run(f"blt {name} patch {patch}", labels, [long, *steps_of_run], read_after(1)))
+        labels = {"model": "flat with tables"} | place | {"patch": "-", "latent": "-"}
+        flat = bench.template("flat", True, multiple, size, steps=steps, **changes)
+        runs.append(Run(f"flat {name} bytes", labels | {"equal": "bytes"}, [long, *flat], read_after(1)))
+        of = (f"blt {name} patch 4.5", f"flat {name} bytes")
+        by_flops = scaled(bench, multiple, of, lambda blt, own: blt["all_flops"] / own["train_flops"], 1.3, steps)
+        flat = bench.template("flat", True, multiple, size, **changes, **by_flops)
+        runs.append(Run(f"flat {name} FLOPs", labels | {"equal": "FLOPs"}, [long, *flat], read_after(1)))
+    return runs
+
+
+def pairs_of_map(groups, equal):
+    """(BLT, flat byte transformer or None) at each place of the map."""
+    by_name = {group.run.name: group for group in groups}
+    for group in groups:
+        labels = group.run.labels
+        if labels["model"] == "BLT":
+            yield group, by_name.get(f"flat {labels['size']} row {labels['row']} budget {labels['budget']} {equal}")
+
+
+def picture_of_map(groups):
+    """BLT minus flat with tables against the patch size, a curve for each place of the map."""
+    curves = {}
+    for group, flat in pairs_of_map(groups, "FLOPs"):
+        mean, error, _ = (None, None, 0) if flat is None else paired_difference(group, flat)
+        if mean is not None:
+            labels = group.run.labels
+            name = f"{labels['size']}, rows of {labels['row']} bytes, budget {labels['budget']}"
+            curves.setdefault(name, []).append((labels["patch"], mean, error or 0.0))
+    return curves, "bytes a patch", "BLT minus flat with tables, bits per byte (equal FLOPs)"
+
+
+def summarize_map(groups):
+    """BLT minus flat with tables at each place of the map."""
+    rows = []
+    for (group, by_bytes), (_, by_flops) in zip(pairs_of_map(groups, "bytes"), pairs_of_map(groups, "FLOPs")):
+        labels = group.run.labels
+        cells = ["-" if flat is None else difference_cell(group, flat) for flat in (by_bytes, by_flops)]
+        rows.append([labels["size"], labels["row"], labels["budget"], labels["patch"], *cells])
+    return [
+        "BLT minus flat byte transformer with tables, bits per byte; below zero patches pay. Equal bytes are equal "
+        "FLOPs without the entropy model: the latent transformer grows with the patches. In the last column the flat "
+        "model gets the entropy model's FLOPs too.",
+        "",
+        *markdown_table(["size", "row bytes", "budget", "bytes a patch", "equal bytes", "equal FLOPs"], rows),
+    ]
+
+
+# Rates and initialisation, drawn at random; the first trial is the defaults. Every model gets the same draws.
+TRIALS = 12
+CHOICES = {
+    "lr": (0.5, 1.0, 2.0),
+    "adam_lr": (0.5, 1.0, 2.0),
+    "cooldown": (0.4, 0.7, 1.0),
+    "zero_init": (True, False),
+    "table_lr": (1.0, 4.0, 8.0),
+}
+OWN_CHOICES = {
+    "blt": ("target_patch_size", (4.5, 6.0, 8.0)),
+    "flat": ("window", (128, 256, 512)),
+    "bpe": ("vocab_size", (2048, 4096, 8192)),
+}
+
+
+def sweep(bench):
+    config = LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu")
+    runs = []
+    for model, (own, values) in OWN_CHOICES.items():
+        draw = np.random.default_rng(0)
+        for trial in range(TRIALS):
+            drawn = {name: choices[draw.integers(len(choices))] for name, choices in CHOICES.items()}
+            drawn[own] = values[draw.integers(len(values))]
+            for name in ("lr", "adam_lr"):
+                drawn[name] = round(getattr(config, name) * drawn[name], 6)
+            changes = {} if trial == 0 else drawn
+            steps = bench.blt(**changes) if model == "blt" else bench.template(model, True, **changes)
+            shown = " ".join(f"--{name} {value}" for name, value in changes.items()) or "the defaults"
+            runs.append(Run(f"{model} trial {trial}", {"model": WORDS[model], "flags": shown}, steps, read_training))
+    return runs
+
+
+def summarize_sweep(groups):
+    """The best trial of each model."""
+    lines = ["The best trial of each model by validation, chosen among as many trials for each:", ""]
+    for model in dict.fromkeys(group.run.labels["model"] for group in groups):
+        of_model = [group for group in groups if group.run.labels["model"] == model and group.finished]
+        if of_model:
+            best = min(of_model, key=lambda group: group.mean("val_bpb"))
+            of_all = sum(group.run.labels["model"] == model for group in groups)
+            lines.append(
+                f"- {model}: {best.mean('val_bpb'):.4f} bits per byte with {best.run.labels['flags']} "
+                f"({len(of_model)} of {of_all} trials are finished)"
+            )
+    return [*lines, "", "The winners were chosen on the text that they are scored on: run them again with other seeds."]

@@ -1,0 +1,865 @@
+"""experiments.py: steps that are made once and resumed, runs that fail, tables, records, commands, the study leak."""
+
+import dataclasses
+import fcntl
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CORPUS_FLAGS,
+    ROOT,
+    TINY_BLT,
+    error_of,
+    is_png,
+    output_of,
+    random_bytes,
+    run_here,
+    some_words,
+    tiny_blt,
+)
+
+import experiment_steps
+import experiment_studies
+import experiments
+from blt import tasks
+from blt.config import parse_config
+from blt.corpus import is_own_output
+from blt.files import write_json
+from blt.flops import TRAINING, blt_flops, transformer_flops
+from blt.metric import leak_gate
+from blt.patch_rules import PatchConfig
+from blt.records import RunRecord
+from blt.studies import (
+    Column,
+    Group,
+    Made,
+    Measured,
+    Outcome,
+    Run,
+    Step,
+    StepFailed,
+    Study,
+    StudyRuns,
+    Workshop,
+    describe_seconds,
+    groups_of,
+    mean_and_deviation,
+    paired_difference,
+    safe_name,
+    study_table,
+    values_in,
+    write_record,
+)
+from blt_model import BLTConfig, BLTModel
+from entropy_patcher import EntropyPatcher
+from experiment_steps import Bench, read_curve, read_training
+from experiments import STUDIES, ExperimentsConfig, LeakRows, OwnPatchBLT, leak_windows
+from generate import generate
+from llm import LLMConfig
+from template_llm import TemplateConfig
+
+# Steps and runs of a script that takes no time
+
+FAKE = """
+import argparse, json, pathlib, sys, time
+parser = argparse.ArgumentParser()
+for name in ("value", "seed", "output", "fail", "sleep", "reads"):
+    parser.add_argument(f"--{name}")
+parser.add_argument("--resume", action="store_true")
+flags = parser.parse_args()
+output = pathlib.Path(flags.output)
+output.mkdir(parents=True, exist_ok=True)
+with open("calls.txt", "a") as calls:
+    print(flags.value, flags.seed, "resumed" if flags.resume else "new", file=calls)
+(output / "last.pt").write_text("checkpoint")
+(output / "best.pt").write_text("weights")
+if flags.sleep:
+    (output / "sleeping").write_text("")
+    time.sleep(float(flags.sleep))
+if flags.fail and not flags.resume:
+    print("fake.py: error: it was asked to fail", file=sys.stderr)
+    sys.exit(3)
+(output / "result.json").write_text(json.dumps({"val_bpb": float(flags.value) + int(flags.seed) % 10}))
+"""
+
+
+@pytest.fixture
+def workshop(tmp_path):
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "fake.py").write_text(FAKE)
+    made = Workshop(tmp_path / "work", scripts, echo=lambda line: None)
+    made.folder.mkdir()
+    return made
+
+
+def fake_step(value=1, seed=1, **flags):
+    return Step("fake", {"value": value, "seed": seed, **flags}, checkpoints="output")
+
+
+def read_fake(folders):
+    return json.loads((folders[-1] / "output" / "result.json").read_text())
+
+
+def fake_run(name, value=1, seed=1, **flags):
+    return Run(name, {"name": name}, [fake_step(value, seed, **flags)], read_fake)
+
+
+def calls(workshop):
+    path = workshop.folder / "calls.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def runs_of(workshop, make, seeds=(1,), summary=None, study_seeds=3):
+    """The `StudyRuns` of a study whose runs for a seed are make(seed)."""
+    study = Study("fake", "Does it work?", None, [Column("bpb", "val_bpb")], (None, "val_bpb", ()), summary=summary)
+    return StudyRuns(study, "cpu", {seed: make(seed) for seed in seeds}, workshop, lambda step, flags: 100.0)
+
+
+def run_all(planned):
+    for outcome in planned.outcomes:
+        planned.look(outcome)
+        if outcome.state != "finished":
+            planned.run(outcome)
+
+
+def test_a_step_is_made_once_and_shared_by_runs(workshop):
+    shared = fake_step(5)
+
+    def make(seed):
+        return [
+            Run("a", {}, [shared, fake_step(1, seed, reads=Made(shared))], read_fake),
+            Run("b", {}, [shared, fake_step(2, seed, reads=Made(shared))], read_fake),
+        ]
+
+    run_all(runs_of(workshop, make))
+    assert calls(workshop) == ["5 1 new", "1 1 new", "2 1 new"]
+    # Another process that plans the same study knows what is there.
+    again = runs_of(workshop, make)
+    assert again.count("finished") == 2 and again.expected_seconds() == 0
+    run_all(again)
+    assert len(calls(workshop)) == 3
+
+
+def test_checkpoints_go_and_weights_stay_where_they_are_read(workshop):
+    shared = fake_step(5)
+    last = fake_step(1, reads=Made(shared))
+    run_all(runs_of(workshop, lambda seed: [Run("a", {}, [shared, last], read_fake)]))
+    read, unread = (workshop.path_of(step, {}) for step in (shared, last))
+    assert not list(workshop.folder.rglob("last.pt"))
+    assert (read / "best.pt").exists() and not (unread / "best.pt").exists()
+    # Weights that a later study reads are made again, from the beginning and not from what is left.
+    third = fake_step(3, reads=Made(last))
+    run_all(runs_of(workshop, lambda seed: [Run("c", {}, [last, third], read_fake)]))
+    assert (unread / "best.pt").exists()
+    assert calls(workshop)[2:] == ["1 1 new", "3 1 new"]
+
+
+def test_a_changed_flag_makes_another_step(workshop):
+    run_all(runs_of(workshop, lambda seed: [fake_run("a", 1)]))
+    changed = runs_of(workshop, lambda seed: [fake_run("a", 2)])
+    assert changed.count("finished") == 0
+    run_all(changed)
+    assert calls(workshop) == ["1 1 new", "2 1 new"]
+    assert changed.outcomes[0].metrics == {"val_bpb": 3.0}
+    # Both are there, so going back costs nothing.
+    back = runs_of(workshop, lambda seed: [fake_run("a", 1)])
+    run_all(back)
+    assert back.outcomes[0].metrics == {"val_bpb": 2.0} and len(calls(workshop)) == 2
+
+
+def test_a_failed_run_does_not_stop_the_others_and_is_tried_again(workshop):
+    planned = runs_of(workshop, lambda seed: [fake_run("bad", 1, fail=1), fake_run("good", 2)])
+    run_all(planned)
+    bad, good = planned.outcomes
+    assert bad.state == "failed" and bad.error == "fake.py: error: it was asked to fail"
+    assert good.state == "finished"
+    # In another process, where it goes on from its checkpoint.
+    again = Workshop(workshop.folder, workshop.root, echo=lambda line: None)
+    planned = runs_of(again, lambda seed: [fake_run("bad", 1, fail=1), fake_run("good", 2)])
+    assert [outcome.state for outcome in planned.outcomes] == ["waiting", "finished"]
+    run_all(planned)
+    assert planned.outcomes[0].state == "finished"
+    assert calls(workshop) == ["1 1 new", "2 1 new", "1 1 resumed"]
+    state = again.state(planned.outcomes[0].run.steps[0], {})
+    assert state["attempts"] == 2 and state["seconds"] > 0
+
+
+def test_runs_with_a_failed_step_in_common_fail_at_once(workshop):
+    bad = fake_step(9, fail=1)
+    make = [Run(name, {}, [bad, fake_step(n, reads=Made(bad))], read_fake) for n, name in enumerate("ab")]
+    planned = runs_of(workshop, lambda seed: make)
+    run_all(planned)
+    assert planned.count("failed") == 2 and calls(workshop) == ["9 1 new"]
+
+
+def test_what_is_stopped_goes_on(workshop):
+    """SIGTERM reaches the script that runs; the same command then resumes it."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from blt.entropies import sigterm_raises
+from blt.studies import Step, Workshop
+with sigterm_raises():
+    Workshop({str(workshop.folder)!r}, {str(workshop.root)!r}).make(
+        Step("fake", {{"value": 1, "seed": 1, "sleep": 60}}, checkpoints="output"), {{}})
+"""
+    step = fake_step(1, sleep=60)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    sleeping = workshop.path_of(step, {}) / "sleeping"
+    deadline = time.time() + 60
+    while not sleeping.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    # Two processes must not write into one folder.
+    with pytest.raises(StepFailed, match="another process works on"):
+        workshop.make(step, {})
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert workshop.state(step, {})["state"] == "stopped"
+    folder = workshop.step_folder(step, {})
+    # The script that slept is gone too: nothing holds its folder.
+    with open(folder / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    script = workshop.root / "fake.py"
+    script.write_text(FAKE.replace("if flags.sleep:", "if False:"))
+    workshop.failed.clear()
+    workshop.make(step, {})
+    assert calls(workshop) == ["1 1 new", "1 1 resumed"]
+
+
+def test_a_measured_value_comes_from_an_earlier_run(workshop):
+    def make(seed):
+        value = Measured(("first",), lambda first: first["val_bpb"] * 10, 7)
+        return [fake_run("first", 2, seed), fake_run("second", value, seed)]
+
+    planned = runs_of(workshop, make, seeds=(1, 2))
+    assert planned.outcomes[1].run.needs() == ["first"]
+    # Until it is measured the estimate is shown, and nothing is taken for finished.
+    assert planned.outcomes[1].commands[0][2] == "7"
+    assert planned.expected_seconds() == 400
+    run_all(planned)
+    assert calls(workshop) == ["2 1 new", "30.0 1 new", "2 2 new", "40.0 2 new"]
+    again = runs_of(workshop, make, seeds=(1, 2))
+    assert again.count("finished") == 4
+
+
+def test_a_run_whose_source_failed_fails(workshop):
+    value = Measured(("first",), lambda first: first["val_bpb"], 7)
+    planned = runs_of(workshop, lambda seed: [fake_run("first", 2, fail=1), fake_run("second", value)])
+    run_all(planned)
+    assert planned.outcomes[1].error == "it needs the results of first" and len(calls(workshop)) == 1
+
+
+def test_a_script_that_leaves_no_result_is_a_failed_run(workshop):
+    (workshop.root / "fake.py").write_text("print('nothing is written')")
+    planned = runs_of(workshop, lambda seed: [fake_run("a")])
+    run_all(planned)
+    assert planned.outcomes[0].state == "failed" and "result.json" in planned.outcomes[0].error
+
+
+# Tables and records
+
+
+def outcomes_of(name, values, metric="val_bpb"):
+    run = Run(name, {"name": name}, [], None)
+    return [Outcome(run, seed, "finished", {metric: value}) for seed, value in values.items()]
+
+
+def test_mean_and_spread_are_over_seeds():
+    assert mean_and_deviation([1.0, 2.0, 4.0]) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
+    assert mean_and_deviation([3.0]) == (3.0, None) and mean_and_deviation([]) == (None, None)
+    waiting = Outcome(Run("b", {"name": "b"}, [], None), 1)
+    failed = Outcome(waiting.run, 2, "failed", error="broken")
+    study = Study("fake", "?", None, [Column("bpb", "val_bpb", "{:.2f}")], (None, "val_bpb", ()))
+    lines = study_table(study, groups_of([*outcomes_of("a", {1: 1.0, 2: 2.0, 3: 4.0}), waiting, failed]))
+    assert lines == [
+        "| name | bpb | seeds |",
+        "| - | - | - |",
+        "| a | 2.33 ± 1.53 | 3 |",
+        "| b | - | 0, **failed: seed 2**, 1 to do |",
+    ]
+
+
+def test_differences_are_paired_by_seed():
+    first, second = (Group(None, outcomes_of("x", values)) for values in ({1: 1.0, 2: 2.0}, {2: 1.5, 1: 0.9, 3: 9.0}))
+    mean, error, n = paired_difference(first, second)
+    assert (mean, n) == (pytest.approx(0.3), 2)
+    assert error == pytest.approx(np.std([0.1, 0.5], ddof=1) / math.sqrt(2))
+
+
+def test_times_in_words():
+    assert [describe_seconds(s) for s in (40, 600, 7325)] == ["40 s", "10 min", "2 h 02 min"]
+
+
+def test_a_record_is_written_at_once_and_completed(workshop, tmp_path):
+    def make(seed):
+        return [fake_run("a", 1, seed), fake_run("b", 2, seed, **({"fail": 1} if seed == 1 else {}))]
+
+    planned = runs_of(workshop, make, seeds=(1, 2), summary=lambda groups: ["the summary"])
+
+    def write():
+        return write_record(planned, tmp_path / "records", "cpu", "python experiments.py fake", "a guess", str)
+
+    folder = write()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_fake", folder.name)
+    assert "**Partial: 0 of 4 runs are finished.**" in (folder / "table.md").read_text()
+    planned.run(planned.outcomes[0])
+    planned.run(planned.outcomes[1])
+    assert write() == folder
+    table = (folder / "table.md").read_text()
+    assert "**Partial: 1 of 4 runs are finished, 1 failed.**" in table and "| a | 2.0000 | 1, 1 to do |" in table
+    assert "- b, seed 1: fake.py: error: it was asked to fail" in table and "the summary" in table
+    run_all(planned)
+    write()
+    assert "| a | 2.5000 ± 0.7071 | 2 |" in (folder / "table.md").read_text()
+    assert is_png(folder / "plot.png")
+    readme = (folder / "README.md").read_text()
+    assert "    python experiments.py fake\n" in readme and "Does it work?" in readme
+    assert max(map(len, readme.splitlines())) <= 120
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["runs"][0]["commands"][0].startswith("python fake.py --value 1 --seed 1 --output steps/fake-")
+    assert settings["runs"][0]["commits"] and settings["machine"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"run": "a", "seed": 2, "name": "a", "val_bpb": 3.0} in lines
+    # Someone who trains on a folder with records in it does not read them as text.
+    assert all(is_own_output(folder / name, "text") for name in ("settings.json", "metrics.jsonl"))
+    # A study in another work folder does not replace it.
+    other = Workshop(tmp_path / "other", workshop.root)
+    other_runs = runs_of(other, make)
+    assert write_record(other_runs, tmp_path / "records", "cpu", "", "", str).name == folder.name + "_2"
+
+
+# The studies
+
+SCRIPT_CONFIGS = dict(experiment_steps.CONFIGS)
+# Flags that a script is about to get. Once it has them, parse_config checks them like all others.
+PENDING = {
+    "LLMConfig": {"zero_init": bool, "table_lr": float, "ngram_dropout": float},
+    "TemplateConfig": {"ngram_sizes": list, "hash_rows": int, "zero_init": bool, "table_lr": float},
+}
+
+
+@pytest.fixture
+def with_pending_flags(monkeypatch):
+    """The configs that steps are checked by, with the flags that their scripts are about to get."""
+    for script, config_class in (("llm", LLMConfig), ("template_llm", TemplateConfig)):
+        present = {f.name for f in dataclasses.fields(config_class)}
+        new = {name: kind for name, kind in PENDING[config_class.__name__].items() if name not in present}
+        fields = [(name, kind, dataclasses.field(default=None)) for name, kind in new.items()]
+        if fields:
+            made = dataclasses.make_dataclass(config_class.__name__, fields, bases=(config_class,))
+            monkeypatch.setitem(experiment_steps.CONFIGS, script, made)
+
+
+@pytest.fixture
+def studies_config(tmp_path, monkeypatch):
+    """An `ExperimentsConfig` with which every study can be planned."""
+    monkeypatch.setattr(experiment_studies, "check_packages", lambda *names: None)
+    (tmp_path / "wiki_fr_es.jsonl.xz").write_bytes(b"")
+    folder = str(tmp_path)
+
+    def make(**changes):
+        settings = {"name": ["baselines"], "cute_folder": folder, "corpus_folder": folder, "work": str(tmp_path / "w")}
+        return ExperimentsConfig(**(settings | changes))
+
+    return make
+
+
+@pytest.mark.parametrize("budget", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", list(STUDIES))
+def test_every_command_of_a_study_is_accepted(name, budget, studies_config, with_pending_flags, capsys):
+    """No flag is misspelt: each script's own parser takes each command, and each has an expected time."""
+    config = studies_config(budget=budget, seeds=2)
+    workshop = Workshop(config.work, ROOT)
+    planned = experiments.plan(STUDIES[name], config, workshop)
+    runs = [outcome.run.name for outcome in planned.outcomes if outcome.seed == 1337]
+    assert len(runs) == len(set(runs)) == len(set(map(safe_name, runs))), "a run is known by its name"
+    before = set()
+    for outcome in planned.outcomes[: len(runs)]:
+        # A value is measured by a run that comes before.
+        assert set(outcome.run.needs()) <= before
+        before.add(outcome.run.name)
+        made = set()
+        for step in outcome.run.steps:
+            read = [value.step for value in values_in(step.flags) if isinstance(value, Made)]
+            assert {id(other) for other in read} <= made, f"{outcome.run.name}: a step reads what comes after it"
+            made.add(id(step))
+            check_command(step, workshop.command(step, {}), capsys)
+    assert 60 < planned.expected_seconds() < 30 * 86400
+
+
+def check_command(step, command, capsys):
+    script = step.script
+    if script == "compress":
+        return
+    if script == "experiments":
+        config = parse_config(ExperimentsConfig, "", command[1:])
+        assert config.part in experiments.PARTS and config.settings_of_part
+        of_llm = config.settings_of_part.get("llm")
+        words = [] if of_llm is None else [word for n, v in of_llm.items() for word in words_of(n, v)]
+        script, command = "llm", ["llm.py", *words]
+    words = without_pending(script, command[1:])
+    try:
+        parse_config(SCRIPT_CONFIGS[script], "", words)
+    except SystemExit:
+        pytest.fail(f"{' '.join(command)}: {capsys.readouterr().err}")
+
+
+def words_of(name, value):
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def without_pending(script, words):
+    """The words of a command without the flags that the script does not have yet."""
+    present = {f.name for f in dataclasses.fields(SCRIPT_CONFIGS[script])}
+    lacking = set(PENDING.get(SCRIPT_CONFIGS[script].__name__, {})) - present
+    kept = []
+    is_kept = True
+    for word in words:
+        if word.startswith("--"):
+            is_kept = word[2:] not in lacking
+        if is_kept:
+            kept.append(word)
+    return kept
+
+
+def test_studies_that_lack_something_say_so(studies_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--cute_folder" in error_of(tmp_path, "experiments", "robustness")
+    assert "--corpus_folder" in error_of(tmp_path, "experiments", "domains", "--corpus_folder", "nowhere")
+    assert "choose from baselines" in error_of(tmp_path, "experiments", "nonsense")
+    assert "name a study" in error_of(tmp_path, "experiments")
+    assert "no run of leak has nothing" in error_of(tmp_path, "experiments", "leak", "--only", "nothing")
+
+
+def test_list_and_dry_run_write_nothing(tmp_path):
+    printed = output_of(tmp_path, "experiments", "--list")
+    assert all(name in printed for name in STUDIES) and "expected time" in printed
+    printed = output_of(tmp_path, "experiments", "patch_size", "threshold", "--seeds", 1, "--dry_run")
+    assert "python llm.py --preset nano cpu" in printed and "--entropy_threshold 2.5" in printed
+    assert "all: " in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_takes_what_a_run_needs(studies_config):
+    config = studies_config(only=["patch size 3 own"])
+    runs = experiments.plan(STUDIES["leak"], config, Workshop(config.work, ROOT)).outcomes
+    names = [outcome.run.name for outcome in runs]
+    assert names == ["rate 0.0001", "rate 0.0003", "rate 0.001", "rate 0.003", "patch size 3 own patch"]
+
+
+def test_equal_flops_count_the_entropy_model(studies_config, with_pending_flags):
+    """The flat model's updates are as many as the FLOPs of the BLT with its entropy model buy."""
+    config = studies_config()
+    (study,) = [STUDIES["baselines"]]
+    runs = {run.name: run for run in study.runs(Bench(config, 1337))}
+    results = {
+        "blt+tables 1x bytes": {"train_flops": 100.0, "all_flops": 140.0, "all_seconds": 30.0},
+        "flat+tables 1x bytes": {"train_flops": 105.0, "train_seconds": 20.0},
+    }
+    workshop = Workshop(config.work, ROOT)
+    flags = workshop.flags_of(runs["flat+tables 1x FLOPs"].steps[0], results)
+    assert flags["steps"] == round(270 * 140 / 105) and flags["max_bytes"] == round(2_200_000 * 140 / 105)
+    assert workshop.flags_of(runs["flat+tables 1x seconds"].steps[0], results)["steps"] == 405
+
+
+def test_baselines_have_as_many_table_numbers_as_the_blt(studies_config):
+    bench = Bench(studies_config(), 1337)
+    blt = LLMConfig(preset=["nano", "cpu"], device="cpu")
+    wanted = len(blt.ngram_sizes) * blt.hash_rows * blt.encoder_dim
+    for model in ("flat", "bpe"):
+        width = TemplateConfig(model=model, preset=["nano", "cpu"], device="cpu").dim
+        tables = bench.tables(model)
+        assert len(tables["ngram_sizes"]) * tables["hash_rows"] * width == pytest.approx(wanted, rel=1e-3)
+    assert bench.tables("bpe")["ngram_sizes"] == [2, 3] and bench.tables("flat", tables=False) == {"ngram_sizes": []}
+
+
+def test_larger_patches_get_a_larger_latent_transformer():
+    config = LLMConfig(preset=["nano", "cpu"], device="cpu")
+    target = sum(blt_flops(config, 4.5, config.row_bytes).values())
+    for patch in (8, 12):
+        width, layers = experiment_studies.grown(config, patch)
+        other = dataclasses.replace(config, global_dim=width, global_layers=layers)
+        assert sum(blt_flops(other, patch, config.row_bytes).values()) == pytest.approx(target, rel=0.05)
+        assert width * layers > config.global_dim * config.global_layers
+
+
+def test_the_sweep_gives_all_models_the_same_trials(studies_config):
+    trials = {}
+    for run in experiment_studies.sweep(Bench(studies_config(), 1337)):
+        model = run.name.split()[0]
+        own = experiment_studies.OWN_CHOICES[model][0]
+        flags = run.steps[-1].flags
+        trials.setdefault(model, []).append({n: flags.get(n) for n in experiment_studies.CHOICES if n != own})
+    assert trials["blt"] == trials["flat"] == trials["bpe"] and len(trials["blt"]) == experiment_studies.TRIALS
+    assert all(value is None for value in trials["blt"][0].values())
+    assert len({str(trial) for trial in trials["blt"]}) > 8
+
+
+@pytest.mark.parametrize("name", list(STUDIES))
+def test_a_record_of_any_part_of_a_study_is_written(name, studies_config, with_pending_flags, tmp_path):
+    """A study may be stopped anywhere, and any of its runs may fail: table, summary and picture must still be made."""
+    study = STUDIES[name]
+    config = studies_config(seeds=2)
+    planned = experiments.plan(study, config, Workshop(config.work, ROOT))
+    draw = np.random.default_rng(0)
+    metrics = {"val_bpb", "val_loss", "bytes_a_unit", "trained_megabytes", "flops_per_byte", "accuracy"}
+    metrics |= {column.metric for column in study.columns} | {"task spell"}
+    metrics |= {f"all_seconds_to_{target}" for target in experiment_studies.TARGETS}
+
+    def write():
+        folder = write_record(planned, tmp_path / "records", "cpu", f"python experiments.py {name}", "a guess", str)
+        table = (folder / "table.md").read_text()
+        widths = {line.count("|") for line in table.split("\n\n")[2].splitlines() if line.startswith("|")}
+        assert len(widths) == 1, "each line of the table has all columns"
+        return table
+
+    assert "Partial: 0 of" in write()
+    for share in (0.3, 1.0):
+        for outcome in planned.outcomes:
+            if outcome.state == "waiting" and draw.random() < share:
+                outcome.state = "failed" if draw.random() < 0.2 else "finished"
+                outcome.metrics = {metric: float(draw.random() + 1) for metric in metrics}
+        assert "failed" in write()
+    for outcome in planned.outcomes:
+        outcome.state = "finished"
+        outcome.metrics = {metric: float(draw.random() + 1) for metric in metrics}
+    table = write()
+    assert "are finished." in table and "Partial" not in table
+    if study.summary is not None:
+        assert table.count("\n") > len(groups_of(planned.outcomes)) + 6
+    (folder,) = (tmp_path / "records").iterdir()
+    assert is_png(folder / "plot.png")
+
+
+# Metrics
+
+
+def test_cards_of_evaluate_are_read(pipeline_copy):
+    folder = pipeline_copy / "step"
+    flags = "--model checkpoints --samples 0 --val_bytes 3000 --robustness_bytes 500 --device cpu --output step/output"
+    output_of(pipeline_copy, "evaluate", *flags.split())
+    card = json.loads((folder / "output" / "card.json").read_text())["models"][0]
+    domain = experiment_steps.read_domain([folder])
+    assert domain["val_bpb"] == card["bpb"] and domain["bytes_a_unit"] == card["patches"]["mean_bytes"]
+    (pipeline_copy / "log.txt").write_text("")
+    (pipeline_copy / "output").symlink_to("checkpoints")
+    entropy_and_patches = [pipeline_copy, pipeline_copy / "patches"]
+    (pipeline_copy / "patches").mkdir()
+    write_json(pipeline_copy / "patches" / "step.json", {"command": ["--max_bytes", "60000"], "seconds": 1.0})
+    noises = experiment_steps.read_noises([*entropy_and_patches, pipeline_copy, folder])
+    assert noises["Drop"] == card["robustness"]["Drop"]["change"] and noises["val_bpb"] > 0
+
+
+@pytest.mark.parametrize("model", ["blt", "flat", "bpe"])
+def test_fine_tuning_reads_a_trained_model(pipeline_copy, model):
+    if model != "blt":
+        flags = f"--model {model} --dim 32 --n_layers 1 --vocab_size 300 --row_bytes 128 --batch_rows 4 --steps 2"
+        output_of(
+            pipeline_copy, "template_llm", *flags.split(), "--overwrite", "--output", "checkpoints", *CORPUS_FLAGS
+        )
+    (pipeline_copy / "cute").mkdir()
+    rows = "".join(f"word{n}\tw{n}\n" for n in range(30))
+    (pipeline_copy / "cute" / "spell.tsv").write_text("input1\tlabel\n" + rows)
+    items = {"kind": "cute", "folder": str(pipeline_copy / "cute")}
+    made = run_part(pipeline_copy, "fine_tune", {"model": "checkpoints", "items": items, "steps": 2})
+    assert made["test_items"] == 6 and made["accuracy"] == made["task spell"] == made["task all"]
+
+
+def test_metrics_of_a_training_run(pipeline, tmp_path):
+    """FLOPs are those of blt/flops.py; the entropy model's training and its pass over the text are counted."""
+    source, printed = pipeline
+    folders = [tmp_path / name for name in ("entropy", "patches", "blt")]
+    for folder in folders:
+        folder.mkdir()
+    entropy = RunRecord.load(source / "entropy_model.json")
+    (folders[0] / "entropy_model.json").write_text((source / "entropy_model.json").read_text())
+    write_json(folders[1] / "step.json", {"command": ["create_patches.py", "--max_bytes", "120000"], "seconds": 8.0})
+    (folders[2] / "output").symlink_to(source / "checkpoints")
+    (folders[2] / "log.txt").write_text(printed["llm"])
+    metrics = read_training(folders)
+    record = RunRecord.load(source / "checkpoints" / "model.json")
+    config = BLTConfig(**record.model_config)
+    per_byte = sum(blt_flops(config, record.result["avg_patch_size"], 128).values())
+    assert metrics["train_flops"] == pytest.approx(TRAINING * per_byte * metrics["trained_bytes"])
+    e = entropy.model_config
+    per_byte = sum(transformer_flops(e["d_model"], e["n_layers"], 256, 128, e["max_seq_len"]).values())
+    entropy_bytes = entropy.result["bytes_per_second"] * entropy.result["train_seconds"]
+    assert metrics["entropy_flops"] == pytest.approx(per_byte * (TRAINING * entropy_bytes + 60000))
+    # Half of the text that the pass has read is this run's.
+    assert metrics["entropy_seconds"] == pytest.approx(entropy.result["train_seconds"] + 4.0)
+    assert metrics["parameters"] == sum(p.numel() for p in BLTModel(config).parameters())
+    assert metrics["perplexity"] == pytest.approx(math.exp(record.result["val_loss"]))
+    assert metrics["curve"][-1][0] == 12 and metrics["curve"][-1][3] == record.result["last_val_bpb"]
+    assert metrics["curve"][-1][2] == pytest.approx(record.result["train_seconds"], rel=0.1)
+
+
+def test_seconds_of_a_curve_leave_evaluations_out(tmp_path):
+    lines = [
+        {"step": 5, "bytes": 1000, "loss": 2.0, "bytes_per_second": 100.0},
+        {"step": 10, "bytes": 3000, "loss": 2.0, "bytes_per_second": 200.0},
+        {"step": 10, "bytes": 3000, "val_bpb": 1.75},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_curve(tmp_path) == [[10, 3000, 20.0, 1.75]]
+
+
+def test_speedrun_takes_the_first_evaluation_at_the_target(monkeypatch):
+    curve = [[1, 10, 5.0, 2.0], [2, 20, 9.0, 1.85], [3, 30, 14.0, 1.79], [4, 40, 20.0, 1.81]]
+    monkeypatch.setattr(experiment_studies, "read_training", lambda folders: {"curve": curve, "entropy_seconds": 3.0})
+    metrics = experiment_studies.read_speedrun([])
+    assert metrics["seconds_to_1.9"] == 9.0 and metrics["seconds_to_1.8"] == 14.0
+    assert metrics["all_seconds_to_1.9"] == 12.0 and "seconds_to_1.7" not in metrics
+
+
+# Parts
+
+
+def run_part(folder, part, settings, output="output"):
+    status, printed, errors = run_here(
+        folder, "experiments", "--part", part, "--settings", json.dumps(settings), "--output", output,
+        "--device", "cpu", "--seed", 1,
+    )  # fmt: skip
+    assert status == 0, printed[-2000:] + errors[-2000:]
+    path = folder / output / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """A dataset of short documents, as a path."""
+    path = tmp_path / "documents.jsonl"
+    lines = [json.dumps({"text": some_words(60, n).decode(), "source": "words"}) + "\n" for n in range(150)]
+    path.write_text("".join(lines))
+    return path
+
+
+def test_ppmd_has_read_the_training_text(tmp_path, documents):
+    pytest.importorskip("pyppmd")
+    settings = {"dataset": str(documents), "max_bytes": 30000, "val_bytes": 2000}
+    much = run_part(tmp_path, "ppmd", settings)
+    little = run_part(tmp_path, "ppmd", settings | {"max_bytes": 300}, "other")
+    assert 0 < much["val_bpb"] < little["val_bpb"] - 0.1
+    # Against bytes that no compressor shortens: the training text itself must not be paid for.
+    noise = random_bytes(1000).tobytes()
+    assert experiment_steps.ppmd_bits(random_bytes(20000, 1).tobytes(), noise, 8, 1 << 24) / 1000 == pytest.approx(
+        8, abs=0.6
+    )
+
+
+TINY_RUN = dict(
+    **{name: value for name, value in TINY_BLT.items()},
+    row_bytes=128, batch_rows=4, steps=4, eval_every=4, max_bytes=20000, val_bytes=4000,
+)  # fmt: skip
+
+
+def test_patches_of_two_models_and_of_tokens(pipeline_copy):
+    first = str(pipeline_copy / "entropy_model.pth")
+    settings = {"target": 4.0, "llm": TINY_RUN | {"preset": ["nano", "cpu"]}}
+    for kind in ("mean", "min", "max"):
+        made = run_part(pipeline_copy, "patched", settings | {"kind": kind, "first": first, "second": first}, kind)
+        assert made["bytes_a_unit"] == pytest.approx(4.0, rel=0.15) and 0 < made["val_bpb"] < 12
+    made = run_part(pipeline_copy, "patched", settings | {"kind": "bpe", "target": 2.0}, "bpe")
+    assert made["bytes_a_unit"] == pytest.approx(2.0, abs=0.3) and made["vocabulary"] >= 1024
+    # An oracle that looks ahead leaves nothing that a script would load.
+    assert not (pipeline_copy / "bpe" / "model.json").exists()
+
+
+def test_two_models_are_combined(pipeline):
+    first, second = (experiment_steps.load_entropy_model(pipeline[0] / "entropy_model.pth")[0] for _ in range(2))
+    torch.nn.init.zeros_(second.head.weight)
+    document = np.frombuffer(some_words(20), np.uint8)
+    config = PatchConfig("global", 2.0)
+    alone = EntropyPatcher(first, config).entropies(document)
+    for combine in (np.min, np.mean, np.max):
+        patcher = experiment_steps.TwoModelPatcher([first, second], combine, config, "fp32")
+        # A model without knowledge has ln 256 nats everywhere.
+        expected = combine([alone, np.full_like(alone, math.log(256))], axis=0)
+        np.testing.assert_allclose(patcher.entropies(document), expected, rtol=1e-4)
+
+
+def test_adamw_trains_every_parameter(pipeline_copy, monkeypatch):
+    monkeypatch.setattr(experiment_steps.blt.loop, "make_optimizers", experiment_steps.blt.loop.make_optimizers)
+    settings = {"llm": TINY_RUN | {"preset": ["nano", "cpu"], "patch_method": "static", "target_patch_size": 4.0}}
+    run_part(pipeline_copy, "adamw", settings)
+    assert RunRecord.load(pipeline_copy / "output" / "model.json").result["val_bpb"] < 12
+    optimizers = torch.load(pipeline_copy / "output" / "last.pt", weights_only=True)["optimizers"]
+    assert len(optimizers) == 1
+
+
+def test_corpora(tmp_path, documents, monkeypatch):
+    long = [json.dumps({"text": "long " * 400, "source": "book"}), json.dumps({"text": "short", "source": "note"})]
+    (tmp_path / "mixed.jsonl").write_text("\n".join([*long, *documents.read_text().splitlines()]) + "\n")
+
+    def sources_of(settings):
+        run_part(tmp_path, "corpus", settings, "made.jsonl")
+        return [json.loads(line)["source"] for line in (tmp_path / "made.jsonl").read_text().splitlines()]
+
+    assert sources_of({"kind": "long", "dataset": str(tmp_path / "mixed.jsonl"), "min_bytes": 1500}) == ["book"]
+    assert sources_of({"kind": "language", "file": str(tmp_path / "mixed.jsonl"), "source": "note"}) == ["note"]
+    assert set(sources_of({"kind": "python", "max_bytes": 50000})) == {"python"}
+    assert (tmp_path / "made.jsonl").stat().st_size > 10000
+    held_out = {"kind": "held_out", "dataset": str(documents), "bytes": 100}
+    run_part(tmp_path, "corpus", held_out, "held_out.txt")
+    assert (tmp_path / "held_out.txt").stat().st_size == 100
+
+
+# Tasks
+
+
+def test_spelling_items_are_right():
+    items = {task: (question, answer) for task, question, answer, _ in tasks.spelling_items(["banana"])}
+    assert items["spell"] == ("banana", "b a n a n a") and items["backwards"] == ("banana", "ananab")
+    old = items["delete"][0].split(" | ")[1]
+    assert items["delete"][1] == "banana".replace(old, "")
+    first, second = items["swap"][0].split(" | ")[1].split(" and ")
+    assert items["swap"][1].replace(first, "_").replace(second, first).replace("_", second) == "banana"
+
+
+def test_a_word_is_in_training_or_in_the_test():
+    training, test = tasks.split_items(tasks.spelling_items([f"word{letter}" for letter in "abcdefghij"]))
+    assert {item[3] for item in training}.isdisjoint({item[3] for item in test}) and len(test) == 12
+
+
+def test_cute_files_are_read(tmp_path):
+    (tmp_path / "ins_char.tsv").write_text('input1\tinput2\tlabel\nm\th"e\tthme\n')
+    assert tasks.read_cute(tmp_path) == [("ins_char", 'm | h"e', "thme", 0)]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="--cute_folder"):
+        tasks.read_cute(tmp_path / "none")
+
+
+def test_exact_answers_are_what_greedy_generation_writes(tmp_path):
+    """A model answers right exactly where generating from the question, most likely byte first, gives the answer."""
+    model = tiny_blt(3)
+    patcher = EntropyPatcher(None, PatchConfig("static", 3.0))
+    training = [("spell", word, " ".join(word), n) for n, word in enumerate(("cat", "dog", "mat", "the"), 1)]
+    config = experiment_steps.RunConfig(
+        row_bytes=64, batch_rows=4, steps=60, eval_every=60, lr=0.01, adam_lr=0.01, device="cpu"
+    )
+    tasks.fine_tune(model, patcher, training, config, 64, tmp_path / "out")
+    items = [*training, ("spell", "sat", "s a t", 9)]
+    exact = tasks.exact_answers(model, patcher, items, 64)
+    for item, is_exact in zip(items, exact):
+        document, head = tasks.document_of(item)
+        written = generate(model, patcher, document[:head].tobytes(), 20, temperature=0.0, context_bytes=64)
+        assert is_exact == (written == document[head:].tobytes()), (item, written)
+    assert 0 < exact.sum() < len(items)
+
+
+# The study leak
+
+
+def leak_model(own_patch):
+    torch.manual_seed(0)
+    config = BLTConfig(**(TINY_BLT | dict(ngram_sizes=[])))
+    return (OwnPatchBLT if own_patch else BLTModel)(config).eval()
+
+
+def test_the_gate_refuses_the_own_patch_and_nothing_else():
+    patcher = EntropyPatcher(None, PatchConfig("static", 4.0))
+    text = some_words(40)
+    leak_gate(leak_model(False), patcher, text)
+    with pytest.raises(ValueError, match="leak: changing bytes"):
+        leak_gate(leak_model(True), patcher, text)
+
+
+def test_windows_are_cut_padded_and_overlap():
+    text = np.arange(200, dtype=np.uint8)
+    is_start = np.arange(200) % 3 == 0
+    apart, overlapping = (leak_windows(text, is_start, overlap) for overlap in (False, True))
+    assert [window[0][0] for window in apart] == [0, 45, 90, 135]
+    assert [window[0][0] for window in overlapping][:4] == [0, 21, 42, 63]
+    ids, starts, is_scored = LeakRows(apart, False).row(1)
+    assert ids[:3].tolist() == [256, 45, 46] and ids[45:48].tolist() == [89, 0, 0] and len(ids) == 101
+    assert np.flatnonzero(starts).tolist() == [0, *range(1, 46, 3), 46] and is_scored.sum() == 45
+    assert LeakRows(apart, True).row(1)[2].all()
+    long = leak_windows(text, np.arange(200) % 12 == 0, False)
+    assert len(long[0][0]) == 100
+    batch = LeakRows(long, True).batch([0])
+    assert batch.patch_lengths.sum() == 101 and batch.targets == 100
+
+
+def train_leaks(tmp_path, monkeypatch, names, steps):
+    """result.json of a model for each combination of mistakes, on random letters."""
+    monkeypatch.setattr(experiment_steps.blt.loop, "make_optimizers", experiment_steps.blt.loop.make_optimizers)
+    path = tmp_path / "letters.jsonl"
+    # What is not in the text before cannot be known, only seen.
+    texts = [(random_bytes(300, n) % 26 + 97).tobytes().decode() for n in range(120)]
+    path.write_text("".join(json.dumps({"text": text, "source": "letters"}) + "\n" for text in texts))
+    settings = dict(
+        dataset=str(path), patch=3.0, global_dim=64, global_layers=1, text_bytes=30000, steps=steps, rows=12, lr=0.003,
+        coded_bytes=100,
+    )  # fmt: skip
+    made = {}
+    for name in names:
+        mistakes = list(experiments.COMBINATIONS[name])
+        made[name] = run_part(tmp_path, "leak", settings | {"mistakes": mistakes}, name.replace(" ", "_"))
+    # What can be decoded has cost what random letters cost, whatever the loss claims.
+    for result in made.values():
+        assert result["restored"] and result["coded_loss"] > math.log(26) - 0.2
+    assert not list(tmp_path.rglob("model.json"))
+    return made
+
+
+def test_mistakes_lower_the_loss_and_compress_is_not_deceived(tmp_path, monkeypatch):
+    made = train_leaks(tmp_path, monkeypatch, ("none", "all three"), 40)
+    assert made["none"]["val_loss"] > math.log(26) - 0.05
+    assert made["all three"]["val_loss"] < made["none"]["val_loss"] - 1.0
+    assert made["none"]["leak_gate"].startswith("passed") and made["all three"]["leak_gate"].startswith("refused: leak")
+    assert made["none"]["padding_share"] == pytest.approx(0.55, abs=0.02)
+
+
+@pytest.mark.slow
+def test_each_mistake_lowers_the_loss(tmp_path, monkeypatch):
+    made = train_leaks(tmp_path, monkeypatch, ("none", "own patch", "padding", "all three"), 80)
+    loss = {name: result["val_loss"] for name, result in made.items()}
+    assert loss["own patch"] < loss["none"] - 0.3 and loss["padding"] < loss["none"] - 1.0
+    assert loss["all three"] < min(loss["own patch"], loss["padding"])
+    assert made["own patch"]["leak_gate"].startswith("refused: leak") and "passed" in made["padding"]["leak_gate"]
+
+
+def test_training_scripts_cannot_make_these_mistakes():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("blt/*.py")]:
+        if path.name != "experiments.py":
+            text = path.read_text()
+            assert "OwnPatch" not in text and "LeakRows" not in text
+            assert not re.search(r"^(import experiments|from experiments )", text, re.M), path.name
+
+
+def test_the_rate_is_chosen_by_one_published_figure(studies_config):
+    runs = {run.name: run for run in experiments.leak_runs(Bench(studies_config(), 1337))}
+    losses = {"rate 0.0001": 3.0, "rate 0.0003": 2.0, "rate 0.001": 1.6, "rate 0.003": 0.9}
+    results = {name: {"val_loss": loss} for name, loss in losses.items()}
+    step = runs["patch size 3 all three"].steps[0]
+    workshop = Workshop(studies_config().work, ROOT)
+    assert workshop.flags_of(step, results)["settings"]["lr"] == 0.001
+    assert runs["patch size 3 all three"].published == {"published loss": "0.49"}
+
+
+# The whole
+
+
+@pytest.mark.slow
+def test_a_study_from_end_to_end(tmp_path, documents, monkeypatch):
+    """Two studies as commands with real scripts: finished, then found finished; their records are whole."""
+    small = dataclasses.replace(experiment_steps.BUDGETS["cpu"], steps=2, text=20000, entropy_steps=2)
+    monkeypatch.setitem(experiment_steps.BUDGETS, "cpu", small)
+    monkeypatch.setattr(experiments, "BUDGETS", experiment_steps.BUDGETS)
+    flags = ["patch_size", "patching", "--seeds", 1, "--only", "static 5", "space", "--device", "cpu"]
+    flags += ["--dataset", documents]
+    printed = output_of(tmp_path, "experiments", *flags)
+    assert "[1/2] static 5 bytes, seed 1337" in printed and "All 2 runs are finished" in printed
+    (folder,) = (tmp_path / "records").glob("*_patch_size")
+    assert {path.name for path in folder.iterdir()} == {
+        "settings.json", "metrics.jsonl", "table.md", "plot.png", "README.md",
+    }  # fmt: skip
+    assert "finished before" in output_of(tmp_path, "experiments", *flags)
