@@ -58,7 +58,7 @@ class WorkflowConfig(TrainBLTConfig):
 def train_entropy_model(config):
     """Run entropy_llm.py's training on the workflow's corpus."""
     of_corpus = {f.name for f in fields(DataConfig)} - {"preset", "max_bytes", "val_bytes"}
-    settings = {name: getattr(config, name) for name in [*of_corpus, "seed"]}
+    settings = {name: getattr(config, name) for name in [*of_corpus, "seed", "zero_init"]}
     if config.entropy_steps is not None:
         settings.update(steps=config.entropy_steps, eval_every=config.entropy_steps)
     entropy_config = entropy_llm.EntropyRunConfig(
