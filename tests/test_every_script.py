@@ -1,6 +1,9 @@
 """Faults that can occur with every script: one clear line each, found before the work, and nothing lost."""
 
+import contextlib
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -185,3 +188,67 @@ def test_the_tokenizer_of_another_model_is_refused(pipeline_copy):
 def test_patches_that_look_ahead_lead_nowhere(pipeline_copy):
     printed = output_of(pipeline_copy, "create_patches", "--method", "bpe", "--bpe_vocab_size", "300", *CORPUS_FLAGS)
     assert "next:" not in printed and "no model can be trained on them" in printed
+
+
+# A full disk
+
+
+@contextlib.contextmanager
+def disk_for(n_bytes):
+    """Files can be no longer than n_bytes, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "data_cache" not in path.parts}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "n_bytes"),
+    [
+        ("entropy_llm", [*ENTROPY_FLAGS, "--output", "other.pth"], 3000),
+        ("entropy_llm", [*ENTROPY_FLAGS, "--output", "other.pth"], 40_000),
+        ("create_patches", [*CORPUS_FLAGS, "--cache_dir", "other"], 3000),
+        ("create_patches", [*CORPUS_FLAGS, "--cache_dir", "other"], 150_000),
+        ("llm", [*BLT_FLAGS, "--output", "other"], 3000),
+        ("llm", [*BLT_FLAGS, "--output", "other"], 200_000),
+        ("template_llm", [*TEMPLATE_FLAGS, "--output", "other"], 3000),
+        ("evaluate", ["--file", "t.txt", "--preset", "cpu", "--device", "cpu", "--output", "other"], 3000),
+        ("show_patches", ["--text", "the cat", "--device", "cpu", "--output", "other"], 3000),
+        ("convert_hf", ["--to_hf", "checkpoints", "--output", "other"], 3000),
+        ("compress", ["noise", "--output", "other", "--device", "cpu", "--context_bytes", "64"], 100),
+    ],
+)
+def test_a_full_disk_is_one_line_and_damages_nothing(pipeline_copy, script, flags, n_bytes):
+    (pipeline_copy / "t.txt").write_text("the cat sat on the mat")
+    (pipeline_copy / "noise").write_bytes(bytes(range(128)))
+    before = files_in(pipeline_copy)
+    with disk_for(n_bytes):
+        line = error_of(pipeline_copy, script, *flags)
+    assert "free some" in line
+    after = files_in(pipeline_copy)
+    assert before == {path: after[path] for path in before}
+    assert not [path for path in after if path.suffix == ".tmp"]
+
+
+# Names and numbers
+
+
+def test_names_that_are_not_utf8(pipeline_copy):
+    name = os.fsdecode(b"na\xefve")
+    bpe = ["--model", "bpe", "--vocab_size", "300", *TEMPLATE_FLAGS, "--output", name]
+    output_of(pipeline_copy, "template_llm", *bpe)
+    load_template(pipeline_copy / name)
+    line = error_of(pipeline_copy, "convert_hf", "--to_hf", "checkpoints", "--output", name + "hf")
+    assert "is not UTF-8" in line and not (pipeline_copy / (name + "hf")).exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_numbers_on_the_command_line_are_finite(tmp_path, value):
+    for script, flag in (("generate", "temperature"), ("bench", "patch_size"), ("show_patches", "target_patch_size")):
+        assert f"--{flag}: {value} is no finite number" in error_of(tmp_path, script, f"--{flag}={value}")
