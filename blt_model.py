@@ -48,7 +48,7 @@ class BLTConfig:
     encoder_heads: int | None = None  # attention heads; None: heads of about 64 channels
     encoder_ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     ngram_sizes: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])  # bytes in the hashed n-grams
-    hash_rows: int = 16384  # rows of each n-gram size's table; above 65,536 only the rows that occur are updated
+    hash_rows: int = 16384  # rows of each n-gram size's table; above 32,768 only the rows that occur are updated
     ngram_dropout: float = 0.0  # share of the n-grams that training leaves out, each byte's of each size by chance
     pooling: str = "max"  # how a patch's bytes start its query: max or mean
     cross_attn_k: int = 2  # vectors of encoder_dim that make up a patch

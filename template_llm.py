@@ -65,7 +65,7 @@ class FlatConfig:
     n_layers: int = 7  # transformer layers
     n_heads: int | None = None  # attention heads; None: heads of about 64 channels
     ngram_sizes: list[int] = field(default_factory=list)  # ids in the hashed n-grams; none: no hash tables
-    hash_rows: int = 16384  # rows of each n-gram size's table; above 65,536 only the rows that occur are updated
+    hash_rows: int = 16384  # rows of each n-gram size's table; above 32,768 only the rows that occur are updated
     ngram_dropout: float = 0.0  # share of the n-grams that training leaves out, each id's of each size by chance
     window: int | None = 512  # ids that an id attends to, itself included; None: the whole row
     rope_theta: float = 500000.0  # base of the rotary embedding's wavelengths

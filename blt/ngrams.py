@@ -15,7 +15,7 @@ HASH_ID_OFFSET = 4
 HASH_BOUNDARY = 1
 HASH_NOTHING = 0
 # Hash tables with more rows than this get sparse gradients: a batch reads few of their rows.
-DENSE_HASH_ROWS = 65536
+DENSE_HASH_ROWS = 32768
 
 
 def check_tables(config):
