@@ -27,6 +27,7 @@ from blt.files import write_atomically, write_json
 from blt.flops import TRAINING, blt_flops, transformer_flops
 from blt.ids import BYTES
 from blt.loop import RunConfig, fit, read_metrics
+from blt.metric import ppmd_after_training
 from blt.patch_rules import PatchConfig, calibrate
 from blt.records import RunRecord
 from blt.runs import claim_output, start_run
@@ -359,37 +360,23 @@ def training_seconds(settings, budget):
 # PPMd
 
 
-def ppmd_bits(documents, text, order, memory):
-    """Bits that PPMd takes for the text after it has compressed the documents; it learns on while it reads."""
-    # Here and not above, because only this part needs the package.
-    import pyppmd
-
-    before = len(pyppmd.compress(documents, max_order=order, mem_size=memory, variant="H"))
-    return 8 * (len(pyppmd.compress(documents + text, max_order=order, mem_size=memory, variant="H")) - before)
-
-
 def ppmd(settings, config):
-    """PPMd after the same training text, on the same held-out text, both as one string."""
+    """PPMd after the same training text, as in the footer of every training run."""
     corpus = open_corpus(settings["dataset"], cache_dir="data_cache")
-
-    def text_of(split, limit):
-        return b"".join(corpus.document(n).tobytes() for n in corpus.documents(split, limit))
-
-    training = text_of("train", settings["max_bytes"])
-    held_out = text_of("validation", settings["val_bytes"])
+    documents = [corpus.document(n) for n in corpus.documents("validation", settings["val_bytes"])]
     began = time.perf_counter()
-    # As much memory as the model of the longest text needs: PPMd forgets all when its memory is full.
-    bpb = {order: ppmd_bits(training, held_out, order, 1 << 30) / len(held_out) for order in (12, 8, 6)}
+    facts = ppmd_after_training(corpus, corpus.documents("train", settings["max_bytes"]), documents)
+    if facts is None:
+        raise ValueError("PPMd needs a package: pip install pyppmd")
     result_of(
         config,
-        val_bpb=bpb[12],
-        val_bpb_order_8=bpb[8],
-        val_bpb_order_6=bpb[6],
-        memory_bytes=1 << 30,
-        val_bytes=len(held_out),
-        trained_bytes=len(training),
-        trained_megabytes=len(training) / 1e6,
-        train_seconds=(time.perf_counter() - began) / 6,
+        val_bpb=facts["bpb"],
+        order=facts["order"],
+        memory_mb=facts["memory_mb"],
+        val_bytes=sum(len(document) for document in documents),
+        trained_bytes=facts["primed_bytes"],
+        trained_megabytes=facts["primed_bytes"] / 1e6,
+        train_seconds=time.perf_counter() - began,
     )
 
 

@@ -59,7 +59,7 @@ def baselines(bench):
                     add(model, tables, equal, bench.template(model, tables, multiple, **changes))
         if bench.is_first:
             settings = {"dataset": bench.dataset, "max_bytes": bench.text(multiple), "val_bytes": val_bytes(bench)}
-            labels = {"model": "PPMd, order 12", "tables": "-", "budget": multiple, "equal": "bytes"}
+            labels = {"model": "PPMd", "tables": "-", "budget": multiple, "equal": "bytes"}
             runs.append(Run(f"ppmd {multiple}x", labels, [bench.part("ppmd", settings, seeded=False)], read_part))
     return runs
 
