@@ -48,12 +48,15 @@ def claim_output(config, folder, *files):
     lock = _lock_folder(folder)
     try:
         yield
-    finally:
-        if lock is not None:
-            os.close(lock)
+    # Not after Ctrl-C or SIGTERM: to --resume, the empty folder says that the run had begun.
+    except Exception:
         # A run that failed before its first file leaves no trace.
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _lock_folder(folder):
