@@ -136,6 +136,10 @@ def markdown_table(rows, seeds):
 
 def main(config):
     output = Path(config.output)
+    if config.resume and not output.exists():
+        # Stopped before its first run, or never begun: each run below begins if it has nothing to go on with.
+        print(f"note: {output} is not there yet; the workflow begins")
+        output.mkdir(parents=True)
     with claim_output(config, output):
         if not config.resume and not config.overwrite:
             # An earlier comparison may hold hours of work. The runs themselves are kept by `fit`.

@@ -72,6 +72,7 @@ try:
     # transformers imports its modules on first use. Its classes are therefore written as attributes below:
     # `from transformers import BltForCausalLM` would load the model code here and slow --help down.
     import transformers
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 except ImportError:
@@ -672,7 +673,12 @@ def write_for_transformers(folder, output, dtype="keep", without_patcher=False):
     make_tokenizer().save_pretrained(output)
 
     def save_safetensors(path):
-        save_file(weights, path, metadata={"format": "pt"})
+        try:
+            save_file(weights, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(
+                f"{output / 'model.safetensors'} cannot be written ({error}); free some space, or give another --output"
+            ) from None
 
     write_atomically(output / "model.safetensors", save_safetensors)
     return converted

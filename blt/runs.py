@@ -48,10 +48,12 @@ def claim_output(config, folder, *files):
     try:
         with claim_folder(folder):
             yield
-    finally:
+    # Not after Ctrl-C or SIGTERM: to --resume, the empty folder says that the run had begun.
+    except Exception:
         # A run that failed before its first file leaves no trace.
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
+        raise
 
 
 @dataclass

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import BLT_FLAGS, CORPUS_FLAGS, ENTROPY_FLAGS, ROOT, SCRIPTS, error_of, output_of
+from helpers import BLT_FLAGS, CORPUS_FLAGS, ENTROPY_FLAGS, ROOT, SCRIPTS, error_of, output_of, run_here
 
 from blt.patch_rules import PatchConfig
 from blt.tokens import load_tokenizer, train_tokenizer
@@ -221,6 +221,7 @@ def files_in(folder):
         ("evaluate", ["--file", "t.txt", "--preset", "cpu", "--device", "cpu", "--output", "other"], 3000),
         ("show_patches", ["--text", "the cat", "--device", "cpu", "--output", "other"], 3000),
         ("convert_hf", ["--to_hf", "checkpoints", "--output", "other"], 3000),
+        ("convert_hf", ["--to_hf", "checkpoints", "--output", "other"], 40_000),
         ("compress", ["noise", "--output", "other", "--device", "cpu", "--context_bytes", "64"], 100),
     ],
 )
@@ -252,3 +253,26 @@ def test_names_that_are_not_utf8(pipeline_copy):
 def test_numbers_on_the_command_line_are_finite(tmp_path, value):
     for script, flag in (("generate", "temperature"), ("bench", "patch_size"), ("show_patches", "target_patch_size")):
         assert f"--{flag}: {value} is no finite number" in error_of(tmp_path, script, f"--{flag}={value}")
+
+
+# Stopped early
+
+
+def test_what_was_stopped_before_its_first_file_goes_on(pipeline_copy, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    workflow = [*BLT_FLAGS, "--methods", "static", "--output", "compared"]
+    workflow.remove("--overwrite")
+    run = [*BLT_FLAGS, "--output", "run"]
+    run.remove("--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr("complete_entropy_workflow.compare", stop)
+        patch.setattr("llm.open_patches", stop)
+        assert run_here(pipeline_copy, "complete_entropy_workflow", *workflow)[0] == 130
+        assert run_here(pipeline_copy, "llm", *run)[0] == 130
+    assert "val" in output_of(pipeline_copy, "llm", *run, "--resume")
+    # Killed before the folder was made.
+    shutil.rmtree(pipeline_copy / "compared")
+    output_of(pipeline_copy, "complete_entropy_workflow", *workflow, "--resume")
+    assert (pipeline_copy / "compared" / "comparison.md").exists()
