@@ -184,6 +184,11 @@ def parse_config(config_class, description, argv=None):
     empty = [name for name in sorted(PATH_FIELDS & set(given)) if given[name] == ""]
     if empty:
         parser.error(f"--{empty[0]} is empty; give a path, or leave the flag out")
+    for name, value in given.items():
+        # Results are saved as JSON, which has no infinity, and a comparison with NaN is never true.
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            parser.error(f"{name} is {value}; it must be a finite number")
     try:
         config = config_class(**(_default_paths(config_class) | given))
     except ValueError as error:
@@ -333,25 +338,12 @@ def _argparse_options(field_type, choices=None):
         return {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
     if choices is not None:
         return {"type": _one_of(choices), "metavar": "{" + ",".join(choices) + "}"}
-    converters = {str: _text, float: _finite}
-    return {"type": converters.get(field_type, field_type), "metavar": field_type.__name__.upper()}
+    return {"type": _text if field_type is str else field_type, "metavar": field_type.__name__.upper()}
 
 
 def _text(word):
     """A word of the command line without the mark of `_prepare_words`."""
     return word.removeprefix(IS_VALUE)
-
-
-def _finite(text):
-    """A number; results are saved as JSON, which has no infinity, and a comparison with NaN is never true."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no finite number")
-    return value
-
-
-# argparse prints it in "invalid float value".
-_finite.__name__ = "float"
 
 
 def _expanding(convert):

@@ -37,23 +37,28 @@ def claim_output(config, folder, *files):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file as --output, such as {path / 'model.pth'}")
     check_resumable(folder, config, *files)
+    if config.tensorboard:
+        check_packages("tensorboard")
     # For the curves and for zstd beside the result, both at the end of the run.
-    check_packages("matplotlib", "pyarrow", *(["tensorboard"] if config.tensorboard else []))
+    check_packages("matplotlib", "pyarrow")
     # Made now, so that a folder that cannot be made ends the run before its work.
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder, *(Path(file).parent for file in files)):
         if not os.access(path, os.W_OK):
             raise PermissionError(f"{path} cannot be written; change its permissions, or pass another --output")
+    is_stopped = False
     try:
         with claim_folder(folder):
             yield
-    # Not after Ctrl-C or SIGTERM: to --resume, the empty folder says that the run had begun.
-    except Exception:
-        # A run that failed before its first file leaves no trace.
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
+    except (KeyboardInterrupt, SystemExit):
+        is_stopped = True
         raise
+    finally:
+        # A run that failed before its first file leaves no trace. Of one that was stopped the empty folder
+        # stays: to --resume it says that the run had begun.
+        if is_new and not is_stopped and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @dataclass

@@ -252,7 +252,7 @@ def test_names_that_are_not_utf8(pipeline_copy):
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
 def test_numbers_on_the_command_line_are_finite(tmp_path, value):
     for script, flag in (("generate", "temperature"), ("bench", "patch_size"), ("show_patches", "target_patch_size")):
-        assert f"--{flag}: {value} is no finite number" in error_of(tmp_path, script, f"--{flag}={value}")
+        assert f"{flag} is {float(value)}; it must be a finite" in error_of(tmp_path, script, f"--{flag}={value}")
 
 
 # Stopped early
