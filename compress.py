@@ -410,10 +410,15 @@ def load_model(config):
     return model, patcher, record
 
 
+def files_of(folder):
+    """The files in a model's folder, which no result may replace."""
+    return sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+
+
 def compress_file(config):
     """Compress config.file, print sizes and bits per byte, and write the result."""
     output = f"{config.file}.blt" if config.output is None else config.output
-    check_output(output, reads=[config.file])
+    check_output(output, reads=[config.file, *files_of(config.model)])
     # Only a name that the user has given may replace a file that this script has not written.
     if config.output is None and Path(output).exists() and read_start(output)[:3] != MAGIC[:3]:
         raise ValueError(f"{output} exists, and compress.py has not written it; name another one: --output")
@@ -471,7 +476,7 @@ def decompress_file(config):
     output = config.output
     if output is None:
         output = name.removesuffix(".blt") if name.endswith(".blt") else f"{name}.restored"
-    check_output(output, reads=[name])
+    check_output(output, reads=[name, *files_of(config.model)])
     # Only a name that the user has given may replace a file.
     if Path(output).exists() and config.output is None:
         raise ValueError(f"{output} exists; say with --output where the restored file is to go")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blt.checkpoints import check_resumable
-from blt.checks import check_packages
+from blt.checkpoints import EARLIER_FILES, check_resumable
+from blt.checks import check_output, check_packages
 from blt.config import given_fields, print_header
 from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
@@ -36,6 +36,10 @@ def claim_output(config, folder, *files):
     for path in map(Path, files):
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file as --output, such as {path / 'model.pth'}")
+    # A dataset may have the name of a result: em.json is where the record of em.pth goes.
+    if Path(config.dataset).is_file():
+        for path in (*files, *(folder / name for name in EARLIER_FILES)):
+            check_output(path, reads=[config.dataset])
     check_resumable(folder, config, *files)
     if config.tensorboard:
         check_packages("tensorboard")

@@ -166,6 +166,23 @@ def test_no_script_replaces_the_files_of_another(pipeline_copy):
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_no_result_takes_the_name_of_an_input(tmp_path, pipeline_copy):
+    for name in ("em.json", "best.pt", "data.jsonl"):
+        (tmp_path / name).write_text("{}")
+    entropy = [*ENTROPY_FLAGS, "--output"]
+    for script, flags in (
+        ("entropy_llm", [*entropy, "data.jsonl", "--dataset", "data.jsonl"]),
+        ("entropy_llm", [*entropy, "em.pth", "--dataset", "em.json"]),
+        ("llm", [*BLT_FLAGS, "--output", ".", "--dataset", "best.pt"]),
+        ("compress", ["em.json", "--output", "checkpoints/best.pt"]),
+        ("compress", ["--decompress", "em.json", "--output", "checkpoints/model.json"]),
+    ):
+        shutil.copytree(pipeline_copy / "checkpoints", tmp_path / "checkpoints", dirs_exist_ok=True)
+        before = files_in(tmp_path)
+        assert "would be overwritten" in error_of(tmp_path, script, *flags)
+        assert before == files_in(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xfe{", b"[" * 100_000, b"{}", b"null"])
 def test_a_damaged_tokenizer_is_named(tmp_path, content):
     path = tmp_path / "tokenizer.json"
