@@ -41,7 +41,8 @@ SIZES = {
 
 MACHINES = {
     "cpu": dict(
-        row_bytes=1024, batch_rows=8, steps=160, eval_every=80, lr=0.01, adam_lr=0.01, val_bytes=200_000
+        row_bytes=1024, batch_rows=8, steps=160, eval_every=80, lr=0.01, adam_lr=0.01, max_bytes=3_300_000,
+        val_bytes=200_000,
     ),
     "colab_t4": dict(row_bytes=2048, batch_rows=32, steps=1500),
     "rtx4090": dict(row_bytes=2048, batch_rows=64, steps=2000),

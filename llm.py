@@ -16,7 +16,7 @@ convert_hf.py. Its sizes replace the presets' and the file's, and a flag that na
 is an error. Its patch rule and entropy model are used unless --patch_method names others.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from blt.config import BY_PRESET, Presets, given_fields, next_command, part_of, run_script
@@ -39,7 +39,7 @@ from save_entropy_model import entropy_model_path, keep_entropy_model, load_entr
 # large 285.5M + 25.2M.
 SIZES = {
     "nano": dict(
-        global_dim=256, global_layers=4, encoder_dim=192, decoder_dim=192, decoder_layers=2, window=128, hash_rows=8192
+        global_dim=256, global_layers=4, encoder_dim=192, decoder_dim=192, decoder_layers=2, window=128, hash_rows=65536
     ),
     "tiny": dict(
         global_dim=256, global_layers=4, encoder_dim=128, decoder_dim=128, decoder_layers=2, window=256, hash_rows=16384
@@ -60,8 +60,8 @@ SIZES = {
 # 0.005, adam_lr 0.003, ...
 MACHINES = {
     "cpu": dict(
-        row_bytes=2048, batch_rows=4, steps=270, lr=0.01, adam_lr=0.01, max_bytes=2_200_000, val_bytes=200_000,
-        eval_every=90, log_every=5,
+        row_bytes=2048, batch_rows=4, steps=405, lr=0.01, adam_lr=0.01, max_bytes=3_300_000,
+        val_bytes=200_000, eval_every=135, log_every=5,
     ),
     "colab_t4": dict(batch_rows=8, accumulate=2, steps=3000),
     "rtx4090": dict(batch_rows=16, steps=3000),
@@ -103,6 +103,7 @@ class LLMConfig(TrainingConfig, BLTConfig):
     decoder_dim: int = BY_PRESET  # width of the decoder's byte states
     decoder_layers: int = BY_PRESET  # windowed transformer layers after the latent transformer
     window: int = BY_PRESET  # bytes that a byte attends to in the local layers, itself included
+    ngram_sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8])  # bytes in the hashed n-grams
     hash_rows: int = BY_PRESET  # rows of each n-gram size's table
     # run
     steps: int = BY_PRESET  # updates

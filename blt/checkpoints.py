@@ -272,8 +272,13 @@ def keep_earlier_run(folder, *files, names=None):
     while (earlier := folder.with_name(f"{folder.name}.earlier-{number}")).exists():
         number += 1
     earlier.mkdir(parents=True)
-    for path in beside:
-        shutil.copy2(path, earlier / path.name)
+    try:
+        for path in beside:
+            shutil.copy2(path, earlier / path.name)
+    # A full disk: nothing was moved yet, and half a copy helps nobody.
+    except BaseException:
+        shutil.rmtree(earlier, ignore_errors=True)
+        raise
     for path in found:
         os.replace(path, earlier / path.name)
     print(
@@ -310,6 +315,6 @@ def remove_old_run(folder):
 
 def remove_leftovers(folder):
     """Remove what a killed process was writing aside: as large as a checkpoint, and read by nobody."""
-    for name in OLD_FILES:
+    for name in EARLIER_FILES:
         for path in Path(folder).glob(f"{name}*.tmp"):
             path.unlink(missing_ok=True)

@@ -1,13 +1,9 @@
 """Checks of settings: a bad value raises ValueError naming the field, the value and what is allowed."""
 
-import errno
 import importlib.util
 import os
 from pathlib import Path
 from typing import get_type_hints
-
-# A file system that is full, a quota that is used up, and the limit of a process.
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check(config, name, is_good, allowed):

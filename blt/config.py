@@ -18,7 +18,6 @@ import ast
 import codecs
 import dataclasses
 import difflib
-import errno
 import inspect
 import io
 import linecache
@@ -35,10 +34,10 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from blt.checks import DISK_IS_FULL, check_packages
+from blt.checks import check_packages
 from blt.commands import command
 from blt.device import MACHINE_NAMES, detect_machine
-from blt.files import git_commit
+from blt.files import DISK_IS_FULL, git_commit
 
 
 class ByPreset:
@@ -471,13 +470,6 @@ def run_script(main, config_class, description):
         if os.environ.get("BLT_TRACEBACK"):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {_words_of(error)}", file=sys.stderr)
-        sys.exit(1)
-    except RuntimeError as error:
-        # So torch.save fails where a file cannot be written to its end. It does not say why.
-        is_half_written = "PytorchStreamWriter" in str(error) or "inline_container.cc" in str(error)
-        if os.environ.get("BLT_TRACEBACK") or not is_half_written:
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: {_words_of(OSError(errno.ENOSPC, 'no room'))}", file=sys.stderr)
         sys.exit(1)
     except ImportError as error:
         package = (error.name or "").split(".")[0]

@@ -23,10 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blt.checks import DISK_IS_FULL
 from blt.commands import command
 from blt.device import autocast, detect_machine
-from blt.files import read_sealed, write_sealed
+from blt.files import DISK_IS_FULL, read_sealed, write_sealed
 from blt.ids import to_bytes
 from blt.patch_rules import PatchConfig, count_sizes, patch_starts
 from blt.progress import progress_bar

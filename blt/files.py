@@ -1,5 +1,6 @@
 """Files: atomic writes, JSON, weights and their hashes, the commit."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+# A file system that is full, a quota that is used up, and the limit of a process.
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def git_commit():
     """The short commit of this checkout, with "+" if tracked files differ from it.
@@ -18,7 +22,8 @@ def git_commit():
     """
     try:
         commit = _git("rev-parse", "--short", "HEAD")
-        is_changed = _git("status", "--porcelain", "-uno") != ""
+        # Without locks: a process that is killed meanwhile must not leave one in the user's repository.
+        is_changed = _git("--no-optional-locks", "status", "--porcelain", "-uno") != ""
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return commit + "+" if is_changed else commit
@@ -56,9 +61,20 @@ def write_atomically(path, write, keep=None):
         os.replace(temporary, path)
         _sync_folder(path.parent)
     # Also on Ctrl-C, which is no Exception.
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if _is_disk_full(error):
+            # The error of the system names no file, or the one aside.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
+
+
+def _is_disk_full(error):
+    """Whether a file could not be written to its end for lack of room."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_IS_FULL
+    # torch.save fails so, and does not say why.
+    return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "inline_container" in str(error))
 
 
 def _sync(path):

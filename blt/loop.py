@@ -52,16 +52,16 @@ class RunConfig(DataConfig):
     accumulate: int = 1  # passes whose gradients are summed into one update
     steps: int = 5000  # updates
     # optimization
-    zero_init: bool = False  # a new model's output projections (wo, w2) and hash tables start at zero
+    zero_init: bool = True  # a new model's output projections (wo, w2) and hash tables start at zero
     lr: float = 0.005  # peak learning rate of the matrices (Muon, scaled to the RMS of an AdamW update)
     adam_lr: float = 0.003  # peak learning rate of embeddings, hash tables, output head and norms (AdamW)
-    table_lr: float = 1.0  # peak learning rate of the hash tables, as a multiple of adam_lr
+    table_lr: float = 4.0  # peak learning rate of the hash tables, as a multiple of adam_lr
     weight_decay: float = 0.1  # decoupled weight decay of the matrices
     spike: float = 2.0  # stop when the loss stays above this many times its lowest mean for 10 updates; 0: never
     table_decay: float = 0.0  # decoupled weight decay of the rows of hash tables that an update changes
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"  # constant then linear to zero, or half a cosine to zero
     warmup: float = 0.02  # share of the steps in which the learning rate rises
-    cooldown: float = 0.4  # share of the steps in which a trapezoid falls
+    cooldown: float = 0.7  # share of the steps in which a trapezoid falls
     clip: float = 1.0  # largest norm of an update's gradient
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     seed: int = 1337  # weights, order of the rows, dropout
@@ -656,7 +656,8 @@ def read_metrics(path):
         for text in path.read_text(errors="replace").splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:
+            # Brackets in brackets, thousands deep, are a RecursionError.
+            except (ValueError, RecursionError):
                 # last.pt is what a run goes on from; a line less here costs a point of a curve.
                 continue
             if isinstance(line, dict) and "step" in line:

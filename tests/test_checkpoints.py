@@ -710,3 +710,22 @@ def test_killed_at_random_instants(pipeline_copy, script, capsys):
     with capsys.disabled():
         print(f"\n{script}: {kills} kills, {in_training} of them after the first step; {number} runs, all as straight")
     assert in_training > KILLS / 3
+
+
+def test_a_full_disk_keeps_the_earlier_run_where_it_was(finished, tmp_path, monkeypatch):
+    (tmp_path / "beside.pth").write_bytes(b"weights")
+    before = sorted(path.name for path in finished.iterdir())
+
+    def copy(source, target):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(checkpoints.shutil, "copy2", copy)
+    with pytest.raises(OSError):
+        checkpoints.keep_earlier_run(finished, tmp_path / "beside.pth")
+    assert not list(tmp_path.glob("*.earlier-*")) and sorted(path.name for path in finished.iterdir()) == before
+
+
+def test_damaged_lines_of_metrics_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 100_000 + '\n{"step": 2}\n{"st')
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -65,6 +65,16 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "full"), RuntimeError("[enforce fail at inline_container.cc:659] .")])
+def test_a_full_disk_names_the_file(tmp_path, error):
+    def fail(temporary):
+        raise error
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomically(tmp_path / "best.pt", fail)
+    assert caught.value.filename == str(tmp_path / "best.pt") and not list(tmp_path.iterdir())
+
+
 # Records
 
 
