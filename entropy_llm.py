@@ -41,7 +41,7 @@ SIZES = {
 
 MACHINES = {
     "cpu": dict(
-        row_bytes=1024, batch_rows=8, steps=160, eval_every=80, lr=0.01, adam_lr=0.01, max_bytes=3_300_000,
+        row_bytes=1024, batch_rows=8, steps=160, eval_every=80, lr=0.01, adam_lr=0.01, max_bytes=4_000_000,
         val_bytes=200_000,
     ),
     "colab_t4": dict(row_bytes=2048, batch_rows=32, steps=1500),
@@ -90,7 +90,7 @@ class EntropyRunConfig(RunConfig, EntropyConfig):
     batch_rows: int = BY_PRESET  # rows in one forward and backward pass
     eval_every: int = BY_PRESET  # updates between evaluations
     val_bytes: int = BY_PRESET  # use at most this many bytes of the validation documents
-    max_bytes: int | None = None  # use at most this many bytes of the training documents; None: all
+    max_bytes: int | None = BY_PRESET  # use at most this many bytes of the training documents; None: all
     output: str = "entropy_model.pth"  # where the weights go
 
     PRESETS = Presets(SIZES, MACHINES)

@@ -60,8 +60,8 @@ SIZES = {
 # 0.005, adam_lr 0.003, ...
 MACHINES = {
     "cpu": dict(
-        row_bytes=2048, batch_rows=4, steps=405, lr=0.01, adam_lr=0.01, max_bytes=3_300_000,
-        val_bytes=200_000, eval_every=135, log_every=5,
+        row_bytes=2048, batch_rows=4, steps=490, lr=0.01, adam_lr=0.01, max_bytes=4_000_000,
+        val_bytes=200_000, eval_every=164, log_every=5,
     ),
     "colab_t4": dict(batch_rows=8, accumulate=2, steps=3000),
     "rtx4090": dict(batch_rows=16, steps=3000),
