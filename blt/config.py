@@ -472,7 +472,7 @@ def run_script(main, config_class, description):
         print(f"{Path(sys.argv[0]).name}: error: {_words_of(error)}", file=sys.stderr)
         sys.exit(1)
     except ImportError as error:
-        package = (error.name or "").split(".")[0]
+        package = "" if error.name is None else error.name.split(".")[0]
         # A file of this project that is missing is no package to install.
         is_ours = package == "blt" or (Path(__file__).parent.parent / f"{package}.py").exists()
         if os.environ.get("BLT_TRACEBACK") or not package or is_ours:

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from blt.config import run_script
-from blt.files import model_hash
+from blt.files import model_hash, write_sealed
 from blt.records import RunRecord, save_model
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
@@ -82,6 +83,18 @@ def some_words(n, seed=0):
 def random_bytes(n, seed=0):
     """uint8 [n] from 0 to 255."""
     return np.random.default_rng(seed).integers(0, 256, n, dtype=np.uint8)
+
+
+def edit_record(path, change):
+    """Change the values in a JSON file, such as a record: change(values)."""
+    record = json.loads(path.read_text())
+    change(record)
+    # With a hash that is right: what is tried is what the values are, not that they were changed.
+    if "format" in record:
+        record.pop("sha256")
+        write_sealed(path, record)
+    else:
+        path.write_text(json.dumps(record))
 
 
 # Scripts

@@ -198,7 +198,7 @@ def test_the_tokenizer_of_another_model_is_refused(pipeline_copy):
     # As many tokens, but others.
     documents = [np.frombuffer(b"xyzzy " * 400 + bytes(range(256)) * 9, np.uint8)]
     train_tokenizer(documents, 300, pipeline_copy / "checkpoints_bpe" / "tokenizer.json")
-    with pytest.raises(ValueError, match="tokenizer.json is not the one of this model"):
+    with pytest.raises(ValueError, match="tokenizer.json is not the one of the model beside it"):
         load_template(pipeline_copy / "checkpoints_bpe")
 
 

@@ -158,7 +158,7 @@ def test_training_starts_from_zeros(module, script, flags, pipeline_copy, monkey
         raise Seen
 
     monkeypatch.setattr(module, "fit", look)
-    for more, wanted in (([], False), (["--zero_init"], True)):
+    for more, wanted in (([], True), (["--no_zero_init"], False)):
         with pytest.raises(Seen):
             run_here(pipeline_copy, script, *flags, "--device", "cpu", "--output", "new.x", *more)
         ends = {name.rsplit(".", 2)[1] for name in seen["zeros"]}

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pyppmd
 import pytest
-from helpers import output_of, some_words
+from helpers import edit_record, output_of, some_words
 
 from blt import metric, ppmd
 from blt.corpus import open_corpus
@@ -184,9 +184,7 @@ def test_training_keeps_the_number_and_evaluate_finds_the_training_text(pipeline
         assert f"the same bytes by {metric.ppmd_cell(facts)}; untrained: gzip -9" in printed[script]
 
     # A model whose training text is gone, and the same package missing: both are said.
-    other = json.loads((pipeline_copy / "entropy_model.json").read_text())
-    other["corpus"]["sha256"] = "0" * 64
-    (pipeline_copy / "entropy_model.json").write_text(json.dumps(other))
+    edit_record(pipeline_copy / "entropy_model.json", lambda values: values["corpus"].update(sha256="0" * 64))
     flags = "--model checkpoints entropy_model.pth --val_bytes 20000 --robustness_bytes 0 --samples 0".split()
     shown = output_of(pipeline_copy, "evaluate", *flags)
     card = json.loads((pipeline_copy / "evaluation" / "card.json").read_text())

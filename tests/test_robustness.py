@@ -1,7 +1,6 @@
 """Bad input, odd names and closed streams: one clear line, nothing lost, or it simply works."""
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ from helpers import (
     ENTROPY_FLAGS,
     ROOT,
     SCRIPTS,
+    edit_record,
     entry_point,
     error_of,
     is_png,
@@ -28,7 +28,6 @@ from helpers import (
 
 from blt.checks import check_packages
 from blt.config import PATH_FIELDS, next_command, parse_config
-from blt.files import write_sealed
 from blt.ids import argument_bytes, drawable
 from blt.patch_rules import PatchConfig
 from blt.pictures import PAGE, draw_entropy_figure, draw_evaluation
@@ -315,17 +314,6 @@ def test_a_context_of_4_billion_allocates_by_the_text(folder):
 
 
 # Damaged models
-
-
-def edit_record(path, change):
-    record = json.loads(path.read_text())
-    change(record)
-    # With a hash that is right: what is tried is what the values are, not that they were changed.
-    if "format" in record:
-        record.pop("sha256")
-        write_sealed(path, record)
-    else:
-        path.write_text(json.dumps(record))
 
 
 def cut(path, n_bytes):
