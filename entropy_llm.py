@@ -5,7 +5,7 @@ Writes  entropy_model.pth (plain state dict), entropy_model.json (what it is and
         entropy_model_run/: metrics.jsonl, curves.png, checkpoints
 Run     python entropy_llm.py [--preset [SIZE] [MACHINE]] [--field value ...]
 Next    python create_patches.py
-Time    a minute to a minute and a half on 2 CPU cores
+Time    45 seconds on 2 free CPU cores
 
 SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200.
 What is not named is chosen by the machine that is found. The settings are in `EntropyRunConfig`

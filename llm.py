@@ -5,7 +5,7 @@ Writes  checkpoints/: best.pt (weights), model.json (what made it), entropy_mode
         previous.pt, metrics.jsonl, curves.png
 Run     python llm.py [--preset [SIZE] [MACHINE]] [--field value ...]
 Next    python generate.py --model checkpoints
-Time    2 to 5 minutes on 2 CPU cores (size nano)
+Time    5 minutes on 2 free CPU cores (size nano)
 
 SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200.
 What is not named is chosen by the machine that is found: nano on a CPU, medium on a GPU. Sizes,
