@@ -29,7 +29,9 @@ from entropy_llm import EntropyRunConfig
 from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_blt
 
-OPTIONS = dict(row_bytes=64, batch_rows=4, steps=12, eval_every=5, log_every=1, device="cpu", precision="fp32")
+OPTIONS = dict(
+    row_bytes=64, batch_rows=4, steps=12, eval_every=5, log_every=1, cooldown=0.4, device="cpu", precision="fp32"
+)
 
 
 def dataset(validation=1, method="space", threshold=1.0):
