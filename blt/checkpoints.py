@@ -61,6 +61,7 @@ PARTS = {
     "bytes": int,
     "seconds": float,
     "validation_sha256": str,
+    "lowest_loss": (float, NONE),
 }
 
 HASH_LABEL = b"\nsha256 "
@@ -172,7 +173,7 @@ def _read_whole(path):
         raise ValueError("it is no checkpoint of this version")
     # Checkpoints of before have no lowest loss.
     checkpoint.setdefault("lowest_loss", None)
-    for name, kind in (PARTS | {"lowest_loss": (float, NONE)}).items():
+    for name, kind in PARTS.items():
         if name not in checkpoint or not isinstance(checkpoint[name], kind):
             raise ValueError(f"it is no checkpoint of this version: its {name} is missing or of another type")
     scores = [checkpoint[name] for name in ("best", "last") if checkpoint[name] is not None]

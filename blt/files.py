@@ -42,7 +42,7 @@ def write_atomically(path, write, keep=None):
     """Call write(temporary path), then rename it to path.
 
     A reader never sees half a file, and a failed write leaves the old file as it was. Makes the
-    folder if needed.
+    folder if needed. A full disk is an OSError that names path.
     keep: where an old file at path goes; None: it is replaced.
     """
     path = Path(path)

@@ -1,7 +1,6 @@
 """The training loop, its checkpoints and its metrics. Every model of the project is trained by `fit`."""
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from blt.checkpoints import (
     remove_old_run,
     save_checkpoint,
 )
-from blt.checks import check, check_positive
+from blt.checks import check, check_packages, check_positive
 from blt.corpus import DataConfig
 from blt.device import allow_tf32, autocast, choose_precision, restore_matmul_precision, synchronize
 from blt.files import load_weights, model_hash, save_weights, state_hash, write_atomically
@@ -114,7 +113,8 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     allow_tf32(device, precision)
     out_dir = Path(out_dir)
     check_resumable(out_dir, config)
-    check_tensorboard(config)
+    if config.tensorboard:
+        check_packages("tensorboard")
     is_resumed = config.resume and has_checkpoint(out_dir)
     # Every parameter is in exactly one optimizer: matrices in Muon, hash tables in row-wise Adam, the
     # rest in AdamW.
@@ -182,12 +182,6 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
             if stop.signal is not None:
                 stop.leave(out_dir / "last.pt", done)
     return kept.result()
-
-
-def check_tensorboard(config):
-    """Raise ValueError if the config asks for TensorBoard and its package is missing."""
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs a package: pip install tensorboard")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 
 from blt.files import write_json
 
-# So many updates in a row must have a high loss: one batch of odd text is no fault.
+# A spike lasts this many updates in a row: one batch of odd text is no fault.
 SPIKE_STEPS = 10
 # A loss near zero doubles easily, so a spike is also this many nats above the lowest.
 SPIKE_NATS = 0.5
@@ -48,7 +48,7 @@ class LossWatch:
 
         step: its number, counted from 1.
         loss_nats, gradient_norm: 0-dimensional tensors.
-        row_nats: list of float [B], the mean nats a target of each row, one tensor a pass.
+        row_nats: list of float [B], the mean nats an id of each row (padding costs none), one tensor a pass.
         """
         self.unread.append((step, loss_nats, gradient_norm, torch.cat(row_nats)))
 

@@ -109,7 +109,7 @@ def check_restored(case, model, entropy_model):
     rng = np.random.default_rng(case)
     data = random_text(rng)
     patcher = EntropyPatcher(entropy_model, random_rule(rng))
-    # Streams so many that most cases take few steps; some short files have one.
+    # Enough streams that most cases take few steps; some short files have one.
     is_in_one = len(data) < 20 and case % 10 == 0
     n_streams = 1 if is_in_one else max(1, len(data) // int(rng.integers(1, 4)))
     context_bytes = int(rng.integers(2, 64))
