@@ -1,6 +1,7 @@
 """Faults that can occur with every script: one clear line each, found before the work, and nothing lost."""
 
 import contextlib
+import importlib
 import os
 import re
 import resource
@@ -29,6 +30,9 @@ BENCH_FLAGS = [
 
 # Packages
 
+# While all packages are there: a script that is first imported without one does without it until the process ends.
+for name in SCRIPTS:
+    importlib.import_module(name)
 
 # What each script needs, with the flags that make it need it.
 NEEDED = [
