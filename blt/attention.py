@@ -82,9 +82,9 @@ class AttentionPlan:
     Three implementations compute the same attention. `attend` chooses the one that is fast where the
     model runs:
 
-        CPU, no dropout                  `_by_bands`           a loop over bands of queries
-        recent GPU compiled, no dropout  `_by_flex_attention`  one kernel, made for the mask
-        all else                         `_by_blocks`          one call of torch's attention
+        CPU                  `_by_bands`           a loop over bands of queries
+        recent GPU compiled  `_by_flex_attention`  one kernel, made for the mask
+        all else             `_by_blocks`          one call of torch's attention
 
     Generation attends to caches instead, under an `incremental.CachedAttentionPlan`.
 
@@ -122,11 +122,11 @@ class AttentionPlan:
         block_length, n_before = BlockAttention.block_length_and_number_before(window)
         return block_length * n_before
 
-    def attend(self, q_BTHK, k_BTHK, v_BTHK, past=None, dropout=0.0):
+    def attend(self, q_BTHK, k_BTHK, v_BTHK, past=None):
         """Softmax attention of the row's positions under this plan: [B, T, H, K].
 
         q, k: not rotated yet. past: keys (not rotated either) and values [B, W, H, K] of the
-        positions before the row. dropout: share of attention weights to drop.
+        positions before the row.
         """
         if past is not None:
             past_k, past_v = past
@@ -134,32 +134,31 @@ class AttentionPlan:
             v_BTHK = torch.cat((past_v.to(v_BTHK.dtype), v_BTHK), dim=1)
         q = apply_rotary(q_BTHK, self.cos_sin[self.past_length :])
         k = apply_rotary(k_BTHK, self.cos_sin)
-        self.make_mask(q.shape[2], q.dtype, dropout)
-        implementation = self.implementation(dropout)
+        self.make_mask(q.shape[2], q.dtype)
+        implementation = self.implementation()
         if implementation == "bands":
             return self._by_bands(q, k, v_BTHK)
         if implementation == "flex":
             return self._by_flex_attention(q, k, v_BTHK)
-        return self._by_blocks(q, k, v_BTHK, dropout)
+        return self._by_blocks(q, k, v_BTHK)
 
-    def implementation(self, dropout=0.0):
+    def implementation(self):
         """The name of the implementation that `attend` chooses: "bands", "flex" or "blocks"."""
         device = self.documents.device
-        # Bands and FlexAttention have no dropout, and the mask for FlexAttention has no past: streams
-        # are read without torch.compile.
-        if device.type == "cpu" and not dropout:
+        if device.type == "cpu":
             return "bands"
-        if not dropout and not self.past_length and runs_flex_attention(device, self.head_dim):
+        # The mask for FlexAttention has no past: streams are read without torch.compile.
+        if not self.past_length and runs_flex_attention(device, self.head_dim):
             return "flex"
         return "blocks"
 
-    def make_mask(self, n_heads, dtype, dropout=0.0):
+    def make_mask(self, n_heads, dtype):
         """Make the mask that `attend` needs, if it is not made yet. n_heads, dtype: of the queries.
 
         Layers inside torch's `checkpoint` need it made before: a plan that they changed would be a side
         effect, for which torch.compile gives up the graph.
         """
-        implementation = self.implementation(dropout)
+        implementation = self.implementation()
         # A band's bias is added to the scores in place, so both need one dtype.
         has_bands = self.bands is not None and self.bands[0][-1].dtype == dtype
         if implementation == "bands" and not has_bands:
@@ -239,9 +238,9 @@ class AttentionPlan:
 
         return create_block_mask(is_visible, B, None, T, T, device=documents_BT.device)
 
-    def _by_blocks(self, q_BTHK, k_BSHK, v_BSHK, dropout):
-        """For all else (older GPUs, code that is not compiled, dropout): torch's attention on blocks."""
-        return self.blocks.attend(q_BTHK, k_BSHK, v_BSHK, dropout)
+    def _by_blocks(self, q_BTHK, k_BSHK, v_BSHK):
+        """For all else (older GPUs, code that is not compiled): torch's attention on blocks."""
+        return self.blocks.attend(q_BTHK, k_BSHK, v_BSHK)
 
 
 class Band(NamedTuple):
@@ -269,16 +268,16 @@ def flex_head_dims(device):
     return range(LEAST_FLEX_CHANNELS, most + 1)
 
 
-def slow_attention(device, precision, head_dim, dropout, is_compiled):
+def slow_attention(device, precision, head_dim, is_compiled):
     """Why training with heads of this width has no fast attention kernel on a GPU, in words; None: it has.
 
-    dropout: the rate. is_compiled: whether the model runs under torch.compile.
+    is_compiled: whether the model runs under torch.compile.
     """
     if device.type != "cuda":
         return None
     is_recent = torch.cuda.get_device_capability(device) >= (8, 0)
     has_flex = is_compiled and is_recent
-    if has_flex and not dropout and head_dim in flex_head_dims(device):
+    if has_flex and head_dim in flex_head_dims(device):
         return None
     # torch's kernels that take a mask read 16 bytes of a head at a time. For other widths it
     # multiplies whole matrices of scores.
@@ -288,8 +287,6 @@ def slow_attention(device, precision, head_dim, dropout, is_compiled):
             f"heads of {head_dim} channels are no multiple of {multiple}: torch has only its slow attention for "
             "them, which keeps all scores"
         )
-    if has_flex and dropout:
-        return "with dropout attention runs without FlexAttention, with masks: slower"
     if has_flex:
         widths = flex_head_dims(device)
         return (
@@ -345,14 +342,14 @@ class BlockAttention:
         block_length = max(1, window // 2)
         return block_length, -(-(window - 1) // block_length)
 
-    def attend(self, q_BTHK, k_BSHK, v_BSHK, dropout):
+    def attend(self, q_BTHK, k_BSHK, v_BSHK):
         """Attention [B, T, H, K] of q to k and v, which have the past in front if there is one."""
         filled = F.pad(q_BTHK, (0, 0, 0, 0, 0, self.fill))
         queries = filled.unflatten(1, (self.n_blocks, self.block_length)).flatten(0, 1)
         q = queries.transpose(1, 2)
         k = self._keys_of_blocks(k_BSHK).transpose(1, 2)
         v = self._keys_of_blocks(v_BSHK).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
         return out.transpose(1, 2).unflatten(0, (-1, self.n_blocks)).flatten(1, 2)[:, : self.length]
 
     def _keys_of_blocks(self, x_BSHK):

@@ -143,10 +143,10 @@ class CachedAttentionPlan:
             is_visible_BNS &= held_B1S > query_BN1 - caches.window
         return is_visible_BNS
 
-    def attend(self, q_BNHK, k_BNHK, v_BNHK, past, dropout=0.0):
+    def attend(self, q_BNHK, k_BNHK, v_BNHK, past):
         """Cache the new keys and values, then attend to all visible ones. Returns [B, N, H, K].
 
-        past: the number of the layer. dropout is ignored: this is not for training.
+        past: the number of the layer.
         """
         q_BNHK = apply_rotary(q_BNHK, self.cos_sin)
         k_BNHK = apply_rotary(k_BNHK, self.cos_sin)

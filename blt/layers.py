@@ -63,11 +63,10 @@ class SelfAttention(nn.Module):
     qk_norm: RMSNorm over the channels of each head's queries and keys, before the rotary embedding.
     """
 
-    def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False, dropout=0.0):
+    def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False):
         super().__init__()
         self.n_heads = n_heads
         self.head_dim = dim // n_heads
-        self.dropout = dropout
         self.wq = nn.Linear(dim, dim, bias=False)
         self.wk = nn.Linear(dim, dim, bias=False)
         self.wv = nn.Linear(dim, dim, bias=False)
@@ -87,12 +86,8 @@ class SelfAttention(nn.Module):
         q_BTHK = self.q_norm(q_BTHK)
         k_BTHK = self.k_norm(k_BTHK)
         # The plan applies the rotary embedding, because it knows the positions.
-        out_BTHK = plan.attend(q_BTHK, k_BTHK, v_BTHK, past, self.dropout_now())
+        out_BTHK = plan.attend(q_BTHK, k_BTHK, v_BTHK, past)
         return self.wo(out_BTHK.flatten(2)), (k_BTHK, v_BTHK)
-
-    def dropout_now(self):
-        """The share of attention weights to drop: none outside training."""
-        return self.dropout if self.training else 0.0
 
 
 class FeedForward(nn.Module):
@@ -134,12 +129,16 @@ def cap_logits(logits, cap):
 
 
 class Block(nn.Module):
-    """One transformer layer: attention, then feed-forward, each with a norm before and a residual."""
+    """One transformer layer: attention, then feed-forward, each with a norm before and a residual.
+
+    dropout: the share of each one's output that training leaves out. Attention weights are never left out: the
+    fast implementations of attention have no dropout.
+    """
 
     def __init__(self, dim, n_heads, norm_eps=1e-5, qk_norm=False, dropout=0.0, ffn_dim=None, relu2=False):
         super().__init__()
         self.attention_norm = RMSNorm(dim, norm_eps)
-        self.attention = SelfAttention(dim, n_heads, norm_eps, qk_norm, dropout)
+        self.attention = SelfAttention(dim, n_heads, norm_eps, qk_norm)
         self.feed_forward_norm = RMSNorm(dim, norm_eps)
         self.feed_forward = SquaredReLU(dim, ffn_dim) if relu2 else FeedForward(dim, ffn_dim)
         self.dropout = nn.Dropout(dropout)
@@ -167,7 +166,7 @@ def run_block(block, x_BTD, plan, recompute=False, past=None):
         dtype = attention.wq.weight.dtype
         if torch.is_autocast_enabled(x_BTD.device.type):
             dtype = torch.get_autocast_dtype(x_BTD.device.type)
-        plan.make_mask(attention.n_heads, dtype, attention.dropout_now())
+        plan.make_mask(attention.n_heads, dtype)
         return checkpoint(new_states, x_BTD, use_reentrant=False)
     return new_states(x_BTD)
 

@@ -530,7 +530,7 @@ def compiled_pass(compiled, batch, device, precision):
 def print_slow_attention(model, device, precision, is_compiled):
     """Print why attention has no fast kernel here, if so: once for each reason."""
     layers = [module for module in model.modules() if isinstance(module, SelfAttention)]
-    reasons = {slow_attention(device, precision, layer.head_dim, layer.dropout, is_compiled): None for layer in layers}
+    reasons = {slow_attention(device, precision, layer.head_dim, is_compiled): None for layer in layers}
     for reason in reasons:
         if reason is not None:
             print(f"attention: {reason}")

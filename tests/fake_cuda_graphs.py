@@ -213,7 +213,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.live.pop(key, 0)
 
 
-def efficient_attention(q, k, v, attn_mask=None, dropout_p=0.0):
+def efficient_attention(q, k, v, attn_mask=None):
     """In place of torch's attention: the kernel that a real card takes; the pretended one takes another."""
     bias = None
     if attn_mask is not None:

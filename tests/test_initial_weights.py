@@ -178,7 +178,7 @@ def test_trained_weights_are_not_erased(pipeline_copy):
 # The gates
 
 
-def unmasked(self, q, k, v, past=None, dropout=0.0):
+def unmasked(self, q, k, v, past=None):
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 

@@ -143,11 +143,14 @@ def step_ops(trainee, **shape):
     return count.total
 
 
+@pytest.mark.parametrize("attention", ["bands", "blocks"])
 @pytest.mark.parametrize(
     "settings", [{}, dict(dropout=0.1), dict(pooling="mean", qk_norm=True, cross_attn_k=4)], ids=str
 )
-def test_ops_of_a_step_depend_on_no_size(settings, monkeypatch):
-    """With dropout the CPU computes attention as GPUs without FlexAttention do; else in bands, here one band a row."""
+def test_ops_of_a_step_depend_on_no_size(settings, attention, monkeypatch):
+    """In bands, here one band a row, and as GPUs without FlexAttention compute attention."""
+    if attention == "blocks":
+        monkeypatch.setattr(layers.AttentionPlan, "implementation", by_blocks)
     monkeypatch.setattr(layers, "BAND_SCORES", 1 << 40)
     trainee = Trainee(blt(**settings))
     ops = step_ops(trainee, row_bytes=512, patches=16)
@@ -376,7 +379,7 @@ def check_compiled(model, batches, fullgraph):
     return torch._dynamo.utils.counters
 
 
-def by_blocks(plan, dropout=0.0):
+def by_blocks(plan):
     """In place of `AttentionPlan.implementation`: what GPUs without FlexAttention run, on a CPU."""
     return "blocks"
 

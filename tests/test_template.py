@@ -94,7 +94,7 @@ def test_no_future_and_prefix_equals_whole(model):
 
 
 def test_leak_gate_sees_attention_without_a_mask(model, monkeypatch):
-    def unmasked(self, q, k, v, past=None, dropout=0.0):
+    def unmasked(self, q, k, v, past=None):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
     leak_gate(model, None, text(40, 5))
@@ -403,7 +403,7 @@ def test_stopped_and_resumed_equals_straight_through(kind, vocabulary, tmp_path)
 
 @pytest.mark.parametrize("kind", ["flat", "bpe"])
 def test_leak_stops_training(kind, tmp_path, monkeypatch, vocabulary):
-    def mean_of_all(self, q, k, v, past=None, dropout=0.0):
+    def mean_of_all(self, q, k, v, past=None):
         return v.mean(1, keepdim=True).expand_as(v)
 
     monkeypatch.setattr(AttentionPlan, "attend", mean_of_all)
