@@ -553,6 +553,7 @@ class ExperimentsConfig:
     budget: Literal["cpu", "gpu"] = "cpu"  # cpu: size nano on 2 CPU cores; gpu: medium on a card such as an H100
     seeds: int | None = None  # runs of each setting, with seeds 1337, 1338, ...; None: as the study says
     only: list[str] = field(default_factory=list)  # only runs whose names contain one of these, and what these need
+    jobs: int = 1  # runs at a time; they share the cores, and each takes longer than alone
     dry_run: bool = False  # print the commands and stop
     # text
     dataset: str = "sample"  # as of the training scripts
@@ -573,7 +574,7 @@ class ExperimentsConfig:
     CHOICES: ClassVar = {"name": lambda: [*STUDIES], "part": lambda: [*PARTS]}
 
     def __post_init__(self):
-        check_positive(self, "seeds")
+        check_positive(self, "seeds", "jobs")
         check(self, "budget", self.budget in BUDGETS, "cpu or gpu")
         unknown = [name for name in self.name if name not in STUDIES]
         if unknown:
@@ -696,7 +697,7 @@ def print_commands(planned):
 
 def repeat_command(study, config):
     """The command that makes a study again or goes on with it."""
-    flags = {name: getattr(config, name) for name in ("budget", "seeds", "only", "dataset", "device", "work")}
+    flags = {name: getattr(config, name) for name in ("budget", "seeds", "only", "jobs", "dataset", "device", "work")}
     flags |= {"cute_folder": config.cute_folder, "corpus_folder": config.corpus_folder}
     default = ExperimentsConfig(name=[study.name])
     given = {name: value for name, value in flags.items() if value != getattr(default, name)}
@@ -730,21 +731,21 @@ def run_study(planned, config, basis):
 
     print(f"\n{study.name}: {study.question}")
     folder = write()
-    for number, outcome in enumerate(planned.outcomes, 1):
-        # Runs before this one may have measured what it needs.
-        planned.look(outcome)
-        name = f"[{number}/{len(planned.outcomes)}] {outcome.run.name}, seed {outcome.seed}"
-        if outcome.state == "finished":
-            print(f"{name}: finished before")
-            continue
-        print(name)
-        planned.run(outcome)
-        if outcome.state == "failed":
-            print(f"  failed: {outcome.error}")
-        else:
-            score = outcome.metrics.get("val_bpb")
-            print("  finished" + ("" if score is None else f": {score:.4f} bits per byte"))
-        folder = write()
+    numbers = {id(outcome): number for number, outcome in enumerate(planned.outcomes, 1)}
+
+    def name_of(outcome):
+        return f"[{numbers[id(outcome)]}/{len(planned.outcomes)}] {outcome.run.name}, seed {outcome.seed}"
+
+    def begun(outcome):
+        print(name_of(outcome) + (": finished before" if outcome.state == "finished" else ""))
+
+    def done(outcome):
+        score = outcome.metrics.get("val_bpb")
+        result = "finished" if score is None else f"{score:.4f} bits per byte"
+        print(f"{name_of(outcome)}: " + (f"failed: {outcome.error}" if outcome.state == "failed" else result))
+        write()
+
+    planned.run_all(begun, done)
     print(f"\n{(folder / 'table.md').read_text()}\nwrote {folder}")
     return folder
 
@@ -756,7 +757,7 @@ def main(config):
     if not config.name and not config.list:
         raise ValueError(f"name a study: {', '.join(STUDIES)}; --list says how long each takes")
     check_packages("matplotlib")
-    workshop = Workshop(config.work, ROOT)
+    workshop = Workshop(config.work, ROOT, jobs=config.jobs)
     plans = []
     missing = {}
     for name in dict.fromkeys(config.name if config.name else STUDIES):

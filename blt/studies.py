@@ -21,7 +21,9 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -148,19 +150,28 @@ class StepFailed(Exception):
     """A step ended with an error; its text is the reason."""
 
 
+class StepStopped(Exception):
+    """A step was stopped by `Workshop.stop`, or was not begun because of it."""
+
+
 class Workshop:
     """The work folder. Scripts run in it, so that the commands of a record hold relative paths.
 
     root: the folder of the scripts. echo: prints progress.
     kept: folders of steps whose weights stay, because a step of some study reads them; those of other
     steps are removed, since a hundred models fill a disk.
+    jobs: how many threads call `make` at a time; the scripts share the CPU's cores among them.
     """
 
-    def __init__(self, folder, root, echo=print, kept=()):
+    def __init__(self, folder, root, echo=print, kept=(), jobs=1):
         self.folder = Path(folder).resolve()
         self.root = Path(root)
         self.echo = echo
         self.kept = set(kept)
+        self.jobs = jobs
+        self.is_stopping = False
+        self._processes = set()
+        self._lock = threading.Lock()
         # Reasons of the steps that failed in this process: another run with the step fails at once.
         self.failed = {}
 
@@ -234,7 +245,7 @@ class Workshop:
         return state["state"] == "finished" and (state["has_weights"] or not needs_weights)
 
     def make(self, step, results, needs_weights=False):
-        """Run a step unless it is finished. Raises StepFailed; on Ctrl-C or SIGTERM the script saves first."""
+        """Run a step unless it is finished. Raises StepFailed, or StepStopped after `stop`."""
         folder = self.step_folder(step, results)
         if folder in self.failed:
             raise StepFailed(self.failed[folder])
@@ -281,25 +292,46 @@ class Workshop:
 
     def _call(self, words, folder, lock):
         """Run a command in the work folder, its output added to log.txt: the exit status."""
+        environment = dict(os.environ)
+        if self.jobs > 1:
+            # Threads of several programs on the same cores would wait for each other.
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // self.jobs)))
         with open(folder / "log.txt", "ab") as log:
-            # The lock is inherited: it holds as long as the script runs, even if this process is killed.
-            inherited = () if lock is None else (lock,)
-            process = subprocess.Popen(
-                list(map(str, words)), cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, pass_fds=inherited
-            )
+            with self._lock:
+                if self.is_stopping:
+                    raise StepStopped
+                process = subprocess.Popen(
+                    list(map(str, words)),
+                    cwd=self.folder,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    # The lock is inherited: it holds as long as the script runs, even if this process is killed.
+                    pass_fds=() if lock is None else (lock,),
+                )
+                self._processes.add(process)
+            status = process.wait()
+            with self._lock:
+                self._processes.remove(process)
+                if self.is_stopping:
+                    raise StepStopped
+            return status
+
+    def stop(self, patience=0.0):
+        """Stop the steps that run; each script saves its last update first. Their `make` raises StepStopped.
+
+        patience: seconds before they are asked. Ctrl-C in a terminal has asked them already, and a second signal
+        would stop them at once.
+        """
+        with self._lock:
+            self.is_stopping = True
+            processes = list(self._processes)
+        until = time.time() + patience
+        for process in processes:
             try:
-                return process.wait()
-            except BaseException as error:
-                # Ctrl-C in a terminal reaches the script as well, and a second signal would stop it at once.
-                if isinstance(error, KeyboardInterrupt):
-                    try:
-                        process.wait(PATIENCE)
-                    except subprocess.TimeoutExpired:
-                        pass
-                if process.poll() is None:
-                    process.terminate()
-                process.wait()
-                raise
+                process.wait(max(0.0, until - time.time()))
+            except subprocess.TimeoutExpired:
+                process.terminate()
 
 
 @contextmanager
@@ -451,6 +483,59 @@ class StudyRuns:
             "metrics": outcome.metrics,
         }
         write_json(self.result_path(outcome), saved)
+
+    def run_all(self, begun, done):
+        """Make all runs that are not finished, `workshop.jobs` at a time.
+
+        begun(outcome): called before a run, and for one that is finished. done(outcome): called after it. Both are
+        called by this thread. On Ctrl-C or SIGTERM the scripts save before the exception leaves.
+        """
+        waiting = list(self.outcomes)
+        running = {}
+        with ThreadPoolExecutor(self.workshop.jobs) as pool:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < self.workshop.jobs:
+                        outcome = self._next(waiting, running.values())
+                        if outcome is None and running:
+                            break
+                        # Runs that need each other: the first one fails, and says what it lacks.
+                        outcome = waiting[0] if outcome is None else outcome
+                        waiting.remove(outcome)
+                        begun(outcome)
+                        if outcome.state != "finished":
+                            running[pool.submit(self.run, outcome)] = outcome
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        outcome = running.pop(future)
+                        future.result()
+                        done(outcome)
+            except BaseException as error:
+                self.workshop.stop(PATIENCE if isinstance(error, KeyboardInterrupt) else 0.0)
+                raise
+
+    def _next(self, waiting, running):
+        """The first waiting run that needs no result of a run which is not over, and makes no step of a running one."""
+        not_over = {(outcome.run.name, outcome.seed) for outcome in [*waiting, *running]}
+        being_made = {folder for outcome in running for folder in self._folders_to_make(outcome)}
+        for outcome in waiting:
+            # Runs before this one may have measured what it needs.
+            self.look(outcome)
+            if outcome.state == "finished":
+                return outcome
+            if any((name, outcome.seed) in not_over for name in outcome.run.needs()):
+                continue
+            if being_made.isdisjoint(self._folders_to_make(outcome)):
+                return outcome
+        return None
+
+    def _folders_to_make(self, outcome):
+        """Folders of the steps of a run that are not finished."""
+        results = self.results(outcome.seed)
+        return {
+            self.workshop.step_folder(step, results)
+            for step in outcome.run.steps
+            if not self.workshop.is_finished(step, results, id(step) in self.steps_with_readers)
+        }
 
     def expected_seconds(self, counted=None):
         """Seconds that the steps which are not finished will take.
@@ -640,6 +725,7 @@ def write_record(runs, records, budget, repeat, basis, shown):
         "seeds": seeds,
         "commits": commits,
         "machine": machine(),
+        "runs_at_a_time": runs.workshop.jobs,
         "expected_time_is_from": basis,
         "runs": [
             {

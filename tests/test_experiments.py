@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -125,10 +126,7 @@ def runs_of(workshop, make, seeds=(1,), summary=None, study_seeds=3):
 
 
 def run_all(planned):
-    for outcome in planned.outcomes:
-        planned.look(outcome)
-        if outcome.state != "finished":
-            planned.run(outcome)
+    planned.run_all(lambda outcome: None, lambda outcome: None)
 
 
 def test_a_step_is_made_once_and_shared_by_runs(workshop):
@@ -207,32 +205,61 @@ def test_what_is_stopped_goes_on(workshop):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from blt.entropies import sigterm_raises
-from blt.studies import Step, Workshop
+from blt.studies import Run, Step, Study, StudyRuns, Workshop
+def run(value):
+    step = Step("fake", {{"value": value, "seed": 1, "sleep": 60}}, checkpoints="output")
+    return Run(str(value), {{}}, [step], None)
+work = Workshop({str(workshop.folder)!r}, {str(workshop.root)!r}, jobs=2)
+study = Study("fake", "", None, [], None)
+planned = StudyRuns(study, "cpu", {{1: [run(value) for value in (1, 2, 3)]}}, work, None)
 with sigterm_raises():
-    Workshop({str(workshop.folder)!r}, {str(workshop.root)!r}).make(
-        Step("fake", {{"value": 1, "seed": 1, "sleep": 60}}, checkpoints="output"), {{}})
+    planned.run_all(lambda outcome: None, lambda outcome: None)
 """
-    step = fake_step(1, sleep=60)
+    steps = [fake_step(value, sleep=60) for value in (1, 2, 3)]
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    sleeping = workshop.path_of(step, {}) / "sleeping"
+    sleeping = [workshop.path_of(step, {}) / "sleeping" for step in steps[:2]]
     deadline = time.time() + 60
-    while not sleeping.exists() and time.time() < deadline:
+    while not all(path.exists() for path in sleeping) and time.time() < deadline:
         time.sleep(0.05)
     # Two processes must not write into one folder.
     with pytest.raises(StepFailed, match="another process works on"):
-        workshop.make(step, {})
+        workshop.make(steps[0], {})
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
-    assert workshop.state(step, {})["state"] == "stopped"
-    folder = workshop.step_folder(step, {})
-    # The script that slept is gone too: nothing holds its folder.
-    with open(folder / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert [workshop.state(step, {})["state"] for step in steps] == ["stopped", "stopped", "new"]
+    # The scripts that slept are gone too: nothing holds their folders.
+    for step in steps[:2]:
+        with open(workshop.step_folder(step, {}) / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     script = workshop.root / "fake.py"
     script.write_text(FAKE.replace("if flags.sleep:", "if False:"))
     workshop.failed.clear()
-    workshop.make(step, {})
-    assert calls(workshop) == ["1 1 new", "1 1 resumed"]
+    workshop.make(steps[0], {})
+    assert calls(workshop)[2:] == ["1 1 resumed"] and sorted(calls(workshop)[:2]) == ["1 1 new", "2 1 new"]
+
+
+def test_runs_beside_each_other(workshop):
+    """Two at a time share the cores; a run waits for what it needs, and for a step that another run is making."""
+    script = FAKE.replace("import argparse", "import os, argparse").replace(
+        "print(flags.value, flags.seed,", 'print(flags.value, flags.seed, os.environ["OMP_NUM_THREADS"], time.time(),'
+    )
+    (workshop.root / "fake.py").write_text(script)
+    workshop.jobs = 2
+    shared = fake_step(5, sleep=1)
+
+    def make(seed):
+        value = Measured(("c",), lambda metrics: metrics["val_bpb"], 7)
+        of_shared = [Run(name, {}, [shared, fake_step(n)], read_fake) for n, name in enumerate("ab")]
+        return [*of_shared, fake_run("c", 3, sleep=1), fake_run("d", value)]
+
+    begun = []
+    planned = runs_of(workshop, make)
+    planned.run_all(lambda outcome: begun.append(outcome.run.name), lambda outcome: None)
+    assert planned.count("finished") == 4 and begun[:2] == ["a", "c"]
+    lines = [line.split() for line in calls(workshop)]
+    at = {line[0]: float(line[3]) for line in lines}
+    assert len(lines) == 5 and abs(at["5"] - at["3"]) < 1 and at["4.0"] - at["3"] > 1
+    assert {line[2] for line in lines} == {os.environ.get("OMP_NUM_THREADS", str(max(1, os.cpu_count() // 2)))}
 
 
 def test_a_measured_value_comes_from_an_earlier_run(workshop):
