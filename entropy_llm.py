@@ -7,7 +7,8 @@ Run     python entropy_llm.py [--preset [SIZE] [MACHINE]] [--field value ...]
 Next    python create_patches.py
 Time    45 seconds on 2 free CPU cores
 
-SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200.
+SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, cpu_hour, colab_t4,
+rtx4090, h100 or h200.
 What is not named is chosen by the machine that is found. The settings are in `EntropyRunConfig`
 below.
 """
@@ -44,6 +45,7 @@ MACHINES = {
         row_bytes=1024, batch_rows=8, steps=160, eval_every=80, lr=0.01, adam_lr=0.01, max_bytes=4_000_000,
         val_bytes=200_000,
     ),
+    "cpu_hour": dict(row_bytes=1024, batch_rows=8, steps=320, eval_every=160, lr=0.01, adam_lr=0.01),
     "colab_t4": dict(row_bytes=2048, batch_rows=32, steps=1500),
     "rtx4090": dict(row_bytes=2048, batch_rows=64, steps=2000),
     "h100": dict(row_bytes=2048, batch_rows=64, steps=2000),
@@ -93,7 +95,8 @@ class EntropyRunConfig(RunConfig, EntropyConfig):
     max_bytes: int | None = BY_PRESET  # use at most this many bytes of the training documents; None: all
     output: str = "entropy_model.pth"  # where the weights go
 
-    PRESETS = Presets(SIZES, MACHINES)
+    # Its pass over the text has to fit into the hour, too.
+    PRESETS = Presets(SIZES, MACHINES, size_of_machine={"cpu": "nano", "cpu_hour": "nano"})
 
     def __post_init__(self):
         RunConfig.__post_init__(self)

@@ -107,6 +107,7 @@ DEFINITIONS = __doc__[__doc__.index("Bits per byte (bpb)") :]
 ALL = dict(val_bytes=1_000_000, robustness_bytes=100_000, samples=4)
 MACHINES = {
     "cpu": dict(val_bytes=200_000, robustness_bytes=25_000, samples=2, batch_rows=8),
+    "cpu_hour": ALL | dict(batch_rows=8),
     "colab_t4": ALL | dict(batch_rows=16),
     "rtx4090": ALL | dict(batch_rows=32),
     "h100": ALL | dict(batch_rows=64),

@@ -7,9 +7,9 @@ Run     python llm.py [--preset [SIZE] [MACHINE]] [--field value ...]
 Next    python generate.py --model checkpoints
 Time    5 minutes on 2 free CPU cores (size nano)
 
-SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, colab_t4, rtx4090, h100 or h200.
-What is not named is chosen by the machine that is found: nano on a CPU, medium on a GPU. Sizes,
-machines and settings follow below; --help lists all settings.
+SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, cpu_hour, colab_t4, rtx4090, h100 or
+h200. What is not named is chosen by the machine that is found: nano on a CPU, medium on a GPU.
+Sizes, machines and settings follow below; --help lists all settings.
 
 Fine-tuning: --init_from FOLDER starts from the weights in an output folder of these scripts or of
 convert_hf.py. Its sizes replace the presets' and the file's, and a flag that names another size
@@ -18,6 +18,7 @@ is an error. Its patch rule and entropy model are used unless --patch_method nam
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from blt.config import BY_PRESET, Presets, given_fields, next_command, part_of, run_script
 from blt.entropies import make_entropies, open_entropies, read_patches, training_sample
@@ -45,7 +46,7 @@ SIZES = {
         global_dim=256, global_layers=4, encoder_dim=128, decoder_dim=128, decoder_layers=2, window=256, hash_rows=16384
     ),
     "small": dict(
-        global_dim=384, global_layers=6, encoder_dim=192, decoder_dim=192, decoder_layers=3, window=256, hash_rows=16384
+        global_dim=384, global_layers=4, encoder_dim=256, decoder_dim=256, decoder_layers=2, window=256, hash_rows=16384
     ),
     "medium": dict(
         global_dim=512, global_layers=8, encoder_dim=256, decoder_dim=256, decoder_layers=3, window=256, hash_rows=16384
@@ -63,6 +64,10 @@ MACHINES = {
         row_bytes=2048, batch_rows=4, steps=490, lr=0.01, adam_lr=0.01, max_bytes=4_000_000,
         val_bytes=200_000, eval_every=164, log_every=5,
     ),
+    "cpu_hour": dict(
+        row_bytes=2048, batch_rows=4, steps=3300, lr=0.01, adam_lr=0.01, val_bytes=1_000_000, eval_every=825,
+        compile="yes",
+    ),
     "colab_t4": dict(batch_rows=8, accumulate=2, steps=3000),
     "rtx4090": dict(batch_rows=16, steps=3000),
     "h100": dict(batch_rows=32, steps=3000),
@@ -70,9 +75,10 @@ MACHINES = {
 }  # fmt: skip
 
 # The large model needs smaller batches than the others on the same machine, lower rates and more
-# updates.
+# updates. An hour of a CPU is spent on the whole sample, which fills larger tables.
 LARGE = dict(row_bytes=8192, steps=10000, lr=0.003, adam_lr=0.001)
 PAIRS = {
+    ("small", "cpu_hour"): dict(hash_rows=131072),
     ("large", "colab_t4"): LARGE | dict(row_bytes=4096, batch_rows=1, accumulate=32),
     ("large", "rtx4090"): LARGE | dict(batch_rows=2, accumulate=16),
     ("large", "h100"): LARGE | dict(batch_rows=16, accumulate=2),
@@ -114,6 +120,7 @@ class LLMConfig(TrainingConfig, BLTConfig):
     val_bytes: int = BY_PRESET  # use at most this many bytes of the validation documents
     eval_every: int = BY_PRESET  # updates between evaluations
     log_every: int = BY_PRESET  # updates between log lines
+    compile: Literal["auto", "yes", "no"] = BY_PRESET  # torch.compile; auto: on CUDA
     init_from: str | None = None  # start from the weights in this output folder; its sizes and patch rule are used
 
     PRESETS = Presets(SIZES, MACHINES, PAIRS, alone={"quick_demo": QUICK_DEMO})

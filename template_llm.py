@@ -125,6 +125,7 @@ class TemplateConfig(RunConfig, FlatConfig):
     val_bytes: int = BY_PRESET  # use at most this many bytes of the validation documents
     eval_every: int = BY_PRESET  # updates between evaluations
     log_every: int = BY_PRESET  # updates between log lines
+    compile: Literal["auto", "yes", "no"] = BY_PRESET  # torch.compile; auto: on CUDA
     output: str | None = None  # folder for weights, metrics and curves; None: checkpoints_flat or checkpoints_bpe
 
     PRESETS = Presets({size: {} for size in SHAPES["flat"]}, MACHINES, PAIRS)

@@ -83,7 +83,7 @@ class Presets:
     machines: dict
     pairs: dict = field(default_factory=dict)
     default_size: str = "medium"
-    size_of_machine: dict = field(default_factory=lambda: {"cpu": "nano"})
+    size_of_machine: dict = field(default_factory=lambda: {"cpu": "nano", "cpu_hour": "small"})
     alone: dict = field(default_factory=dict)
 
     def names(self):
@@ -92,7 +92,7 @@ class Presets:
     def choose(self, names, device="auto"):
         """The full list of presets for the names that a user gave: [size, machine], or [the one that stands alone].
 
-        A machine that is not named, or is named auto, is detected.
+        A machine that is not named, or is named auto, is detected (cpu_hour never is).
         Raises ValueError for unknown names, and for two that set the same fields.
         """
         for name in names:

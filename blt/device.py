@@ -110,7 +110,8 @@ def threads_for(n_rows):
 
 # Machines that the presets are sized for, in the order of their memory.
 MACHINE_NAMES = {
-    "cpu": "no GPU",
+    "cpu": "no GPU, a few minutes of training",
+    "cpu_hour": "no GPU, an hour of training on 2 cores",
     "colab_t4": "a Tesla T4 or another GPU below 20 GB",
     "rtx4090": "an RTX 4090 or another GPU of 20 to 47 GB",
     "h100": "an H100 or another GPU of 48 to 99 GB",

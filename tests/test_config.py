@@ -19,7 +19,7 @@ from llm_large import LLMLargeConfig
 from template_llm import TemplateConfig
 from train_blt import TrainBLTConfig
 
-MACHINES = ("cpu", "colab_t4", "rtx4090", "h100", "h200")
+MACHINES = ("cpu", "cpu_hour", "colab_t4", "rtx4090", "h100", "h200")
 WITH_PRESETS = [
     EntropyRunConfig,
     CreatePatchesConfig,
