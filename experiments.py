@@ -52,8 +52,10 @@ from blt.studies import (
     Study,
     StudyRuns,
     Workshop,
+    continue_in,
     describe_seconds,
     markdown_table,
+    read_record,
     write_record,
 )
 from blt.tasks import starts_of
@@ -562,6 +564,7 @@ class ExperimentsConfig:
     # output
     work: str = "runs"  # folder of all that the scripts write; it remembers what is finished
     records: str = "records"  # folder of the records
+    continue_record: str | None = None  # a record whose finished runs are not made again; it is completed
     keep_weights: bool = False  # keep the weights of all runs, not only of those that another step reads
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     # a step of a study, as this script calls itself
@@ -589,10 +592,16 @@ def plan(study, config, workshop):
     """The `StudyRuns` of a study. Raises ValueError if something that it needs is missing."""
     n_seeds = study.seeds if config.seeds is None else config.seeds
     seeds = [FIRST_SEED + number for number in range(n_seeds)]
+    known_seeds, known = [], {}
+    if config.continue_record is not None:
+        known_seeds, known = read_record(config.continue_record, study.name, config.budget)
     runs_of_seed = {}
-    for seed in seeds:
-        runs = study.runs(Bench(config, seed, is_first=seed == seeds[0]))
-        runs_of_seed[seed] = chosen(runs, config.only, study.name)
+    wanted = set()
+    # A record keeps the runs of all its seeds, whatever is asked for now.
+    for seed in sorted({*seeds, *known_seeds}):
+        runs_of_seed[seed] = study.runs(Bench(config, seed, is_first=seed == FIRST_SEED))
+        if seed in seeds:
+            wanted |= {(name, seed) for name in chosen(runs_of_seed[seed], config.only, study.name)}
     budget = BUDGETS[config.budget]
 
     def estimate(step, flags):
@@ -601,16 +610,23 @@ def plan(study, config, workshop):
         except TypeError as error:
             raise ValueError(f"study {study.name}: {step.script}.py does not have all its flags ({error})") from None
 
-    planned = StudyRuns(study, config.budget, runs_of_seed, workshop, estimate)
+    planned = StudyRuns(study, config.budget, runs_of_seed, workshop, estimate, wanted, known, shown_as_given(config))
+    finished = {(outcome.run.name, outcome.seed) for outcome in planned.outcomes if outcome.state == "finished"}
+    lost = sorted(known.keys() - finished)
+    if lost:
+        raise ValueError(
+            f"{config.continue_record}: {len(lost)} of its runs have other commands now and would be lost from it, the "
+            f"first is {lost[0][0]!r}; make a new record without --continue_record"
+        )
     # Now, so that a flag that no script has stops the study before its first run.
     planned.expected_seconds()
     return planned
 
 
 def chosen(runs, words, study):
-    """The runs whose names contain one of the words, and those that they need; all without words."""
+    """Names of the runs whose names contain one of the words, and of those that they need; all without words."""
     if not words:
-        return runs
+        return {run.name for run in runs}
     by_name = {run.name: run for run in runs}
     wanted = {run.name for run in runs if any(word in run.name for word in words)}
     if not wanted:
@@ -620,13 +636,13 @@ def chosen(runs, words, study):
         needed = set(by_name[waiting.pop()].needs()) - wanted
         wanted |= needed
         waiting += needed
-    return [run for run in runs if run.name in wanted]
+    return wanted
 
 
 def kept_steps(config, workshop):
     """Folders of the steps that a step of any study reads: their weights stay when they are made."""
     folders = set()
-    of_all = replace(config, only=[])
+    of_all = replace(config, only=[], continue_record=None)
     for study in STUDIES.values():
         try:
             planned = plan(study, of_all, workshop)
@@ -671,8 +687,8 @@ def print_plans(plans, missing, budget, factor, n_measured):
     for planned in plans:
         seconds = factor * planned.expected_seconds(counted)
         total += seconds
-        seeds = len({outcome.seed for outcome in planned.outcomes})
-        done = f"{planned.count('finished')} of {len(planned.outcomes)}"
+        seeds = len({outcome.seed for outcome in planned.wanted})
+        done = f"{sum(outcome.state == 'finished' for outcome in planned.wanted)} of {len(planned.wanted)}"
         rows.append([planned.study.name, str(seeds), done, describe_seconds(seconds)])
     print_table(["study", "seeds", "runs done", "expected time"], rows)
     for name, reason in missing.items():
@@ -686,7 +702,7 @@ def print_plans(plans, missing, budget, factor, n_measured):
 def print_commands(planned):
     """Print the commands of a study's runs; a value that is measured first is shown as estimated."""
     print(f"\nThe commands run in {planned.workshop.folder}; the scripts are those in {ROOT}.")
-    for outcome in planned.outcomes:
+    for outcome in planned.wanted:
         results = planned.results(outcome.seed)
         print(f"\n# {planned.study.name}: {outcome.run.name}, seed {outcome.seed} ({outcome.state})")
         for step in outcome.run.steps:
@@ -724,17 +740,20 @@ def shown_as_given(config):
 def run_study(planned, config, basis):
     """Make the runs of a study that are not finished; its record is written after each. Returns its folder."""
     study = planned.study
-    shown = shown_as_given(config)
+    records = Path(config.records)
+    if config.continue_record is not None:
+        records = Path(config.continue_record).parent
+        continue_in(planned, Path(config.continue_record).name)
 
     def write():
-        return write_record(planned, config.records, config.budget, repeat_command(study, config), basis, shown)
+        return write_record(planned, records, config.budget, repeat_command(study, config), basis, planned.shown)
 
     print(f"\n{study.name}: {study.question}")
     folder = write()
-    numbers = {id(outcome): number for number, outcome in enumerate(planned.outcomes, 1)}
+    numbers = {id(outcome): number for number, outcome in enumerate(planned.wanted, 1)}
 
     def name_of(outcome):
-        return f"[{numbers[id(outcome)]}/{len(planned.outcomes)}] {outcome.run.name}, seed {outcome.seed}"
+        return f"[{numbers[id(outcome)]}/{len(planned.wanted)}] {outcome.run.name}, seed {outcome.seed}"
 
     def begun(outcome):
         print(name_of(outcome) + (": finished before" if outcome.state == "finished" else ""))
@@ -756,6 +775,8 @@ def main(config):
         return
     if not config.name and not config.list:
         raise ValueError(f"name a study: {', '.join(STUDIES)}; --list says how long each takes")
+    if config.continue_record is not None and len(set(config.name)) != 1:
+        raise ValueError("continue_record is the record of one study; name that study alone")
     check_packages("matplotlib")
     workshop = Workshop(config.work, ROOT, jobs=config.jobs)
     plans = []

@@ -415,15 +415,21 @@ class StudyRuns:
     """The runs of a study for some seeds, and what is known about each.
 
     runs_of_seed: {seed: list of `Run`}. estimate(step, flags): expected seconds of a step.
+    wanted: (run name, seed) of those that `run_all` makes; None: all.
+    known: what `read_record` has of runs that were made elsewhere; one with the same commands is finished.
+    shown(text): a text without paths of this machine, as it is in records.
     """
 
-    def __init__(self, study, budget, runs_of_seed, workshop, estimate):
+    def __init__(self, study, budget, runs_of_seed, workshop, estimate, wanted=None, known=None, shown=str):
         self.study = study
         self.workshop = workshop
         self.estimate = estimate
+        self.known = {} if known is None else known
+        self.shown = shown
         self.folder = workshop.folder / (study.name if budget == "cpu" else f"{study.name}_{budget}")
         # All runs with the first seed come before any with the second: a study that is stopped has a table.
         self.outcomes = [Outcome(run, seed) for seed, runs in runs_of_seed.items() for run in runs]
+        self.wanted = [o for o in self.outcomes if wanted is None or (o.run.name, o.seed) in wanted]
         self.steps_with_readers = {
             id(value.step)
             for outcome in self.outcomes
@@ -448,10 +454,13 @@ class StudyRuns:
         if set(outcome.run.needs()) - set(results):
             return
         saved = read_json(self.result_path(outcome), {})
-        if saved.get("commands") == outcome.commands:
-            outcome.state = "finished"
-            outcome.metrics = saved["metrics"]
-            outcome.commits = saved["commits"]
+        if saved.get("commands") != outcome.commands:
+            saved = self.known.get((outcome.run.name, outcome.seed))
+            if saved is None or saved["commands"] != shown_commands(outcome, self.shown):
+                return
+        outcome.state = "finished"
+        outcome.metrics = saved["metrics"]
+        outcome.commits = saved["commits"]
 
     def run(self, outcome):
         """Make the steps of a run, and read its metrics. A failure is in the outcome."""
@@ -485,12 +494,12 @@ class StudyRuns:
         write_json(self.result_path(outcome), saved)
 
     def run_all(self, begun, done):
-        """Make all runs that are not finished, `workshop.jobs` at a time.
+        """Make all wanted runs that are not finished, `workshop.jobs` at a time.
 
         begun(outcome): called before a run, and for one that is finished. done(outcome): called after it. Both are
         called by this thread. On Ctrl-C or SIGTERM the scripts save before the exception leaves.
         """
-        waiting = list(self.outcomes)
+        waiting = list(self.wanted)
         running = {}
         with ThreadPoolExecutor(self.workshop.jobs) as pool:
             try:
@@ -538,13 +547,13 @@ class StudyRuns:
         }
 
     def expected_seconds(self, counted=None):
-        """Seconds that the steps which are not finished will take.
+        """Seconds that the steps of wanted runs which are not finished will take.
 
         counted: folders of steps that another study makes; those of this one are added.
         """
         counted = set() if counted is None else counted
         seconds = 0.0
-        for outcome in self.outcomes:
+        for outcome in self.wanted:
             if outcome.state == "finished":
                 continue
             results = self.results(outcome.seed)
@@ -560,7 +569,13 @@ class StudyRuns:
         return seconds
 
     def count(self, state):
+        """The number of runs, wanted or not, that are in a state."""
         return sum(outcome.state == state for outcome in self.outcomes)
+
+
+def shown_commands(outcome, shown):
+    """The commands of a run as its record has them."""
+    return [shown(shlex.join(["python", *command])) for command in outcome.commands]
 
 
 def describe_seconds(seconds):
@@ -668,6 +683,9 @@ def study_table(study, groups):
     header = [*labels, *(column.header for column in study.columns), *published, "seeds"]
     rows = []
     for group in groups:
+        # What nobody has made yet is in a line below the table.
+        if all(outcome.state == "waiting" for outcome in group.outcomes):
+            continue
         rows.append(
             [group.run.labels.get(label, "-") for label in labels]
             + [metric_cell(group, column) for column in study.columns]
@@ -694,6 +712,36 @@ def record_folder(runs, records, budget):
     name = name if number == 1 else f"{name}_{number}"
     write_json(note, {"name": name})
     return Path(records) / name
+
+
+def continue_in(runs, name):
+    """Let the record of a study be the one of this name."""
+    write_json(runs.folder / "record.json", {"name": name})
+
+
+def read_record(folder, study, budget):
+    """(seeds, {(run name, seed): commands, metrics and commits}) of the finished runs in a record.
+
+    Raises ValueError if the folder holds no record, or one of another study or budget.
+    """
+    folder = Path(folder)
+    if not (folder / "settings.json").exists() or not (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{folder} is no record of experiments.py: it has no settings.json and metrics.jsonl")
+    settings = read_json(folder / "settings.json", None)
+    if (settings["study"], settings["budget"]) != (study, budget):
+        raise ValueError(
+            f"{folder} is the record of {settings['study']} with the budget {settings['budget']}, not of {study} with "
+            f"{budget}; name its study and --budget"
+        )
+    known = {
+        (run["run"], run["seed"]): {"commands": run["commands"], "commits": run["commits"]}
+        for run in settings["runs"]
+        if run["state"] == "finished"
+    }
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        known[metrics.pop("run"), metrics.pop("seed")]["metrics"] = metrics
+    return settings["seeds"], known
 
 
 def status_line(runs):
@@ -734,7 +782,7 @@ def write_record(runs, records, budget, repeat, basis, shown):
                 "state": outcome.state,
                 **({"error": shown(outcome.error)} if outcome.error else {}),
                 "commits": outcome.commits,
-                "commands": [shown(shlex.join(["python", *command])) for command in outcome.commands],
+                "commands": shown_commands(outcome, shown),
             }
             for outcome in runs.outcomes
         ],
@@ -755,6 +803,9 @@ def write_record(runs, records, budget, repeat, basis, shown):
         "",
         *study_table(study, groups),
     ]
+    not_made = [group.run.name for group in groups if all(o.state == "waiting" for o in group.outcomes)]
+    if not_made:
+        table += ["", f"Not made yet: {', '.join(not_made)}."]
     failures = [outcome for outcome in runs.outcomes if outcome.state == "failed"]
     if failures:
         table += ["", "Failed:", ""]

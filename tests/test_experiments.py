@@ -50,10 +50,12 @@ from blt.studies import (
     Study,
     StudyRuns,
     Workshop,
+    continue_in,
     describe_seconds,
     groups_of,
     mean_and_deviation,
     paired_difference,
+    read_record,
     safe_name,
     study_table,
     values_in,
@@ -322,6 +324,45 @@ def test_differences_are_paired_by_seed():
     assert error == pytest.approx(np.std([0.1, 0.5], ddof=1) / math.sqrt(2))
 
 
+def test_a_record_is_continued_elsewhere(workshop, tmp_path):
+    """Its runs are not made again, and what nobody asks for now stays in it."""
+
+    def plan(work, seeds, known=None, wanted=None, change=0):
+        def make(seed):
+            value = Measured(("a",), lambda of_a: of_a["val_bpb"] + change, 7)
+            return [fake_run("a", 1, seed), fake_run("b", value, seed), fake_run("c", 3, seed)]
+
+        study = Study("fake", "Does it work?", None, [Column("bpb", "val_bpb")], (None, "val_bpb", ()))
+        runs = {seed: make(seed) for seed in seeds}
+        return StudyRuns(study, "cpu", runs, work, lambda step, flags: 100.0, wanted, known)
+
+    def write(planned):
+        return write_record(planned, tmp_path / "records", "cpu", "python experiments.py fake", "a guess", str)
+
+    first = plan(workshop, (1, 2), wanted={("a", 1), ("b", 1), ("a", 2)})
+    run_all(first)
+    folder = write(first)
+    table = (folder / "table.md").read_text()
+    assert "Partial: 3 of 6" in table and "| b | 3.0000 | 1, 1 to do |" in table and "Not made yet: c." in table
+    # Another machine, with the record and without the work folder.
+    other = Workshop(tmp_path / "elsewhere", workshop.root, echo=lambda line: None)
+    other.folder.mkdir()
+    seeds, known = read_record(folder, "fake", "cpu")
+    assert seeds == [1, 2] and set(known) == {("a", 1), ("b", 1), ("a", 2)}
+    second = plan(other, seeds, known, wanted={("c", 2)})
+    assert second.count("finished") == 3 and second.expected_seconds() == 100
+    run_all(second)
+    continue_in(second, folder.name)
+    assert write(second) == folder and calls(other) == ["3 2 new"]
+    assert "Partial: 4 of 6" in (folder / "table.md").read_text()
+    assert set(read_record(folder, "fake", "cpu")[1]) == {*known, ("c", 2)}
+    # A run whose command has changed is not the one in the record.
+    assert plan(other, seeds, known, change=1).count("finished") == 3
+    for study, budget in (("other", "cpu"), ("fake", "gpu")):
+        with pytest.raises(ValueError, match="is the record of fake with the budget cpu"):
+            read_record(folder, study, budget)
+
+
 def test_times_in_words():
     assert [describe_seconds(s) for s in (40, 600, 7325)] == ["40 s", "10 min", "2 h 02 min"]
 
@@ -465,6 +506,9 @@ def test_studies_that_lack_something_say_so(studies_config, tmp_path, monkeypatc
     assert "choose from baselines" in error_of(tmp_path, "experiments", "nonsense")
     assert "name a study" in error_of(tmp_path, "experiments")
     assert "no run of leak has nothing" in error_of(tmp_path, "experiments", "leak", "--only", "nothing")
+    flags = ["--continue_record", "nowhere"]
+    assert "nowhere is no record" in error_of(tmp_path, "experiments", "leak", *flags)
+    assert "name that study alone" in error_of(tmp_path, "experiments", "leak", "sweep", *flags)
 
 
 def test_list_and_dry_run_write_nothing(tmp_path):
@@ -478,7 +522,7 @@ def test_list_and_dry_run_write_nothing(tmp_path):
 
 def test_only_takes_what_a_run_needs(studies_config):
     config = studies_config(only=["patch size 3 own"])
-    runs = experiments.plan(STUDIES["leak"], config, Workshop(config.work, ROOT)).outcomes
+    runs = experiments.plan(STUDIES["leak"], config, Workshop(config.work, ROOT)).wanted
     names = [outcome.run.name for outcome in runs]
     assert names == ["rate 0.0001", "rate 0.0003", "rate 0.001", "rate 0.003", "patch size 3 own patch"]
 
