@@ -57,7 +57,7 @@ import torch
 import torch.nn.functional as F
 
 from blt.checks import check, check_output, check_packages, check_positive, check_written_by
-from blt.config import field_comments, print_header, print_table, run_script
+from blt.config import field_comments, part_of, print_header, print_table, run_script
 from blt.corpus import open_corpus
 from blt.device import autocast, choose_device, choose_precision, set_seed, synchronize, threads_for
 from blt.entropies import default_reading, stream_entropies
@@ -220,9 +220,11 @@ def find_model(name, config):
             # Its size is measured on a CPU too, where the script itself would train a smaller one.
             presets = ["large"]
         try:
-            settings = asdict(SCRIPTS[script](preset=presets, device=config.device))
+            of_script = SCRIPTS[script](preset=presets, device=config.device)
         except ValueError as error:
             raise ValueError(f"models has {name!r}: {error}") from None
+        settings = asdict(part_of(of_script, BLTConfig))
+        settings |= {"row_bytes": of_script.row_bytes, "batch_rows": of_script.batch_rows}
     else:
         raise ValueError(
             f"models has {name!r}; it must be {', '.join(SCRIPTS)}, one of them with presets "

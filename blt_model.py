@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from blt.attention import AttentionPlan
-from blt.checks import check, check_positive
+from blt.checks import check, check_positive, check_shares
 from blt.ids import BOUNDARY, documents_of
 from blt.kernels import GatherAttention, SegmentAttention, apply_function
 from blt.layers import Block, RMSNorm, cap_logits, default_heads, init_weights, run_block
@@ -84,7 +84,7 @@ class BLTConfig:
         check_positive(self, "cross_attn_k", "window", "rope_theta", "norm_eps")
         check_tables(self)
         check(self, "pooling", self.pooling in ("max", "mean"), "max or mean")
-        check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
+        check_shares(self, "dropout")
         check(self, "logit_softcap", self.logit_softcap >= 0, "0 (no cap) or more")
         for part in ("encoder", "global", "decoder"):
             n_heads = self.heads(part)

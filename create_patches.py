@@ -44,7 +44,6 @@ from blt.patch_rules import (
     threshold_for_patch_size,
     warn_about_sizes,
 )
-from blt.runs import named_presets
 from blt.tokens import bpe_starts, train_tokenizer
 from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_entropy_model
@@ -215,7 +214,7 @@ def main(config):
         named["entropy_model_path"] = config.entropy_model_path
     if config.cache_dir != "patch_cache":
         named["patch_cache"] = config.cache_dir
-    print("next: " + next_command("llm.py", named_presets(config), config, **named))
+    print("next: " + next_command("llm.py", config, **named))
 
 
 def draw_pictures(config, corpus, validation, patcher, sizes):

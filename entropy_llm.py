@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from blt.attention import AttentionPlan
-from blt.checks import check, check_positive
+from blt.checks import check, check_positive, check_shares
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights
 from blt.ids import BOUNDARY, documents_of
@@ -30,7 +30,7 @@ from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
 from blt.records import RunRecord, record_beside
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
-from blt.runs import claim_output, finish_run, named_presets, print_model, start_run
+from blt.runs import claim_output, finish_run, print_model, start_run
 
 SIZES = {
     "nano": dict(d_model=192, n_heads=3, n_layers=2, max_seq_len=128),
@@ -70,7 +70,7 @@ class EntropyConfig:
     def __post_init__(self):
         check_positive(self, "d_model", "n_heads", "n_layers", "max_seq_len", "rope_theta", "ffn_dim", "max_bytes")
         check(self, "vocab_size", self.vocab_size == 256, "256: one class a byte")
-        check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
+        check_shares(self, "dropout")
         head_dim_is_even = self.d_model % (2 * self.n_heads) == 0
         check(self, "d_model", head_dim_is_even, f"a multiple of 2 * n_heads = {2 * self.n_heads}")
 
@@ -235,7 +235,7 @@ def train(config):
     print("document ends are not scored: the entropy model has no class for them")
     # Only a path that differs from what the next script takes by itself.
     named = {"entropy_model_path": config.output} if config.output != "entropy_model.pth" else {}
-    print("next: " + next_command("create_patches.py", named_presets(config), config, **named))
+    print("next: " + next_command("create_patches.py", config, **named))
 
 
 if __name__ == "__main__":

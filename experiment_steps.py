@@ -26,7 +26,7 @@ from blt.device import choose_device, choose_precision
 from blt.files import write_atomically, write_json
 from blt.flops import TRAINING, blt_flops, transformer_flops
 from blt.ids import BYTES
-from blt.loop import RunConfig, fit, read_metrics
+from blt.loop import RunConfig, choose_dropout, fit, read_metrics
 from blt.metric import ppmd_after_training
 from blt.patch_rules import PatchConfig, calibrate
 from blt.records import RunRecord
@@ -45,12 +45,12 @@ from blt.tasks import (
 )
 from blt.tokens import bpe_starts, train_tokenizer
 from blt.training import PatchedDataset, train_blt
-from blt_model import BLTConfig, BLTModel
+from blt_model import BLTConfig
 from create_patches import CreatePatchesConfig
 from entropy_llm import EntropyRunConfig
 from entropy_patcher import EntropyPatcher
 from evaluate import NOISES, EvaluateConfig, open_model
-from llm import LLMConfig
+from llm import LLMConfig, make_model
 from save_entropy_model import load_entropy_model
 from template_llm import SHAPES, TemplateConfig
 
@@ -424,7 +424,9 @@ def patched(settings, config):
         starts = patch_near(patcher, training, settings["target"])
         rows = training_rows(training, starts, BYTES, of_llm.row_bytes)
         data = PatchedDataset(rows, run.validation, starts_of(patcher, run.validation), patcher, of_llm.batch_rows)
-        model = BLTModel(part_of(of_llm, BLTConfig)).to(run.device)
+        choose_dropout(of_llm, data.train_rows.stream)
+        # As llm.py makes it.
+        model = make_model(part_of(of_llm, BLTConfig), run.device, zero_init=of_llm.zero_init)
         if is_oracle:
             result = fit(model, of_llm, data.train_rows, data.validation_batches, config.output)
             result["avg_patch_size"] = data.bytes_per_patch()

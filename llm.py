@@ -25,6 +25,7 @@ from blt.entropies import make_entropies, open_entropies, read_patches, training
 from blt.files import load_weights, model_hash
 from blt.ids import argument_bytes
 from blt.layers import zero_outputs
+from blt.loop import choose_dropout
 from blt.metric import evaluate
 from blt.patch_rules import DEFAULT_PATCH_SIZE, RULES, PatchConfig, calibrate, refuse_lookahead
 from blt.records import RunRecord, read_record, record_beside
@@ -36,7 +37,7 @@ from generate import generate
 from save_entropy_model import entropy_model_path, keep_entropy_model, load_entropy_model
 
 # What the model is. Parameters of the latent transformer, local layers and head, beside those in
-# hash tables: nano 5.5M + 88.1M, tiny 4.6M + 14.7M, small 13.3M + 22.0M, medium 32.3M + 29.4M,
+# hash tables: nano 5.5M + 88.1M, tiny 4.6M + 14.7M, small 11.1M + 29.4M, medium 32.3M + 29.4M,
 # large 285.5M + 29.4M. Lookups cost no FLOPs, and only the rows that a batch reads are updated.
 SIZES = {
     "nano": dict(
@@ -111,6 +112,8 @@ class LLMConfig(TrainingConfig, BLTConfig):
     window: int = BY_PRESET  # bytes that a byte attends to in the local layers, itself included
     ngram_sizes: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8])  # bytes in the hashed n-grams
     hash_rows: int = BY_PRESET  # rows of each n-gram size's table
+    ngram_dropout: float | None = None  # share of the n-grams that training leaves out; None: 0, or 0.3 as dropout
+    dropout: float | None = None  # dropout rate; None: 0, or 0.1 if the text is read more than 1.5 times
     # run
     steps: int = BY_PRESET  # updates
     row_bytes: int = BY_PRESET  # ids in a row: what a model sees at once in training and evaluation
@@ -153,6 +156,7 @@ def train(config, make_patches):
     patcher, cache = open_patches(config, context, make_patches, start)
     print("patches: " + patcher.config.describe())
     data = PatchedDataset.from_corpus(context.corpus, patcher, config, cache)
+    choose_dropout(config, data.train_rows.stream)
     model_config = part_of(config, BLTConfig)
     model = make_model(model_config, context.device, config.init_from, config.zero_init)
     print_model("BLT", model.parameters_by_part(), config, data.train_rows.stream.total_bytes)
@@ -192,7 +196,7 @@ def train(config, make_patches):
         prompt = data.validation[0][:120].tobytes() if config.prompt is None else argument_bytes(config.prompt)
         text = generate(model, patcher, prompt, config.sample_bytes, temperature=0.7, seed=config.seed)
         print(f"continuation of {prompt.decode(errors='replace')!r}:\n{text.decode(errors='replace')!r}")
-    of_generate = next_command("generate.py", (), config, ("device",), model=output, prompt="The history of")
+    of_generate = next_command("generate.py", config, ("device",), model=output, prompt="The history of")
     print("next: " + of_generate)
     return result
 

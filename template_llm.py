@@ -27,18 +27,18 @@ import torch.nn as nn
 
 from blt.attention import AttentionPlan
 from blt.checkpoints import has_checkpoint
-from blt.checks import check, check_packages, check_positive
+from blt.checks import check, check_packages, check_positive, check_shares
 from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights
 from blt.ids import BYTES, documents_of
 from blt.layers import Block, RMSNorm, cap_logits, default_heads, init_weights, zero_outputs
-from blt.loop import RunConfig, fit
+from blt.loop import RunConfig, choose_dropout, fit
 from blt.metric import leak_gate
 from blt.ngrams import HashEmbedding, check_tables
 from blt.records import RunRecord, load_model, read_record
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
-from blt.runs import claim_output, finish_run, named_presets, print_model, start_run
+from blt.runs import claim_output, finish_run, print_model, start_run
 from blt.tokens import BPEVocabulary, load_tokenizer, save_tokenizer, train_tokenizer
 from llm import MACHINES, PAIRS, LLMConfig
 
@@ -48,7 +48,7 @@ from llm import MACHINES, PAIRS, LLMConfig
 #   size      llm.py   flat    bpe
 #   nano        2.76   2.81   2.67
 #   tiny        2.14   2.05   2.22
-#   small       5.50   5.55   5.39
+#   small       5.57   5.55   5.39
 #   medium     11.72  11.98  11.78
 #   large      93.9   94.3   94.8
 SHAPES = {
@@ -82,7 +82,7 @@ class FlatConfig:
         check_positive(self, "dim", "n_layers", "n_heads", "window", "rope_theta", "norm_eps")
         check_tables(self)
         check(self, "dim", self.dim % (2 * self.heads) == 0, f"a multiple of 2 * n_heads = {2 * self.heads}")
-        check(self, "dropout", 0 <= self.dropout < 1, "from 0 to below 1")
+        check_shares(self, "dropout")
         check(self, "logit_softcap", self.logit_softcap >= 0, "0 (no cap) or more")
 
     @property
@@ -113,6 +113,8 @@ class TemplateConfig(RunConfig, FlatConfig):
     hash_rows: int | None = None  # rows of each n-gram size's table; None: by table_parameters
     table_parameters: int | None = None  # numbers in all tables together; None: as many as llm.py's of this size have
     vocab_size: int = 4096  # bpe: tokens in the vocabulary, the 256 bytes included
+    ngram_dropout: float | None = None  # share of the n-grams that training leaves out; None: 0, or 0.3 as dropout
+    dropout: float | None = None  # dropout rate; None: 0, or 0.1 if the text is read more than 1.5 times
     tokenizer_bytes: int = 10_000_000  # bpe: the tokenizer learns from at most this many bytes of the training text
     # run
     lr: float = BY_PRESET  # peak learning rate of the matrices (Muon, scaled to the RMS of an AdamW update)
@@ -128,7 +130,12 @@ class TemplateConfig(RunConfig, FlatConfig):
     compile: Literal["auto", "yes", "no"] = BY_PRESET  # torch.compile; auto: on CUDA
     output: str | None = None  # folder for weights, metrics and curves; None: checkpoints_flat or checkpoints_bpe
 
-    PRESETS = Presets({size: {} for size in SHAPES["flat"]}, MACHINES, PAIRS)
+    # The rows of the tables follow from table_parameters.
+    PRESETS = Presets(
+        {size: {} for size in SHAPES["flat"]},
+        MACHINES,
+        {pair: {name: values[name] for name in values if name != "hash_rows"} for pair, values in PAIRS.items()},
+    )
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
@@ -387,6 +394,7 @@ def train(config):
             f"in training text ({time.perf_counter() - began:.1f} s); "
             "loss and accuracy below are per token, bpb per byte"
         )
+    choose_dropout(config, stream)
     model, model_config = make_model(config, vocabulary)
     model = model.to(run.device)
     print_model(config.model, model.parameters_by_part(), config, train_bytes)
@@ -420,7 +428,7 @@ def train(config):
     paths = (output, output / "best.pt", output / "model.json")
     finish_run(model, record, result, run, *paths, vocabulary.bytes_per_id)
     other = "bpe" if config.model == "flat" else "flat"
-    print("next: " + next_command("template_llm.py", named_presets(config), config, model=other))
+    print("next: " + next_command("template_llm.py", config, model=other))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,16 @@ def check_positive(config, *names):
         check(config, name, may_be_none or (isinstance(value, (int, float)) and value > 0), "above 0")
 
 
+def check_shares(config, *names):
+    """Raise ValueError unless these fields are shares from 0 to below 1, or None where the field may be None."""
+    types = get_type_hints(type(config))
+    for name in names:
+        value = getattr(config, name)
+        may_be_none = value is None and isinstance(None, types[name])
+        is_share = isinstance(value, (int, float)) and 0 <= value < 1
+        check(config, name, may_be_none or is_share, "from 0 to below 1")
+
+
 def check_output(path, is_folder=False, reads=()):
     """Raise ValueError unless a result can be written to this path: called before the work, not after it.
 

@@ -55,7 +55,7 @@ SIZE_NAMES = ("nano", "tiny", "small", "medium", "large")
 # a "~" at their beginning is the home folder, also where a shell leaves it: in quotes, after "=".
 PATH_FIELDS = frozenset(
     """output model file decompress dataset val_dataset data_cache cache_dir patch_cache entropy_model_path
-    prompt_file init_from to_hf from_hf patches_of work records cute_folder corpus_folder""".split()
+    prompt_file init_from to_hf from_hf patches_of work records continue_record cute_folder corpus_folder""".split()
 )
 # Fields of `DataConfig` that the next script must be told if this one was: `next_command`.
 SHARED_FIELDS = (
@@ -133,6 +133,8 @@ def apply_presets(config):
         return
     # --quick_demo is short for --preset quick_demo.
     names = ["quick_demo"] if getattr(config, "quick_demo", False) else []
+    # For the command that a script prints as the next one: other scripts have other sizes for a machine.
+    config.named_presets = list(config.preset)
     config.preset = presets.choose(list(dict.fromkeys([*names, *config.preset])), config.device)
     values = presets.values(config.preset)
     # What a preset has and the source decides otherwise: `print_header` says so.
@@ -549,19 +551,25 @@ def print_table(header, rows):
         print("  ".join([first, *others]).rstrip())
 
 
-def next_command(script, preset=(), config=None, shared_fields=SHARED_FIELDS, **flags):
+def next_command(script, config=None, shared_fields=SHARED_FIELDS, **flags):
     """The command that a script prints as the next step.
 
-    preset: the presets that were named on this script's own command line.
     config: this script's config; of the shared_fields, those that were given are in the command.
     """
-    shared = {"preset": list(preset)} if preset else {}
+    shared = {}
     if config is not None:
         given = given_fields(config)
-        shared |= {name: getattr(config, name) for name in shared_fields if name in given}
+        shared = {name: getattr(config, name) for name in shared_fields if name in given}
+        if "preset" in shared:
+            shared["preset"] = getattr(config, "named_presets", config.preset)
     return command(script, **(shared | flags))
 
 
 def part_of(config, config_class):
-    """The part of a script's config that another config class describes: `part_of(config, BLTConfig)`."""
-    return config_class(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config_class)})
+    """The part of a script's config that another config class describes: `part_of(config, BLTConfig)`.
+
+    What is None, and may not be in that class, is still open in the script: it gets the class's default.
+    """
+    types = get_type_hints(config_class)
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config_class)}
+    return config_class(**{n: value for n, value in values.items() if value is not None or isinstance(None, types[n])})

@@ -40,6 +40,10 @@ from blt.metric import evaluate, target_losses
 from blt.optimizers import backward, clip_gradients, learning_rate_scale, make_optimizers, step_optimizers
 from blt.progress import progress_bar
 
+# A training text that is read more often than this gets these rates, unless others are given.
+FEW_EPOCHS = 1.5
+REREAD_DROPOUT = {"dropout": 0.1, "ngram_dropout": 0.3}
+
 
 @dataclass
 class RunConfig(DataConfig):
@@ -182,6 +186,22 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
             if stop.signal is not None:
                 stop.leave(out_dir / "last.pt", done)
     return kept.result()
+
+
+def choose_dropout(config, stream):
+    """Choose the dropout rates that a config leaves open, its dropout and ngram_dropout.
+
+    They are 0 for a text that is read once or little more. One that is read again is learned by heart, by the hash
+    tables first.
+    """
+    epochs = config.steps * config.accumulate * config.batch_rows * config.row_bytes / stream.total_bytes
+    for name, rate in REREAD_DROPOUT.items():
+        if getattr(config, name) is None:
+            has_ngrams = bool(config.ngram_sizes)
+            is_wanted = epochs > FEW_EPOCHS and (has_ngrams or name != "ngram_dropout")
+            setattr(config, name, rate if is_wanted else 0.0)
+            if is_wanted:
+                print(f"the training text is read {epochs:.1f} times: {name} {rate}")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from blt.checks import check, check_positive
+from blt.checks import check, check_positive, check_shares
 from blt.ids import BOUNDARY
 
 # The n-gram hash is that of the released code, so that its tables can be used here. That code numbers
@@ -25,7 +25,7 @@ def check_tables(config):
     are_different = len(set(config.ngram_sizes)) == len(config.ngram_sizes)
     allowed = "different whole numbers, 2 or more each (or empty)"
     check(config, "ngram_sizes", are_sizes and are_different, allowed)
-    check(config, "ngram_dropout", 0 <= config.ngram_dropout < 1, "from 0 to below 1")
+    check_shares(config, "ngram_dropout")
 
 
 def hash_ngrams(ids_BT, documents_BT, sizes, n_rows, boundary=BOUNDARY):

@@ -10,7 +10,7 @@ import torch
 
 from blt.checkpoints import EARLIER_FILES, check_resumable
 from blt.checks import check_output, check_packages
-from blt.config import given_fields, print_header
+from blt.config import print_header
 from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
 from blt.locks import claim_folder
@@ -123,8 +123,3 @@ def finish_run(model, record, result, run, run_dir, weights_path, record_path, b
     record.save(record_path)
     print(result_line(result))
     print(f"wrote {weights_path}, {record_path}, {run_dir}/curves.png, {run_dir}/metrics.jsonl")
-
-
-def named_presets(config):
-    """The presets that the user named, for the command that a script prints as the next step."""
-    return config.preset if "preset" in given_fields(config) else []

@@ -173,5 +173,7 @@ def test_quick_demo_is_a_preset(capsys):
 
 def test_parts_of_a_config():
     config = LLMConfig(preset=["tiny", "cpu"], dropout=0.1)
+    # What the script has not decided yet is left to the class.
+    assert config.ngram_dropout is None and part_of(config, BLTConfig).ngram_dropout == 0.0
     assert part_of(config, BLTConfig).dropout == 0.1 and part_of(config, BLTConfig).global_dim == 256
     assert part_of(EntropyRunConfig(preset=["nano", "cpu"]), EntropyConfig).max_seq_len == 128

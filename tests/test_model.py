@@ -332,7 +332,7 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
         q_rotated = apply_rotary(chunk_q, plan.cos_sin[carry:])
         k_rotated = apply_rotary(all_k, plan.cos_sin)
         blocks = BlockAttention(plan.documents, window, past_documents)
-        by_blocks.append(blocks.attend(q_rotated, k_rotated, all_v, 0.0))
+        by_blocks.append(blocks.attend(q_rotated, k_rotated, all_v))
 
         past_k = all_k[:, last - first :]
         past_v = all_v[:, last - first :]

@@ -302,7 +302,7 @@ def test_enwik8_from_the_hub(opened, small_enwik8, monkeypatch):
 def test_the_next_command_names_the_validation_text():
     config = parse_config(LLMConfig, "", ["--dataset", "a b", "--val_dataset", "~/val"])
     assert "~" not in config.val_dataset
-    printed = next_command("create_patches.py", (), config)
+    printed = next_command("create_patches.py", config)
     assert printed.endswith(f"--dataset 'a b' --val_dataset {config.val_dataset}")
 
 

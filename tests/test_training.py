@@ -8,7 +8,7 @@ import torch
 from helpers import TINY_BLT, some_words, tiny_blt, tiny_entropy_model
 
 from blt import training
-from blt.loop import RunConfig, compile_model, read_metrics
+from blt.loop import RunConfig, choose_dropout, compile_model, read_metrics
 from blt.metric import bits_per_byte
 from blt.optimizers import learning_rate_scale, make_optimizers
 from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
@@ -18,6 +18,7 @@ from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig
 from entropy_patcher import EntropyPatcher
 from generate import generate
+from llm import LLMConfig
 
 
 def dataset(row_bytes=64):
@@ -123,6 +124,24 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     for name in large:
         # Muon's bf16 iterations differ by rounding.
         torch.testing.assert_close(large[name], accumulated[name], atol=2e-3, rtol=0)
+
+
+def test_a_text_that_is_read_again_gets_dropout(tmp_path, capsys):
+    stream = dataset().train_rows.stream
+    for steps, given, wanted in (
+        (100, {}, (0.1, 0.3)),
+        (3, {}, (0.0, 0.0)),
+        (100, dict(dropout=0.0), (0.0, 0.3)),
+        (3, dict(ngram_dropout=0.2), (0.0, 0.2)),
+        (100, dict(ngram_sizes=[]), (0.1, 0.0)),
+    ):
+        settings = LLMConfig(preset=["nano", "cpu"], row_bytes=64, batch_rows=4, steps=steps, **given)
+        epochs = steps * 256 / stream.total_bytes
+        assert (epochs > 1.5) == (steps == 100)
+        choose_dropout(settings, stream)
+        assert (settings.dropout, settings.ngram_dropout) == wanted
+        chosen = f"the training text is read {epochs:.1f} times: ngram_dropout 0.3"
+        assert (chosen in capsys.readouterr().out) == (wanted[1] == 0.3)
 
 
 def test_train_blt_stops_on_a_leak(tmp_path):
