@@ -14,21 +14,20 @@ def check(config, name, is_good, allowed):
 
 def check_positive(config, *names):
     """Raise ValueError unless these fields are numbers above zero, or None where the field may be None."""
-    types = get_type_hints(type(config))
-    for name in names:
-        value = getattr(config, name)
-        may_be_none = value is None and isinstance(None, types[name])
-        check(config, name, may_be_none or (isinstance(value, (int, float)) and value > 0), "above 0")
+    _check_numbers(config, names, lambda value: value > 0, "above 0")
 
 
 def check_shares(config, *names):
     """Raise ValueError unless these fields are shares from 0 to below 1, or None where the field may be None."""
+    _check_numbers(config, names, lambda value: 0 <= value < 1, "from 0 to below 1")
+
+
+def _check_numbers(config, names, is_good, allowed):
     types = get_type_hints(type(config))
     for name in names:
         value = getattr(config, name)
         may_be_none = value is None and isinstance(None, types[name])
-        is_share = isinstance(value, (int, float)) and 0 <= value < 1
-        check(config, name, may_be_none or is_share, "from 0 to below 1")
+        check(config, name, may_be_none or (isinstance(value, (int, float)) and is_good(value)), allowed)
 
 
 def check_output(path, is_folder=False, reads=()):

@@ -39,7 +39,6 @@ SAMPLE_POSITIONS = 2_000_000
 # A GPU needs many rows to be busy.
 READING = {
     "cpu": (4, 1024),
-    "cpu_hour": (4, 1024),
     "colab_t4": (64, 2048),
     "rtx4090": (256, 2048),
     "h100": (256, 2048),

@@ -722,26 +722,36 @@ def continue_in(runs, name):
 def read_record(folder, study, budget):
     """(seeds, {(run name, seed): commands, metrics and commits}) of the finished runs in a record.
 
-    Raises ValueError if the folder holds no record, or one of another study or budget.
+    Raises ValueError if the folder holds no record, a damaged one, or one of another study or budget.
     """
     folder = Path(folder)
     if not (folder / "settings.json").exists() or not (folder / "metrics.jsonl").exists():
         raise ValueError(f"{folder} is no record of experiments.py: it has no settings.json and metrics.jsonl")
-    settings = read_json(folder / "settings.json", None)
-    if (settings["study"], settings["budget"]) != (study, budget):
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        metrics_of = {(metrics.pop("run"), metrics.pop("seed")): metrics for metrics in lines}
+        of_study = (settings["study"], settings["budget"])
+        seeds = settings["seeds"]
+        known = {
+            (run["run"], run["seed"]): {
+                "commands": run["commands"],
+                "commits": run["commits"],
+                "metrics": metrics_of[run["run"], run["seed"]],
+            }
+            for run in settings["runs"]
+            if run["state"] == "finished"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder} is the record of {settings['study']} with the budget {settings['budget']}, not of {study} with "
-            f"{budget}; name its study and --budget"
+            f"{folder} is damaged ({type(error).__name__}: {error}); restore its settings.json and metrics.jsonl"
+        ) from None
+    if of_study != (study, budget):
+        raise ValueError(
+            f"{folder} is the record of {of_study[0]} with the budget {of_study[1]}, not of {study} with {budget}; "
+            "name its study and --budget"
         )
-    known = {
-        (run["run"], run["seed"]): {"commands": run["commands"], "commits": run["commits"]}
-        for run in settings["runs"]
-        if run["state"] == "finished"
-    }
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
-        known[metrics.pop("run"), metrics.pop("seed")]["metrics"] = metrics
-    return settings["seeds"], known
+    return seeds, known
 
 
 def status_line(runs):

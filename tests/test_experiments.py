@@ -361,6 +361,22 @@ def test_a_record_is_continued_elsewhere(workshop, tmp_path):
     for study, budget in (("other", "cpu"), ("fake", "gpu")):
         with pytest.raises(ValueError, match="is the record of fake with the budget cpu"):
             read_record(folder, study, budget)
+    # A line of a finished run is missing, then half a line, then another file.
+    for damage in ("", (folder / "metrics.jsonl").read_text()[:-20], "[1]\n"):
+        (folder / "metrics.jsonl").write_text(damage)
+        with pytest.raises(ValueError, match="is damaged"):
+            read_record(folder, "fake", "cpu")
+
+
+def test_a_record_loses_no_run_whose_command_has_changed(studies_config, tmp_path):
+    """Going on with it would drop what was measured by other flags, so it is refused."""
+    runs = [{"run": "space", "seed": 1337, "state": "finished", "commands": ["python llm.py"], "commits": ["a"]}]
+    settings = {"study": "patching", "budget": "cpu", "seeds": [1337], "runs": runs}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"run": "space", "seed": 1337, "val_bpb": 1.0}) + "\n")
+    config = studies_config(continue_record=str(tmp_path))
+    with pytest.raises(ValueError, match="1 of its runs have other commands now .* 'space'"):
+        experiments.plan(STUDIES["patching"], config, Workshop(config.work, ROOT))
 
 
 def test_times_in_words():
