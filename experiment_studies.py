@@ -7,8 +7,6 @@ Markdown below the table. experiments.py has the list of all studies, each with 
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from blt.checks import check_packages
 from blt.flops import TRAINING
 from blt.studies import Made, Measured, Run, Step, difference_cell, markdown_table, paired_difference
@@ -22,6 +20,7 @@ from experiment_steps import (
     scaled,
 )
 from llm import LLMConfig
+from template_llm import TemplateConfig
 
 WORDS = {"blt": "BLT", "flat": "flat byte transformer", "bpe": "BPE transformer"}
 # Training text as multiples of the smallest budget.
@@ -487,49 +486,89 @@ def summarize_map(groups):
     ]
 
 
-# Rates and initialisation, drawn at random; the first trial is the defaults. Every model gets the same draws.
-TRIALS = 12
+# Values beside the default, each tried alone. A rate is a multiple of the default's, all else the value itself.
 CHOICES = {
-    "lr": (0.5, 1.0, 2.0),
-    "adam_lr": (0.5, 1.0, 2.0),
-    "cooldown": (0.4, 0.7, 1.0),
-    "zero_init": (True, False),
-    "table_lr": (1.0, 4.0, 8.0),
+    "lr": (0.5, 2.0),
+    "adam_lr": (0.5, 2.0),
+    "table_lr": (0.5, 2.0),
+    "cooldown": (0.4, 1.0),
+    "zero_init": (False,),
 }
+# One more setting of each model's own.
 OWN_CHOICES = {
-    "blt": ("target_patch_size", (4.5, 6.0, 8.0)),
-    "flat": ("window", (128, 256, 512)),
-    "bpe": ("vocab_size", (2048, 4096, 8192)),
+    "blt": ("target_patch_size", (6.0, 8.0)),
+    "flat": ("window", (128, 256)),
+    "bpe": ("vocab_size", (2048, 8192)),
 }
+# Two seeds differ by about as much. A smaller gain does not move a setting.
+GAIN = 0.005
 
 
 def sweep(bench):
+    """One setting changed at a time, and all changes that help together; as many trials for each model."""
     config = LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu")
     runs = []
-    for model, (own, values) in OWN_CHOICES.items():
-        draw = np.random.default_rng(0)
-        for trial in range(TRIALS):
-            drawn = {name: choices[draw.integers(len(choices))] for name, choices in CHOICES.items()}
-            drawn[own] = values[draw.integers(len(values))]
-            for name in ("lr", "adam_lr"):
-                drawn[name] = round(getattr(config, name) * drawn[name], 6)
-            changes = {} if trial == 0 else drawn
+    for model, (own, own_values) in OWN_CHOICES.items():
+
+        def add(name, shown, model=model, **changes):
             steps = bench.blt(**changes) if model == "blt" else bench.template(model, True, **changes)
-            shown = " ".join(f"--{name} {value}" for name, value in changes.items()) or "the defaults"
-            runs.append(Run(f"{model} trial {trial}", {"model": WORDS[model], "flags": shown}, steps, read_training))
+            runs.append(Run(f"{model} {name}", {"model": WORDS[model], "change": shown}, steps, read_training))
+
+        defaults = {name: getattr(config, name) for name in CHOICES}
+        defaults[own] = 4.5 if model == "blt" else getattr(TemplateConfig(model=model, device="cpu"), own)
+        choices = {
+            name: [round(defaults[name] * value, 6) if name.endswith("lr") else value for value in values]
+            for name, values in (CHOICES | {own: own_values}).items()
+        }
+        add("defaults", "none")
+        for name, values in choices.items():
+            for value in values:
+                add(f"{name} {value}", f"--{name} {value}", **{name: value})
+        together = {name: best_of(model, name, defaults[name], values) for name, values in choices.items()}
+        add("together", f"each setting's best, where it gains {GAIN}", **together)
     return runs
 
 
+def best_of(model, name, default, values):
+    """The value of a setting with the fewest bits per byte; the default unless that gains `GAIN`."""
+
+    def of(first, *others):
+        best = min(others, key=lambda metrics: metrics["val_bpb"])
+        gains = first["val_bpb"] - best["val_bpb"] >= GAIN
+        return values[others.index(best)] if gains else default
+
+    trials = (f"{model} defaults", *(f"{model} {name} {value}" for value in values))
+    return Measured(trials, of, default)
+
+
 def summarize_sweep(groups):
-    """The best trial of each model."""
-    lines = ["The best trial of each model by validation, chosen among as many trials for each:", ""]
-    for model in dict.fromkeys(group.run.labels["model"] for group in groups):
-        of_model = [group for group in groups if group.run.labels["model"] == model and group.finished]
-        if of_model:
-            best = min(of_model, key=lambda group: group.mean("val_bpb"))
-            of_all = sum(group.run.labels["model"] == model for group in groups)
-            lines.append(
-                f"- {model}: {best.mean('val_bpb'):.4f} bits per byte with {best.run.labels['flags']} "
-                f"({len(of_model)} of {of_all} trials are finished)"
-            )
-    return [*lines, "", "The winners were chosen on the text that they are scored on: run them again with other seeds."]
+    """Each change against the defaults of its model, and what the last trial of each model has taken."""
+    by_name = {group.run.name: group for group in groups}
+    rows = []
+    lines = []
+    for group in groups:
+        model, name = group.run.name.split(" ", 1)
+        reference = by_name[f"{model} defaults"]
+        if group is not reference and group.finished:
+            rows.append([WORDS[model], group.run.labels["change"], difference_cell(group, reference)])
+        if name == "together" and group.finished:
+            taken = taken_flags(group, groups)
+            lines.append(f"- {WORDS[model]}, together: {taken or 'the defaults, as no change gains enough'}")
+    return [
+        "Each minus the defaults of its model; below zero: better.",
+        "",
+        *markdown_table(["model", "change", "difference in bits per byte"], rows),
+        "",
+        *lines,
+        "",
+        "Chosen on the text that they are scored on: run the winners again with other seeds.",
+    ]
+
+
+def taken_flags(together, groups):
+    """The single changes that are in the last command of a model's trial `together`, as flags."""
+    model = together.run.name.split(" ", 1)[0]
+    words = together.finished[0].commands[-1]
+    singles = [group.run.labels["change"] for group in groups if group.run.name.startswith(f"{model} ")]
+    flags = [change.split() for change in singles if change.startswith("--")]
+    return " ".join(f"{name} {value}" for name, value in flags if words[words.index(name) + 1] == value)

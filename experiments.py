@@ -529,8 +529,8 @@ STUDIES = {
         ),
         Study(
             "sweep",
-            "Which rates and initialisation does each model want? As many trials for the BLT, the flat and the BPE "
-            "transformer, with the same draws, and one setting of its own for each.",
+            "Which rates and initialisation does each model want? The BLT, the flat and the BPE transformer get the "
+            "same changes, one at a time, and one more setting of their own; then all changes that help together.",
             studies.sweep,
             [BPB, SECONDS],
             (None, "val_bpb", ("model",)),

@@ -582,13 +582,26 @@ def test_larger_patches_get_a_larger_latent_transformer():
 def test_the_sweep_gives_all_models_the_same_trials(studies_config):
     trials = {}
     for run in experiment_studies.sweep(Bench(studies_config(), 1337)):
-        model = run.name.split()[0]
+        model, name = run.name.split(" ", 1)
         own = experiment_studies.OWN_CHOICES[model][0]
-        flags = run.steps[-1].flags
-        trials.setdefault(model, []).append({n: flags.get(n) for n in experiment_studies.CHOICES if n != own})
-    assert trials["blt"] == trials["flat"] == trials["bpe"] and len(trials["blt"]) == experiment_studies.TRIALS
+        if name != "together" and not name.startswith(own):
+            flags = run.steps[-1].flags
+            trials.setdefault(model, []).append({n: flags.get(n) for n in experiment_studies.CHOICES})
+        elif name != "together":
+            assert run.steps[-1].flags[own] in experiment_studies.OWN_CHOICES[model][1]
+    assert trials["blt"] == trials["flat"] == trials["bpe"] and len(trials["blt"]) == 10
     assert all(value is None for value in trials["blt"][0].values())
-    assert len({str(trial) for trial in trials["blt"]}) > 8
+    # One setting differs from the defaults in each.
+    assert all(sum(value is not None for value in trial.values()) == 1 for trial in trials["blt"][1:])
+
+
+def test_the_last_trial_takes_only_what_helps_by_more_than_seeds_differ():
+    value = experiment_studies.best_of("blt", "lr", 0.01, [0.005, 0.02])
+    assert value.runs == ("blt defaults", "blt lr 0.005", "blt lr 0.02")
+    default, worse = {"val_bpb": 1.8}, {"val_bpb": 1.9}
+    assert value.of(default, {"val_bpb": 1.798}, worse) == 0.01
+    assert value.of(default, {"val_bpb": 1.79}, worse) == 0.005
+    assert value.of(default, {"val_bpb": 1.79}, {"val_bpb": 1.78}) == 0.02
 
 
 @pytest.mark.parametrize("name", list(STUDIES))
