@@ -51,7 +51,7 @@ from save_entropy_model import load_entropy_model
 # How the text is read on each machine is in blt/entropies.py, because llm.py reads it in the same way.
 MACHINES = {name: dict(streams=streams, chunk_bytes=chunk_bytes) for name, (streams, chunk_bytes) in READING.items()}
 MACHINES["cpu_hour"] = MACHINES["cpu"] | dict(val_bytes=1_000_000)
-MACHINES["cpu"] |= dict(max_bytes=4_000_000, val_bytes=200_000)
+MACHINES["cpu"] |= dict(max_bytes=8_200_000, val_bytes=200_000)
 BPE_DOCUMENTS = 2000  # training documents that a tokenizer is learned from, and whose tokens are counted
 
 

@@ -33,7 +33,7 @@ from blt.rows import DocumentStream, TrainingRows, evaluation_batches
 from blt.runs import claim_output, finish_run, print_model, start_run
 
 SIZES = {
-    "nano": dict(d_model=192, n_heads=3, n_layers=2, max_seq_len=128),
+    "nano": dict(d_model=96, n_heads=2, n_layers=2, max_seq_len=128),
     "tiny": dict(d_model=256, n_heads=4, n_layers=3, max_seq_len=256),
     "small": dict(d_model=256, n_heads=4, n_layers=4, max_seq_len=512),
     "medium": dict(d_model=384, n_heads=8, n_layers=6, max_seq_len=512),
@@ -42,10 +42,10 @@ SIZES = {
 
 MACHINES = {
     "cpu": dict(
-        row_bytes=1024, batch_rows=8, steps=160, eval_every=80, lr=0.01, adam_lr=0.01, max_bytes=4_000_000,
+        row_bytes=1024, batch_rows=8, steps=480, eval_every=160, lr=0.01, adam_lr=0.01, max_bytes=8_200_000,
         val_bytes=200_000,
     ),
-    "cpu_hour": dict(row_bytes=1024, batch_rows=8, steps=320, eval_every=160, lr=0.01, adam_lr=0.01),
+    "cpu_hour": dict(row_bytes=1024, batch_rows=8, steps=960, eval_every=320, lr=0.01, adam_lr=0.01),
     "colab_t4": dict(row_bytes=2048, batch_rows=32, steps=1500),
     "rtx4090": dict(row_bytes=2048, batch_rows=64, steps=2000),
     "h100": dict(row_bytes=2048, batch_rows=64, steps=2000),

@@ -671,7 +671,8 @@ def measured_factor(plans):
                 if step.script not in ("llm", "template_llm") or state["state"] != "finished" or folder in seen:
                     continue
                 seen.add(folder)
-                took += state["seconds"]
+                # Those that ran at the same time shared the cores.
+                took += state["seconds"] / state.get("jobs", 1)
                 expected += planned.estimate(step, planned.workshop.flags_of(step, results))
     return (took / expected, len(seen)) if seen else (1.0, 0)
 

@@ -46,14 +46,14 @@ from llm import MACHINES, PAIRS, LLMConfig
 # forward pass makes per byte, attention included, with full rows of one document, 4.5 bytes a patch and 3.57 bytes a
 # token (a training byte costs six times as many FLOPs):
 #   size      llm.py   flat    bpe
-#   nano        2.76   2.81   2.67
+#   nano        0.71   0.73   0.71
 #   tiny        2.14   2.05   2.22
 #   small       5.57   5.55   5.39
 #   medium     11.72  11.98  11.78
 #   large      93.9   94.3   94.8
 SHAPES = {
-    "flat": {"nano": (224, 3), "tiny": (160, 4), "small": (256, 5), "medium": (320, 7), "large": (768, 12)},
-    "bpe": {"nano": (384, 4), "tiny": (256, 6), "small": (384, 8), "medium": (512, 10), "large": (1024, 22)},
+    "flat": {"nano": (88, 4), "tiny": (160, 4), "small": (256, 5), "medium": (320, 7), "large": (768, 12)},
+    "bpe": {"nano": (144, 5), "tiny": (256, 6), "small": (384, 8), "medium": (512, 10), "large": (1024, 22)},
 }
 
 

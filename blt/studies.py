@@ -266,6 +266,7 @@ class Workshop:
                 "state": "running",
                 "commit": git_commit(),
                 "machine": machine(),
+                "jobs": self.jobs,
                 "seconds": before.get("seconds", 0.0) if before["state"] != "finished" else 0.0,
                 "attempts": before.get("attempts", 0) + 1,
             }

@@ -156,7 +156,7 @@ def test_an_edit_at_the_top_takes_effect_with_every_preset(config_class):
 def test_machines_without_flags(monkeypatch):
     """The same three commands: the demo's size on a laptop, the medium size on a GPU."""
     monkeypatch.setattr(config_module, "detect_machine", lambda device: "cpu")
-    assert LLMConfig().preset == ["nano", "cpu"] and LLMConfig().steps == 490
+    assert LLMConfig().preset == ["nano", "cpu"] and LLMConfig().steps == 1000
     assert LLMLargeConfig().preset == ["nano", "cpu"]
     monkeypatch.setattr(config_module, "detect_machine", lambda device: "h100")
     assert LLMConfig().preset == ["medium", "h100"] and LLMConfig().global_dim == 512

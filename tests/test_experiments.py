@@ -379,6 +379,19 @@ def test_a_record_loses_no_run_whose_command_has_changed(studies_config, tmp_pat
         experiments.plan(STUDIES["patching"], config, Workshop(config.work, ROOT))
 
 
+def test_times_of_runs_beside_each_other_are_shared(workshop):
+    step = Step("template_llm", {"model": "flat"})
+    runs = {1: [Run("a", {}, [step], None)]}
+    folder = workshop.step_folder(step, {})
+    folder.mkdir(parents=True)
+    planned = StudyRuns(Study("s", "?", None, [], None), "cpu", runs, workshop, lambda step, flags: 100.0)
+    state = {"state": "finished", "seconds": 300.0, "has_weights": False}
+    write_json(folder / "step.json", state)
+    assert experiments.measured_factor([planned]) == (3.0, 1)
+    write_json(folder / "step.json", state | {"jobs": 2})
+    assert experiments.measured_factor([planned]) == (1.5, 1)
+
+
 def test_times_in_words():
     assert [describe_seconds(s) for s in (40, 600, 7325)] == ["40 s", "10 min", "2 h 02 min"]
 
