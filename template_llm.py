@@ -9,7 +9,7 @@ Reads   a corpus (the bundled sample by default)
 Writes  checkpoints_flat/ or checkpoints_bpe/: best.pt (weights), model.json (what made it), tokenizer.json (bpe),
         last.pt, metrics.jsonl, curves.png
 Run     python template_llm.py --model flat | bpe [--preset [SIZE] [MACHINE]] [--field value ...]
-Time    10 to 11 minutes on one CPU core (size nano), for either model
+Time    8 minutes on one CPU core (size nano), for either model
 
 Sizes and machines are llm.py's. A training byte costs as much computation as in llm.py of the
 same size (`SHAPES`), and rows, updates, rates and data are llm.py's too.
