@@ -5,7 +5,7 @@ Writes  entropy_model.pth (plain state dict), entropy_model.json (what it is and
         entropy_model_run/: metrics.jsonl, curves.png, checkpoints
 Run     python entropy_llm.py [--preset [SIZE] [MACHINE]] [--field value ...]
 Next    python create_patches.py
-Time    45 seconds on 2 free CPU cores
+Time    65 seconds on 2 free CPU cores
 
 SIZE is nano, tiny, small, medium or large; MACHINE is auto, cpu, cpu_hour, colab_t4,
 rtx4090, h100 or h200.

@@ -78,16 +78,7 @@ class Budget:
 
 
 BUDGETS = {
-    "cpu": Budget(
-        "nano",
-        "cpu",
-        270,
-        2_200_000,
-        160,
-        1.5e11,
-        15,
-        "1.5e11 FLOP/s: two demo BLTs beside each other, 477 s on a core",
-    ),
+    "cpu": Budget("nano", "cpu", 270, 2_200_000, 160, 1.5e11, 15, "1.5e11 FLOP/s: two demo BLTs at a time, 477 s each"),
     "gpu": Budget(
         "medium", "h100", 150, 20_000_000, 300, 1.5e14, 100, "1.5e14 FLOP/s: the size medium at 2.25 MB/s on an H200"
     ),

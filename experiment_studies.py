@@ -9,6 +9,7 @@ from pathlib import Path
 
 from blt.checks import check_packages
 from blt.flops import TRAINING
+from blt.patch_rules import DEFAULT_PATCH_SIZE
 from blt.studies import Made, Measured, Run, Step, difference_cell, markdown_table, paired_difference
 from experiment_steps import (
     Settings,
@@ -514,7 +515,8 @@ def sweep(bench):
             runs.append(Run(f"{model} {name}", {"model": WORDS[model], "change": shown}, steps, read_training))
 
         defaults = {name: getattr(config, name) for name in CHOICES}
-        defaults[own] = 4.5 if model == "blt" else getattr(TemplateConfig(model=model, device="cpu"), own)
+        is_blt = model == "blt"
+        defaults[own] = DEFAULT_PATCH_SIZE if is_blt else getattr(TemplateConfig(model=model, device="cpu"), own)
         choices = {
             name: [round(defaults[name] * value, 6) if name.endswith("lr") else value for value in values]
             for name, values in (CHOICES | {own: own_values}).items()

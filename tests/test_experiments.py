@@ -604,6 +604,7 @@ def test_the_sweep_gives_all_models_the_same_trials(studies_config):
             assert run.steps[-1].flags[own] in experiment_studies.OWN_CHOICES[model][1]
     assert trials["blt"] == trials["flat"] == trials["bpe"] and len(trials["blt"]) == 10
     assert all(value is None for value in trials["blt"][0].values())
+    assert len(list(experiment_studies.sweep(Bench(studies_config(), 1337)))) == 3 * 13
     # One setting differs from the defaults in each.
     assert all(sum(value is not None for value in trial.values()) == 1 for trial in trials["blt"][1:])
 
@@ -615,6 +616,23 @@ def test_the_last_trial_takes_only_what_helps_by_more_than_seeds_differ():
     assert value.of(default, {"val_bpb": 1.798}, worse) == 0.01
     assert value.of(default, {"val_bpb": 1.79}, worse) == 0.005
     assert value.of(default, {"val_bpb": 1.79}, {"val_bpb": 1.78}) == 0.02
+
+
+def test_the_sweep_says_what_its_last_trial_has_taken(studies_config):
+    runs = [run for run in experiment_studies.sweep(Bench(studies_config(), 1337)) if run.name.startswith("flat ")]
+    scores = {"flat defaults": 1.8, "flat lr 0.005": 1.75, "flat lr 0.02": 1.7, "flat window 128": 1.79}
+    metrics = {run.name: {"val_bpb": scores.get(run.name, 1.9)} for run in runs}
+    outcomes = []
+    for run in runs:
+        words = ["template_llm.py"]
+        for name, value in run.steps[-1].flags.items():
+            if isinstance(value, Measured):
+                value = value.of(*(metrics[other] for other in value.runs))
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        outcomes.append(Outcome(run, 1337, "finished", metrics[run.name], commands=[words]))
+    summary = "\n".join(experiment_studies.summarize_sweep(groups_of(outcomes)))
+    assert "together: --lr 0.02 --window 128\n" in summary
+    assert "| flat byte transformer | --lr 0.02 | -0.1000 (1) |" in summary
 
 
 @pytest.mark.parametrize("name", list(STUDIES))
