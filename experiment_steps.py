@@ -28,7 +28,7 @@ from blt.flops import TRAINING, blt_flops, transformer_flops
 from blt.ids import BYTES
 from blt.loop import RunConfig, choose_dropout, fit, read_metrics
 from blt.metric import ppmd_after_training
-from blt.patch_rules import PatchConfig, calibrate
+from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, calibrate
 from blt.records import RunRecord
 from blt.runs import claim_output, start_run
 from blt.studies import Made, Measured, Step
@@ -140,7 +140,7 @@ class Bench:
         """Steps of a BLT: entropy model, entropies of `cached` texts, training. Static and space need the last only."""
         method = changes.setdefault("patch_method", "global")
         if method != "space" and "entropy_threshold" not in changes:
-            changes.setdefault("target_patch_size", 4.5)
+            changes.setdefault("target_patch_size", DEFAULT_PATCH_SIZE)
         flags = self.training(multiple, size, changes) | {"sample_bytes": 0}
         if method in ("static", "space"):
             return [Step("llm", flags, checkpoints="output")]
@@ -316,12 +316,12 @@ def expected_seconds(step, flags, budget):
         # A pass computes no gradients and little at once: a third of the rate.
         return budget.overhead + forward * (config.max_bytes + config.val_bytes) / (budget.rate / 3)
     if step.script == "evaluate":
-        forward = blt_flops(LLMConfig(preset=[budget.size, budget.machine], device="cpu"), 4.5, 2048)
+        forward = blt_flops(LLMConfig(preset=[budget.size, budget.machine], device="cpu"), DEFAULT_PATCH_SIZE, 2048)
         # The held-out text, and each noise on a part of it.
         scored = config.val_bytes + 7 * config.robustness_bytes
         return budget.overhead + sum(forward.values()) * scored / (budget.rate / 3)
     kind = {"llm": "blt", "entropy_llm": "entropy"}.get(step.script) or config.model
-    patch = flags.get("target_patch_size") or 4.5
+    patch = flags.get("target_patch_size") or DEFAULT_PATCH_SIZE
     forward = forward_flops(config, kind, patch, bytes_per_token=3.57)
     trained = config.steps * config.accumulate * config.batch_rows * config.row_bytes
     scored = config.val_bytes * math.ceil(config.steps / config.eval_every)

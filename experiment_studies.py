@@ -106,7 +106,7 @@ def reference_flops(bench):
     """Training FLOPs of the default BLT with the multiple 1."""
     config = LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu")
     trained = bench.budget.steps * config.accumulate * config.batch_rows * config.row_bytes
-    return TRAINING * forward_flops(config, "blt", 4.5) * trained
+    return TRAINING * forward_flops(config, "blt", DEFAULT_PATCH_SIZE) * trained
 
 
 def patch_size(bench):
@@ -195,7 +195,7 @@ def entropy_model(bench):
     second = bench.entropy(seed=bench.seed + 1000)
     for kind, words in (("mean", "mean of two"), ("min", "start where both say so"), ("max", "where either does")):
         models = {"first": Made(bench.entropy()), "second": Made(second)}
-        settings = {"kind": kind, "target": 4.5, "llm": training_flags(bench)} | models
+        settings = {"kind": kind, "target": DEFAULT_PATCH_SIZE, "llm": training_flags(bench)} | models
         steps_of_run = [bench.entropy(), second, bench.part("patched", settings)]
         runs.append(Run(words, {"entropy model": f"two: {words}"}, steps_of_run, read_part))
     return runs
@@ -385,8 +385,8 @@ def summarize_speedrun(groups):
 
 
 def grown(config, patch):
-    """(width, layers) of the latent transformer that costs as much per byte with larger patches as with 4.5 bytes."""
-    target = forward_flops(config, "blt", 4.5)
+    """(width, layers) of the latent transformer that costs as much per byte with larger patches as with usual ones."""
+    target = forward_flops(config, "blt", DEFAULT_PATCH_SIZE)
 
     def cost(shape):
         sizes = asdict(config) | dict(zip(("global_dim", "global_layers"), shape))
@@ -413,8 +413,10 @@ def patches_map(bench):
         changes = {"row_bytes": row, "batch_rows": rows, "accumulate": 1, "dataset": Made(long)}
         place = {"size": size, "row": row, "budget": multiple}
         name = f"{size} row {row} budget {multiple}"
-        for patch in (4.5, 8, 12):
-            width, layers = (config.global_dim, config.global_layers) if patch == 4.5 else grown(config, patch)
+        for patch in (DEFAULT_PATCH_SIZE, 8, 12):
+            width, layers = config.global_dim, config.global_layers
+            if patch != DEFAULT_PATCH_SIZE:
+                width, layers = grown(config, patch)
             entropy = bench.entropy(dataset=Made(long))
             patches = bench.made.setdefault(
                 ("map patches", id(entropy), multiple),
@@ -442,7 +444,7 @@ def patches_map(bench):
         labels = {"model": "flat with tables"} | place | {"patch": "-", "latent": "-"}
         flat = bench.template("flat", True, multiple, size, steps=steps, **changes)
         runs.append(Run(f"flat {name} bytes", labels | {"equal": "bytes"}, [long, *flat], read_after(1)))
-        of = (f"blt {name} patch 4.5", f"flat {name} bytes")
+        of = (f"blt {name} patch {DEFAULT_PATCH_SIZE}", f"flat {name} bytes")
         by_flops = scaled(bench, multiple, of, lambda blt, own: blt["all_flops"] / own["train_flops"], 1.3, steps)
         flat = bench.template("flat", True, multiple, size, **changes, **by_flops)
         runs.append(Run(f"flat {name} FLOPs", labels | {"equal": "FLOPs"}, [long, *flat], read_after(1)))
