@@ -213,7 +213,8 @@ ABLATIONS = {
     "n-grams 3 to 5": dict(ngram_sizes=[3, 4, 5]),
     "4,096 rows": dict(hash_rows=4096),
     "16,384 rows": dict(hash_rows=16384),
-    "131,072 rows": dict(hash_rows=131072),
+    "65,536 rows": dict(hash_rows=65536),
+    "262,144 rows": dict(hash_rows=262144),
     "k = 1": dict(cross_attn_k=1),
     "k = 4": dict(cross_attn_k=4),
     "mean pooling": dict(pooling="mean"),
@@ -493,6 +494,7 @@ CHOICES = {
     "lr": (0.5, 2.0),
     "adam_lr": (0.5, 2.0),
     "table_lr": (0.5, 2.0),
+    "table_schedule": (0.25, 1.0),
     "cooldown": (0.4, 1.0),
     "zero_init": (False,),
 }

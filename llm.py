@@ -37,11 +37,11 @@ from generate import generate
 from save_entropy_model import entropy_model_path, keep_entropy_model, load_entropy_model
 
 # What the model is. Parameters of the latent transformer, local layers and head, beside those in
-# hash tables: nano 1.7M + 44.0M, tiny 4.6M + 14.7M, small 11.1M + 29.4M, medium 32.3M + 29.4M,
+# hash tables: nano 1.7M + 88.1M, tiny 4.6M + 14.7M, small 11.1M + 29.4M, medium 32.3M + 29.4M,
 # large 285.5M + 29.4M. Lookups cost no FLOPs, and only the rows that a batch reads are updated.
 SIZES = {
     "nano": dict(
-        global_dim=192, global_layers=3, encoder_dim=96, decoder_dim=96, decoder_layers=1, window=128, hash_rows=65536
+        global_dim=192, global_layers=3, encoder_dim=96, decoder_dim=96, decoder_layers=1, window=128, hash_rows=131072
     ),
     "tiny": dict(
         global_dim=256, global_layers=4, encoder_dim=128, decoder_dim=128, decoder_layers=2, window=256, hash_rows=16384

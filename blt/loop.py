@@ -58,7 +58,8 @@ class RunConfig(DataConfig):
     zero_init: bool = True  # a new model's output projections (wo, w2) and hash tables start at zero
     lr: float = 0.005  # peak learning rate of the matrices (Muon, scaled to the RMS of an AdamW update)
     adam_lr: float = 0.003  # peak learning rate of embeddings, hash tables, output head and norms (AdamW)
-    table_lr: float = 4.0  # peak learning rate of the hash tables, as a multiple of adam_lr
+    table_lr: float = 2.0  # peak learning rate of the hash tables, as a multiple of adam_lr
+    table_schedule: float = 0.5  # their rate is the peak times the schedule to this power: below 1 it falls later
     weight_decay: float = 0.1  # decoupled weight decay of the matrices
     spike: float = 2.0  # stop when the loss stays above this many times its lowest mean for 10 updates; 0: never
     table_decay: float = 0.0  # decoupled weight decay of the rows of hash tables that an update changes
@@ -88,7 +89,7 @@ class RunConfig(DataConfig):
         for name in ("warmup", "cooldown"):
             check(self, name, 0 <= getattr(self, name) <= 1, "a share of the steps, from 0 to 1")
         check(self, "spike", self.spike == 0 or self.spike > 1, "0, or more than 1")
-        for name in ("weight_decay", "table_decay"):
+        for name in ("weight_decay", "table_decay", "table_schedule"):
             check(self, name, getattr(self, name) >= 0, "0 or more")
         check(self, "row_bytes", self.row_bytes >= 2, "2 or more")
         check(self, "schedule", self.schedule in ("trapezoid", "cosine"), "trapezoid or cosine")
@@ -478,11 +479,12 @@ def batches_of_step(train_rows, config, step):
 
 
 def set_learning_rates(optimizers, scale):
-    """Set every group's learning rate to this share of its peak; returns the first group's, for the log."""
+    """Set every group's learning rate to this share of its peak, or a power of it; returns the first group's."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             # Kept in the group, so that a resumed run knows the peak and not only the present rate.
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
+            peak = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = peak * scale ** group.get("schedule_power", 1.0)
     return optimizers[0].param_groups[0]["lr"]
 
 

@@ -21,8 +21,8 @@ MUON_STACK = 1 << 26
 def make_optimizers(model, config):
     """[Muon, AdamW] or, with hash tables, [Muon, AdamW, RowWiseAdam].
 
-    config: lr, adam_lr, table_lr, weight_decay and table_decay as in `RunConfig`. Muon's updates are
-    scaled to the RMS of AdamW's, so both learning rates are of one kind.
+    config: lr, adam_lr, table_lr, table_schedule, weight_decay and table_decay as in `RunConfig`. Muon's updates
+    are scaled to the RMS of AdamW's, so both learning rates are of one kind.
     """
     linear_ids = set()
     table_ids = set()
@@ -47,7 +47,11 @@ def make_optimizers(model, config):
     )
     if not tables:
         return [muon, adamw]
-    return [muon, adamw, RowWiseAdam(tables, lr=config.adam_lr * config.table_lr, weight_decay=config.table_decay)]
+    row_wise = RowWiseAdam(tables, lr=config.adam_lr * config.table_lr, weight_decay=config.table_decay)
+    # An n-gram that training meets for the first time near its end still needs a step of some size. So the
+    # rate of the tables falls later than the others: by a power of the schedule below 1.
+    row_wise.param_groups[0]["schedule_power"] = config.table_schedule
+    return [muon, adamw, row_wise]
 
 
 class GroupedMuon(torch.optim.Muon):

@@ -16,7 +16,7 @@ from blt.optimizers import clip_gradients, make_optimizers, orthogonalize, produ
 from blt.training import PatchedDataset
 from entropy_patcher import EntropyPatcher
 
-RATES = SimpleNamespace(lr=0.01, adam_lr=0.01, table_lr=1.0, weight_decay=0.1, table_decay=0.0, clip=1.0)
+RATES = RunConfig(lr=0.01, adam_lr=0.01, table_lr=1.0)
 CUDA = torch.device("cuda")
 
 

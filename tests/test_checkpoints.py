@@ -397,7 +397,7 @@ def test_gentler_and_longer_runs_go_on_with_a_note(stopped, capsys):
     train(stopped, resume=True, lr=0.001, table_lr=0.5, steps=14)
     printed = capsys.readouterr().out
     assert "note: lr: 0.005 then, 0.001 now; the steps from 8 on" in printed and "note: steps: 12 then, 14" in printed
-    assert "note: table_lr: 4.0 then, 0.5 now" in printed
+    assert "note: table_lr: 2.0 then, 0.5 now" in printed
     rates = {line["step"]: line["lr"] for line in read_metrics(stopped / "metrics.jsonl") if "lr" in line}
     assert rates[7] == 0.005 and rates[8] == pytest.approx(0.001) and max(rates) == 14
 

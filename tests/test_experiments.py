@@ -63,7 +63,7 @@ from blt.studies import (
 )
 from blt_model import BLTConfig, BLTModel
 from entropy_patcher import EntropyPatcher
-from experiment_steps import Bench, read_curve, read_training
+from experiment_steps import CONFIGS, Bench, read_curve, read_training
 from experiments import STUDIES, ExperimentsConfig, LeakRows, OwnPatchBLT, leak_windows
 from generate import generate
 from llm import LLMConfig
@@ -436,25 +436,6 @@ def test_a_record_is_written_at_once_and_completed(workshop, tmp_path):
 
 # The studies
 
-SCRIPT_CONFIGS = dict(experiment_steps.CONFIGS)
-# Flags that a script is about to get. Once it has them, parse_config checks them like all others.
-PENDING = {
-    "LLMConfig": {"zero_init": bool, "table_lr": float, "ngram_dropout": float},
-    "TemplateConfig": {"ngram_sizes": list, "hash_rows": int, "zero_init": bool, "table_lr": float},
-}
-
-
-@pytest.fixture
-def with_pending_flags(monkeypatch):
-    """The configs that steps are checked by, with the flags that their scripts are about to get."""
-    for script, config_class in (("llm", LLMConfig), ("template_llm", TemplateConfig)):
-        present = {f.name for f in dataclasses.fields(config_class)}
-        new = {name: kind for name, kind in PENDING[config_class.__name__].items() if name not in present}
-        fields = [(name, kind, dataclasses.field(default=None)) for name, kind in new.items()]
-        if fields:
-            made = dataclasses.make_dataclass(config_class.__name__, fields, bases=(config_class,))
-            monkeypatch.setitem(experiment_steps.CONFIGS, script, made)
-
 
 @pytest.fixture
 def studies_config(tmp_path, monkeypatch):
@@ -472,7 +453,7 @@ def studies_config(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("budget", ["cpu", "gpu"])
 @pytest.mark.parametrize("name", list(STUDIES))
-def test_every_command_of_a_study_is_accepted(name, budget, studies_config, with_pending_flags, capsys):
+def test_every_command_of_a_study_is_accepted(name, budget, studies_config, capsys):
     """No flag is misspelt: each script's own parser takes each command, and each has an expected time."""
     config = studies_config(budget=budget, seeds=2)
     workshop = Workshop(config.work, ROOT)
@@ -503,29 +484,14 @@ def check_command(step, command, capsys):
         of_llm = config.settings_of_part.get("llm")
         words = [] if of_llm is None else [word for n, v in of_llm.items() for word in words_of(n, v)]
         script, command = "llm", ["llm.py", *words]
-    words = without_pending(script, command[1:])
     try:
-        parse_config(SCRIPT_CONFIGS[script], "", words)
+        parse_config(CONFIGS[script], "", command[1:])
     except SystemExit:
         pytest.fail(f"{' '.join(command)}: {capsys.readouterr().err}")
 
 
 def words_of(name, value):
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-
-
-def without_pending(script, words):
-    """The words of a command without the flags that the script does not have yet."""
-    present = {f.name for f in dataclasses.fields(SCRIPT_CONFIGS[script])}
-    lacking = set(PENDING.get(SCRIPT_CONFIGS[script].__name__, {})) - present
-    kept = []
-    is_kept = True
-    for word in words:
-        if word.startswith("--"):
-            is_kept = word[2:] not in lacking
-        if is_kept:
-            kept.append(word)
-    return kept
 
 
 def test_studies_that_lack_something_say_so(studies_config, tmp_path, monkeypatch):
@@ -556,7 +522,7 @@ def test_only_takes_what_a_run_needs(studies_config):
     assert names == ["rate 0.0001", "rate 0.0003", "rate 0.001", "rate 0.003", "patch size 3 own patch"]
 
 
-def test_equal_flops_count_the_entropy_model(studies_config, with_pending_flags):
+def test_equal_flops_count_the_entropy_model(studies_config):
     """The flat model's updates are as many as the FLOPs of the BLT with its entropy model buy."""
     config = studies_config()
     (study,) = [STUDIES["baselines"]]
@@ -636,7 +602,7 @@ def test_the_sweep_says_what_its_last_trial_has_taken(studies_config):
 
 
 @pytest.mark.parametrize("name", list(STUDIES))
-def test_a_record_of_any_part_of_a_study_is_written(name, studies_config, with_pending_flags, tmp_path):
+def test_a_record_of_any_part_of_a_study_is_written(name, studies_config, tmp_path):
     """A study may be stopped anywhere, and any of its runs may fail: table, summary and picture must still be made."""
     study = STUDIES[name]
     config = studies_config(seeds=2)

@@ -1,7 +1,5 @@
 """GroupedMuon against torch's Muon, RowWiseAdam by hand, clipping, one optimizer a parameter."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn as nn
@@ -19,7 +17,7 @@ from blt.optimizers import (
 )
 from blt_model import DENSE_HASH_ROWS, BLTConfig, BLTModel
 
-RATES = SimpleNamespace(lr=0.01, adam_lr=0.01, table_lr=1.0, weight_decay=0.1, table_decay=0.0)
+RATES = RunConfig(lr=0.01, adam_lr=0.01, table_lr=1.0)
 
 
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])

@@ -8,7 +8,7 @@ import torch
 from helpers import TINY_BLT, some_words, tiny_blt, tiny_entropy_model
 
 from blt import training
-from blt.loop import RunConfig, choose_dropout, compile_model, read_metrics
+from blt.loop import RunConfig, choose_dropout, compile_model, read_metrics, set_learning_rates
 from blt.metric import bits_per_byte
 from blt.optimizers import learning_rate_scale, make_optimizers
 from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
@@ -290,6 +290,17 @@ def test_schedules():
     cosine = [learning_rate_scale(step, config) for step in range(100)]
     assert cosine == sorted(cosine, reverse=True)
     assert cosine[0] == 1.0 and cosine[99] < 0.01
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_tables_follow_a_power_of_the_schedule(power):
+    settings = RunConfig(lr=0.01, adam_lr=0.02, table_lr=2.0, table_schedule=power)
+    optimizers = make_optimizers(tiny_blt(), settings)
+    # Twice, because a rate must follow from its peak and not from the rate before.
+    for _ in range(2):
+        assert set_learning_rates(optimizers, 0.25) == 0.0025
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    assert rates == [0.0025, 0.005, pytest.approx(0.04 * 0.25**power)]
 
 
 @pytest.mark.parametrize(
