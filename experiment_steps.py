@@ -177,6 +177,21 @@ class Bench:
         return Step("evaluate", flags)
 
 
+def as_many_bytes(run, update, steps):
+    """Changes of a run that reads as many bytes as another has read, whose rows were padded a little.
+
+    run: the other's name. update: bytes of an update of this run. steps: updates of the other, for the estimate.
+    """
+    updates = Measured((run,), lambda other: max(2, round(other["trained_bytes"] / update)), steps)
+    return {"steps": updates, "eval_every": updates}
+
+
+def update_bytes(bench):
+    """Bytes of an update of this budget's runs, where no row is padded."""
+    config = LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu")
+    return config.row_bytes * config.batch_rows * config.accumulate
+
+
 def scaled(bench, multiple, runs, ratio, estimate, steps=None):
     """Changes of a run whose updates and text are `ratio(*metrics of runs)` times those of the multiple.
 

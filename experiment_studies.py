@@ -13,12 +13,14 @@ from blt.patch_rules import DEFAULT_PATCH_SIZE
 from blt.studies import Made, Measured, Run, Step, difference_cell, markdown_table, paired_difference
 from experiment_steps import (
     Settings,
+    as_many_bytes,
     forward_flops,
     read_domain,
     read_noises,
     read_part,
     read_training,
     scaled,
+    update_bytes,
 )
 from llm import LLMConfig
 from template_llm import TemplateConfig
@@ -39,17 +41,22 @@ def baselines(bench):
         def named(model, tables, equal):
             return f"{model}{'+tables' if tables else ''} {multiple}x {equal}"
 
-        cached = max(MULTIPLES)
-        add("blt", True, "bytes", bench.blt(multiple, cached=cached))
-        for model in ("flat", "bpe"):
-            add(model, True, "bytes", bench.template(model, True, multiple))
-        add("blt", False, "bytes", bench.blt(multiple, cached=cached, ngram_sizes=[]))
-        for model in ("flat", "bpe"):
-            add(model, False, "bytes", bench.template(model, False, multiple))
+        updates = bench.budget.steps * multiple
+        for tables in (True, False):
+            ngrams = {} if tables else {"ngram_sizes": []}
+            add("blt", tables, "bytes", bench.blt(multiple, cached=max(MULTIPLES), **ngrams))
+            same = as_many_bytes(named("blt", tables, "bytes"), update_bytes(bench), updates)
+            for model in ("flat", "bpe"):
+                add(model, tables, "bytes", bench.template(model, tables, multiple, **same))
+
+        def more_updates(cost, updates=updates):
+            """How many times `updates` the other model can make for what the BLT costs in all."""
+            return lambda blt, own: blt[f"all_{cost}"] / own[f"train_{cost}"] * own["steps"] / updates
+
         # The shapes have equal FLOPs per byte within 5%, so equal bytes are equal FLOPs without the entropy model.
         ways = {
-            "FLOPs": (lambda blt, own: blt["all_flops"] / own["train_flops"], 1.34 if multiple == 1 else 1.16),
-            "seconds": (lambda blt, own: blt["all_seconds"] / own["train_seconds"], 1.6 if multiple == 1 else 1.3),
+            "FLOPs": (more_updates("flops"), 1.34 if multiple == 1 else 1.16),
+            "seconds": (more_updates("seconds"), 1.6 if multiple == 1 else 1.3),
         }
         for equal, (ratio, estimate) in ways.items():
             for tables in (True, False):
@@ -82,7 +89,8 @@ def summarize_baselines(groups):
         "",
         *markdown_table(["other model", "BLT minus it"], rows),
         "",
-        "equal bytes: one pass over the same text; the FLOPs are then equal within 5% without the entropy model. "
+        "equal bytes: each byte of the same text read at most once, by the other models as many as by the BLT, whose "
+        "rows are padded a little; the FLOPs are then equal within 5% without the entropy model. "
         "equal FLOPs: what the BLT and its entropy model (training and one pass over the text) cost together buys the "
         "other model more updates on more text. equal seconds: the same with measured seconds.",
     ]
@@ -443,10 +451,15 @@ def patches_map(bench):
             steps_of_run = [entropy, patches, Step("llm", flags, checkpoints="output")]
             runs.append(Run(f"blt {name} patch {patch}", labels, [long, *steps_of_run], read_after(1)))
         labels = {"model": "flat with tables"} | place | {"patch": "-", "latent": "-"}
-        flat = bench.template("flat", True, multiple, size, steps=steps, **changes)
+        blt_name = f"blt {name} patch {DEFAULT_PATCH_SIZE}"
+        flat = bench.template("flat", True, multiple, size, **changes, **as_many_bytes(blt_name, rows * row, steps))
         runs.append(Run(f"flat {name} bytes", labels | {"equal": "bytes"}, [long, *flat], read_after(1)))
-        of = (f"blt {name} patch {DEFAULT_PATCH_SIZE}", f"flat {name} bytes")
-        by_flops = scaled(bench, multiple, of, lambda blt, own: blt["all_flops"] / own["train_flops"], 1.3, steps)
+        of = (blt_name, f"flat {name} bytes")
+
+        def more_updates(blt, own, steps=steps):
+            return blt["all_flops"] / own["train_flops"] * own["steps"] / steps
+
+        by_flops = scaled(bench, multiple, of, more_updates, 1.3, steps)
         flat = bench.template("flat", True, multiple, size, **changes, **by_flops)
         runs.append(Run(f"flat {name} FLOPs", labels | {"equal": "FLOPs"}, [long, *flat], read_after(1)))
     return runs

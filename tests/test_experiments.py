@@ -528,13 +528,17 @@ def test_equal_flops_count_the_entropy_model(studies_config):
     (study,) = [STUDIES["baselines"]]
     runs = {run.name: run for run in study.runs(Bench(config, 1337))}
     results = {
-        "blt+tables 1x bytes": {"train_flops": 100.0, "all_flops": 140.0, "all_seconds": 30.0},
-        "flat+tables 1x bytes": {"train_flops": 105.0, "train_seconds": 20.0},
-    }
+        "blt+tables 1x bytes": {
+            "trained_bytes": 260 * 8192.0, "train_flops": 100.0, "all_flops": 140.0, "all_seconds": 30.0,
+        },
+        "flat+tables 1x bytes": {"steps": 260, "train_flops": 105.0, "train_seconds": 20.0},
+    }  # fmt: skip
     workshop = Workshop(config.work, ROOT)
+    flags = workshop.flags_of(runs["flat+tables 1x bytes"].steps[0], results)
+    assert flags["steps"] == flags["eval_every"] == 260 and flags["max_bytes"] == 2_200_000
     flags = workshop.flags_of(runs["flat+tables 1x FLOPs"].steps[0], results)
-    assert flags["steps"] == round(270 * 140 / 105) and flags["max_bytes"] == round(2_200_000 * 140 / 105)
-    assert workshop.flags_of(runs["flat+tables 1x seconds"].steps[0], results)["steps"] == 405
+    assert flags["steps"] == round(260 * 140 / 105) and abs(flags["max_bytes"] / 8148 - flags["steps"]) < 1
+    assert workshop.flags_of(runs["flat+tables 1x seconds"].steps[0], results)["steps"] == 390
 
 
 def test_baselines_have_as_many_table_numbers_as_the_blt(studies_config):
@@ -568,9 +572,9 @@ def test_the_sweep_gives_all_models_the_same_trials(studies_config):
             trials.setdefault(model, []).append({n: flags.get(n) for n in experiment_studies.CHOICES})
         elif name != "together":
             assert run.steps[-1].flags[own] in experiment_studies.OWN_CHOICES[model][1]
-    assert trials["blt"] == trials["flat"] == trials["bpe"] and len(trials["blt"]) == 10
+    assert trials["blt"] == trials["flat"] == trials["bpe"] and len(trials["blt"]) == 12
     assert all(value is None for value in trials["blt"][0].values())
-    assert len(list(experiment_studies.sweep(Bench(studies_config(), 1337)))) == 3 * 13
+    assert len(list(experiment_studies.sweep(Bench(studies_config(), 1337)))) == 3 * 15
     # One setting differs from the defaults in each.
     assert all(sum(value is not None for value in trial.values()) == 1 for trial in trials["blt"][1:])
 
