@@ -106,6 +106,10 @@ class Bench:
         """Bytes of training text that a run with this multiple reads."""
         return round(self.budget.text * multiple)
 
+    def llm_config(self, size=None):
+        """Settings of llm.py at this size, the budget's unless given, on the budget's machine."""
+        return LLMConfig(preset=[self.budget.size if size is None else size, self.budget.machine], device="cpu")
+
     def shared(self, size=None):
         """Flags of every script that reads the corpus."""
         size = self.budget.size if size is None else size
@@ -159,7 +163,7 @@ class Bench:
         if not tables:
             return {"ngram_sizes": []}
         size = self.budget.size if size is None else size
-        blt = LLMConfig(preset=[size, self.budget.machine], device="cpu")
+        blt = self.llm_config(size)
         sizes = blt.ngram_sizes if model == "flat" else [2, 3]
         numbers = len(blt.ngram_sizes) * blt.hash_rows * blt.encoder_dim
         return {"ngram_sizes": sizes, "hash_rows": round(numbers / len(sizes) / SHAPES[model][size][0])}
@@ -186,10 +190,17 @@ def as_many_bytes(run, update, steps):
     return {"steps": updates, "eval_every": updates}
 
 
-def update_bytes(bench):
-    """Bytes of an update of this budget's runs, where no row is padded."""
-    config = LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu")
+def update_bytes(config):
+    """Bytes of an update where no row is padded. config: any `RunConfig`."""
     return config.row_bytes * config.batch_rows * config.accumulate
+
+
+def updates_for_the_cost(cost, updates):
+    """A ratio for `scaled`: how many times `updates` a model can make for what the BLT and its entropy model cost.
+
+    cost: flops or seconds. The metrics are the BLT's and those of the other model's run with as many bytes.
+    """
+    return lambda blt, other: blt[f"all_{cost}"] / other[f"train_{cost}"] * other["steps"] / updates
 
 
 def scaled(bench, multiple, runs, ratio, estimate, steps=None):
@@ -338,7 +349,7 @@ def expected_seconds(step, flags, budget):
     kind = {"llm": "blt", "entropy_llm": "entropy"}.get(step.script) or config.model
     patch = flags.get("target_patch_size") or DEFAULT_PATCH_SIZE
     forward = forward_flops(config, kind, patch, bytes_per_token=3.57)
-    trained = config.steps * config.accumulate * config.batch_rows * config.row_bytes
+    trained = config.steps * update_bytes(config)
     scored = config.val_bytes * math.ceil(config.steps / config.eval_every)
     return budget.overhead + forward * (TRAINING * trained + scored) / budget.rate
 

@@ -21,8 +21,8 @@ from experiment_steps import (
     read_training,
     scaled,
     update_bytes,
+    updates_for_the_cost,
 )
-from llm import LLMConfig
 from template_llm import TemplateConfig
 
 WORDS = {"blt": "BLT", "flat": "flat byte transformer", "bpe": "BPE transformer"}
@@ -45,18 +45,13 @@ def baselines(bench):
         for tables in (True, False):
             ngrams = {} if tables else {"ngram_sizes": []}
             add("blt", tables, "bytes", bench.blt(multiple, cached=max(MULTIPLES), **ngrams))
-            same = as_many_bytes(named("blt", tables, "bytes"), update_bytes(bench), updates)
+            same = as_many_bytes(named("blt", tables, "bytes"), update_bytes(bench.llm_config()), updates)
             for model in ("flat", "bpe"):
                 add(model, tables, "bytes", bench.template(model, tables, multiple, **same))
-
-        def more_updates(cost, updates=updates):
-            """How many times `updates` the other model can make for what the BLT costs in all."""
-            return lambda blt, own: blt[f"all_{cost}"] / own[f"train_{cost}"] * own["steps"] / updates
-
         # The shapes have equal FLOPs per byte within 5%, so equal bytes are equal FLOPs without the entropy model.
         ways = {
-            "FLOPs": (more_updates("flops"), 1.34 if multiple == 1 else 1.16),
-            "seconds": (more_updates("seconds"), 1.6 if multiple == 1 else 1.3),
+            "FLOPs": (updates_for_the_cost("flops", updates), 1.34 if multiple == 1 else 1.16),
+            "seconds": (updates_for_the_cost("seconds", updates), 1.6 if multiple == 1 else 1.3),
         }
         for equal, (ratio, estimate) in ways.items():
             for tables in (True, False):
@@ -72,7 +67,7 @@ def baselines(bench):
 
 
 def val_bytes(bench):
-    return LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu").val_bytes
+    return bench.llm_config().val_bytes
 
 
 def summarize_baselines(groups):
@@ -112,8 +107,8 @@ def both_budgets(bench, name, labels, make, reference_flops, cached=2.0):
 
 def reference_flops(bench):
     """Training FLOPs of the default BLT with the multiple 1."""
-    config = LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu")
-    trained = bench.budget.steps * config.accumulate * config.batch_rows * config.row_bytes
+    config = bench.llm_config()
+    trained = bench.budget.steps * update_bytes(config)
     return TRAINING * forward_flops(config, "blt", DEFAULT_PATCH_SIZE) * trained
 
 
@@ -148,7 +143,7 @@ def model_size(bench):
         def make(size=size, **changes):
             return bench.blt(size=size, cached=2.0, **changes)
 
-        config = LLMConfig(preset=[size, bench.budget.machine], device="cpu")
+        config = bench.llm_config(size)
         labels = {"size": size, "latent": f"{config.global_layers} x {config.global_dim}"}
         runs += both_budgets(bench, size, labels, make, reference_flops(bench))
     return runs
@@ -414,8 +409,8 @@ def patches_map(bench):
     runs = []
     places = [(size, row, 1) for size in sizes for row in (2048, 8192, 32768)] + [(sizes[0], 2048, 4)]
     for size, row, multiple in places:
-        config = LLMConfig(preset=[size, bench.budget.machine], device="cpu")
-        update = config.row_bytes * config.batch_rows * config.accumulate
+        config = bench.llm_config(size)
+        update = update_bytes(config)
         rows = max(1, update // row)
         # The same bytes in all: where one row is more than an update, there are fewer updates.
         steps = max(2, round(bench.budget.steps * multiple * update / (rows * row)))
@@ -455,11 +450,7 @@ def patches_map(bench):
         flat = bench.template("flat", True, multiple, size, **changes, **as_many_bytes(blt_name, rows * row, steps))
         runs.append(Run(f"flat {name} bytes", labels | {"equal": "bytes"}, [long, *flat], read_after(1)))
         of = (blt_name, f"flat {name} bytes")
-
-        def more_updates(blt, own, steps=steps):
-            return blt["all_flops"] / own["train_flops"] * own["steps"] / steps
-
-        by_flops = scaled(bench, multiple, of, more_updates, 1.3, steps)
+        by_flops = scaled(bench, multiple, of, updates_for_the_cost("flops", steps), 1.3, steps)
         flat = bench.template("flat", True, multiple, size, **changes, **by_flops)
         runs.append(Run(f"flat {name} FLOPs", labels | {"equal": "FLOPs"}, [long, *flat], read_after(1)))
     return runs
@@ -523,7 +514,7 @@ GAIN = 0.005
 
 def sweep(bench):
     """One setting changed at a time, and all changes that help together; as many trials for each model."""
-    config = LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu")
+    config = bench.llm_config()
     runs = []
     for model, (own, own_values) in OWN_CHOICES.items():
 

@@ -72,9 +72,9 @@ from experiment_steps import (
     read_part,
     read_training,
     result_of,
+    update_bytes,
     use_adamw,
 )
-from llm import LLMConfig
 from save_entropy_model import load_entropy_model
 
 ROOT = Path(__file__).resolve().parent
@@ -329,8 +329,7 @@ def leak_runs(bench):
         add("model size", name, PUBLISHED_THRESHOLDS[0.5][0], width, layers, loss, bench.entropy())
     # Ours: the same widths, text and number of bytes read, in llm.py.
     sizes = dict(encoder_dim=192, decoder_dim=192, decoder_layers=2, global_dim=384, global_layers=6)
-    update = LLMConfig(preset=[bench.budget.size, bench.budget.machine], device="cpu")
-    steps = max(1, round(300 * 48 * LEAK_ROW / (update.row_bytes * update.batch_rows * update.accumulate)))
+    steps = max(1, round(300 * 48 * LEAK_ROW / update_bytes(bench.llm_config())))
     text = bench.part(
         "corpus", {"kind": "held_out", "dataset": bench.dataset, "bytes": 10_000}, "held_out.txt", seeded=False
     )

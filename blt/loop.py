@@ -479,7 +479,10 @@ def batches_of_step(train_rows, config, step):
 
 
 def set_learning_rates(optimizers, scale):
-    """Set every group's learning rate to this share of its peak, or a power of it; returns the first group's."""
+    """Set every group's learning rate to this share of its peak, or to the share's power that the group names.
+
+    Returns the first group's rate, for the log.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             # Kept in the group, so that a resumed run knows the peak and not only the present rate.

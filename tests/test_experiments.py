@@ -541,6 +541,20 @@ def test_equal_flops_count_the_entropy_model(studies_config):
     assert workshop.flags_of(runs["flat+tables 1x seconds"].steps[0], results)["steps"] == 390
 
 
+def test_the_map_compares_equal_bytes_and_flops_of_long_rows(studies_config):
+    """One row is an update there, so the flat model's updates are the BLT's bytes by the bytes of a row."""
+    runs = {run.name: run for run in STUDIES["map"].runs(Bench(studies_config(), 1337))}
+    place = "nano row 32768 budget 1"
+    results = {
+        f"blt {place} patch 4.5": {"trained_bytes": 60.2 * 32768, "all_flops": 140.0},
+        f"flat {place} bytes": {"steps": 60, "train_flops": 105.0},
+    }
+    for equal, steps in (("bytes", 60), ("FLOPs", 80)):
+        flags = runs[f"flat {place} {equal}"].steps[-1].flags
+        values = {name: flags[name].of(*(results[run] for run in flags[name].runs)) for name in ("steps", "eval_every")}
+        assert values == {"steps": steps, "eval_every": steps}
+
+
 def test_baselines_have_as_many_table_numbers_as_the_blt(studies_config):
     bench = Bench(studies_config(), 1337)
     blt = LLMConfig(preset=["nano", "cpu"], device="cpu")
