@@ -51,6 +51,8 @@ class WorkflowConfig(TrainBLTConfig):
         entropy_llm.EntropyRunConfig.PRESETS.choose(self.entropy_preset)
         if self.init_from is not None:
             raise ValueError("the workflow trains from scratch; --init_from is for llm.py and train_blt.py")
+        if self.epochs is not None:
+            raise ValueError("the workflow compares runs of as many updates; use --steps instead of --epochs")
         if self.patch_method is not None:
             raise ValueError("the workflow compares patching methods; use --methods instead of --patch_method")
 

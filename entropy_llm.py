@@ -206,6 +206,7 @@ def train(config):
     stream = DocumentStream.of_corpus(run.corpus, run.train)
     # The model has no class for a document's end, so ends are not scored.
     train_rows = TrainingRows(stream, config.row_bytes, score_ends=False)
+    config.choose_steps(train_rows)
     validation_batches = list(
         evaluation_batches(run.validation, None, config.row_bytes, config.batch_rows, score_ends=False)
     )

@@ -65,12 +65,11 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """The size of a study's runs. `text` and `steps` are those of one run with the multiple 1."""
+    """The size of a study's runs."""
 
     size: str  # the presets of all scripts
     machine: str
-    steps: int  # updates of one run
-    text: int  # bytes of training text that it reads
+    text: int  # bytes of training text that a run with the multiple 1 reads
     entropy_steps: int  # updates of the entropy model, of the size nano
     rate: float  # FLOP/s of training that the expected times rest on
     overhead: float  # seconds of a step beside its FLOPs: start, compilation, pictures
@@ -78,11 +77,15 @@ class Budget:
 
 
 BUDGETS = {
-    "cpu": Budget("nano", "cpu", 270, 2_200_000, 160, 1.5e11, 15, "1.5e11 FLOP/s: two demo BLTs at a time, 477 s each"),
+    "cpu": Budget("nano", "cpu", 2_200_000, 160, 1.5e11, 15, "1.5e11 FLOP/s: two demo BLTs at a time, 477 s each"),
     "gpu": Budget(
-        "medium", "h100", 150, 20_000_000, 300, 1.5e14, 100, "1.5e14 FLOP/s: the size medium at 2.25 MB/s on an H200"
+        "medium", "h100", 20_000_000, 300, 1.5e14, 100, "1.5e14 FLOP/s: the size medium at 2.25 MB/s on an H200"
     ),
 }
+
+
+# As --eval_every: a model is scored after its last update only.
+AT_THE_END = 10**9
 
 
 # --------------------------------------------------------------------------------------------------
@@ -106,6 +109,10 @@ class Bench:
         """Bytes of training text that a run with this multiple reads."""
         return round(self.budget.text * multiple)
 
+    def updates(self, multiple=1.0):
+        """Updates that read this text in rows without padding."""
+        return max(2, round(self.text(multiple) / update_bytes(self.llm_config())))
+
     def llm_config(self, size=None):
         """Settings of llm.py at this size, the budget's unless given, on the budget's machine."""
         return LLMConfig(preset=[self.budget.size if size is None else size, self.budget.machine], device="cpu")
@@ -122,9 +129,8 @@ class Bench:
     def entropy(self, multiple=1.0, **changes):
         """An entropy model, trained on the first `multiple` texts."""
         flags = self.shared("nano") | {"max_bytes": self.text(multiple), "seed": self.seed}
-        # Evaluated at the end only: the weights are then the last ones, and little time goes into it.
-        steps = changes.get("steps", self.budget.entropy_steps)
-        flags |= {"steps": steps, "eval_every": steps} | changes
+        # The weights are then the last ones, and little time goes into it.
+        flags |= {"steps": self.budget.entropy_steps, "eval_every": AT_THE_END} | changes
         return self.once(Step("entropy_llm", flags, "entropy_model.pth", checkpoints="entropy_model_run"))
 
     def patches(self, entropy, multiple=1.0):
@@ -134,11 +140,10 @@ class Bench:
         return self.made.setdefault(key, Step("create_patches", flags, "patch_cache", "cache_dir"))
 
     def training(self, multiple, size, changes):
-        """Flags of a training run: updates and text in proportion to the multiple."""
-        steps = max(2, round(self.budget.steps * multiple))
-        flags = self.shared(size) | {"max_bytes": self.text(multiple), "steps": steps, "seed": self.seed}
-        flags |= {"eval_every": changes.get("steps", steps)} | changes
-        return flags
+        """Flags of a training run that reads the text of the multiple once, unless `changes` has `steps`."""
+        flags = self.shared(size) | {"max_bytes": self.text(multiple)}
+        flags |= {} if "steps" in changes else {"epochs": 1.0}
+        return flags | {"eval_every": AT_THE_END, "seed": self.seed} | changes
 
     def blt(self, multiple=1.0, size=None, entropy=None, cached=None, **changes):
         """Steps of a BLT: entropy model, entropies of `cached` texts, training. Static and space need the last only."""
@@ -181,40 +186,32 @@ class Bench:
         return Step("evaluate", flags)
 
 
-def as_many_bytes(run, update, steps):
-    """Changes of a run that reads as many bytes as another has read, whose rows were padded a little.
-
-    run: the other's name. update: bytes of an update of this run. steps: updates of the other, for the estimate.
-    """
-    updates = Measured((run,), lambda other: max(2, round(other["trained_bytes"] / update)), steps)
-    return {"steps": updates, "eval_every": updates}
-
-
 def update_bytes(config):
     """Bytes of an update where no row is padded. config: any `RunConfig`."""
     return config.row_bytes * config.batch_rows * config.accumulate
 
 
-def updates_for_the_cost(cost, updates):
-    """A ratio for `scaled`: how many times `updates` a model can make for what the BLT and its entropy model cost.
+def share_of_cost(cost):
+    """A ratio for `scaled`: what the BLT and its entropy model cost, as a multiple of what the other model costs.
 
-    cost: flops or seconds. The metrics are the BLT's and those of the other model's run with as many bytes.
+    cost: flops or seconds. The metrics are the BLT's and the other model's.
     """
-    return lambda blt, other: blt[f"all_{cost}"] / other[f"train_{cost}"] * other["steps"] / updates
+    return lambda blt, other: blt[f"all_{cost}"] / other[f"train_{cost}"]
 
 
-def scaled(bench, multiple, runs, ratio, estimate, steps=None):
-    """Changes of a run whose updates and text are `ratio(*metrics of runs)` times those of the multiple.
+def scaled(bench, multiple, runs, ratio, estimate):
+    """Changes of a run that makes `ratio(*metrics of runs)` times the updates of the last of `runs`.
 
-    steps: its updates before; None: those of the multiple. More updates read more text, as far as the corpus has it;
-    then they read it again.
+    More updates read more text than that of the multiple, as far as the corpus has it; then they read it again.
+    estimate: of the ratio.
     """
 
-    def of(base):
-        return Measured(tuple(runs), lambda *metrics: max(2, round(base * ratio(*metrics))), round(base * estimate))
+    def of_metrics(times):
+        return lambda *metrics: max(2, round(times(metrics[-1]) * ratio(*metrics)))
 
-    updates = of(bench.budget.steps * multiple if steps is None else steps)
-    return {"steps": updates, "eval_every": updates, "max_bytes": of(bench.text(multiple))}
+    steps = Measured(tuple(runs), of_metrics(lambda own: own["steps"]), round(bench.updates(multiple) * estimate))
+    text = Measured(tuple(runs), of_metrics(lambda own: bench.text(multiple)), round(bench.text(multiple) * estimate))
+    return {"steps": steps, "max_bytes": text}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,8 +346,8 @@ def expected_seconds(step, flags, budget):
     kind = {"llm": "blt", "entropy_llm": "entropy"}.get(step.script) or config.model
     patch = flags.get("target_patch_size") or DEFAULT_PATCH_SIZE
     forward = forward_flops(config, kind, patch, bytes_per_token=3.57)
-    trained = config.steps * update_bytes(config)
-    scored = config.val_bytes * math.ceil(config.steps / config.eval_every)
+    trained = config.steps * update_bytes(config) if config.epochs is None else config.epochs * config.max_bytes
+    scored = config.val_bytes * math.ceil(trained / update_bytes(config) / config.eval_every)
     return budget.overhead + forward * (TRAINING * trained + scored) / budget.rate
 
 
@@ -378,7 +375,7 @@ def training_of(settings, config):
 
 
 def training_seconds(settings, budget):
-    return expected_seconds(Step("llm", {}), {"eval_every": 10**9} | settings["llm"], budget)
+    return expected_seconds(Step("llm", {}), settings["llm"], budget)
 
 
 # PPMd
@@ -448,6 +445,7 @@ def patched(settings, config):
         starts = patch_near(patcher, training, settings["target"])
         rows = training_rows(training, starts, BYTES, of_llm.row_bytes)
         data = PatchedDataset(rows, run.validation, starts_of(patcher, run.validation), patcher, of_llm.batch_rows)
+        of_llm.choose_steps(data.train_rows)
         choose_dropout(of_llm, data.train_rows.stream)
         # As llm.py makes it.
         model = make_model(part_of(of_llm, BLTConfig), run.device, zero_init=of_llm.zero_init)

@@ -13,19 +13,18 @@ from blt.patch_rules import DEFAULT_PATCH_SIZE
 from blt.studies import Made, Measured, Run, Step, difference_cell, markdown_table, paired_difference
 from experiment_steps import (
     Settings,
-    as_many_bytes,
     forward_flops,
     read_domain,
     read_noises,
     read_part,
     read_training,
     scaled,
+    share_of_cost,
     update_bytes,
-    updates_for_the_cost,
 )
 from template_llm import TemplateConfig
 
-WORDS = {"blt": "BLT", "flat": "flat byte transformer", "bpe": "BPE transformer"}
+WORDS = {"blt": "BLT", "space": "BLT, space patches", "flat": "flat byte transformer", "bpe": "BPE transformer"}
 # Training text as multiples of the smallest budget.
 MULTIPLES = (1, 4, 10)
 
@@ -41,23 +40,18 @@ def baselines(bench):
         def named(model, tables, equal):
             return f"{model}{'+tables' if tables else ''} {multiple}x {equal}"
 
-        updates = bench.budget.steps * multiple
         for tables in (True, False):
             ngrams = {} if tables else {"ngram_sizes": []}
             add("blt", tables, "bytes", bench.blt(multiple, cached=max(MULTIPLES), **ngrams))
-            same = as_many_bytes(named("blt", tables, "bytes"), update_bytes(bench.llm_config()), updates)
+            add("space", tables, "bytes", bench.blt(multiple, patch_method="space", **ngrams))
             for model in ("flat", "bpe"):
-                add(model, tables, "bytes", bench.template(model, tables, multiple, **same))
+                add(model, tables, "bytes", bench.template(model, tables, multiple))
         # The shapes have equal FLOPs per byte within 5%, so equal bytes are equal FLOPs without the entropy model.
-        ways = {
-            "FLOPs": (updates_for_the_cost("flops", updates), 1.34 if multiple == 1 else 1.16),
-            "seconds": (updates_for_the_cost("seconds", updates), 1.6 if multiple == 1 else 1.3),
-        }
-        for equal, (ratio, estimate) in ways.items():
+        for equal, estimate in (("FLOPs", 1.34 if multiple == 1 else 1.16), ("seconds", 1.6 if multiple == 1 else 1.3)):
             for tables in (True, False):
                 for model in ("flat", "bpe"):
                     of = (named("blt", True, "bytes"), named(model, tables, "bytes"))
-                    changes = scaled(bench, multiple, of, ratio, estimate)
+                    changes = scaled(bench, multiple, of, share_of_cost(equal.lower()), estimate)
                     add(model, tables, equal, bench.template(model, tables, multiple, **changes))
         if bench.is_first:
             settings = {"dataset": bench.dataset, "max_bytes": bench.text(multiple), "val_bytes": val_bytes(bench)}
@@ -71,21 +65,22 @@ def val_bytes(bench):
 
 
 def summarize_baselines(groups):
-    """Each model against the BLT with tables, paired by seed."""
+    """Each model against the BLTs with tables, paired by seed."""
     by_name = {group.run.name: group for group in groups}
     rows = []
     for group in groups:
-        reference = by_name.get(f"blt+tables {group.run.labels['budget']}x bytes")
-        if reference is not None and reference is not group:
-            rows.append([group.run.name, difference_cell(reference, group)])
+        blts = [by_name.get(f"{blt}+tables {group.run.labels['budget']}x bytes") for blt in ("blt", "space")]
+        if group.finished:
+            cells = ["-" if blt in (None, group) else difference_cell(blt, group) for blt in blts]
+            rows.append([group.run.name, *cells])
     return [
         "BLT with tables minus each other model: bits per byte, with the standard error over pairs of equal seed and "
         "the number of pairs. Below zero the BLT is better.",
         "",
-        *markdown_table(["other model", "BLT minus it"], rows),
+        *markdown_table(["other model", "BLT minus it", "BLT with space patches minus it"], rows),
         "",
-        "equal bytes: each byte of the same text read at most once, by the other models as many as by the BLT, whose "
-        "rows are padded a little; the FLOPs are then equal within 5% without the entropy model. "
+        "equal bytes: the same text, read once; the FLOPs are then equal within 5% without the entropy model, but "
+        "space patches are larger than 4.5 bytes, and cost less. "
         "equal FLOPs: what the BLT and its entropy model (training and one pass over the text) cost together buys the "
         "other model more updates on more text. equal seconds: the same with measured seconds.",
     ]
@@ -107,9 +102,7 @@ def both_budgets(bench, name, labels, make, reference_flops, cached=2.0):
 
 def reference_flops(bench):
     """Training FLOPs of the default BLT with the multiple 1."""
-    config = bench.llm_config()
-    trained = bench.budget.steps * update_bytes(config)
-    return TRAINING * forward_flops(config, "blt", DEFAULT_PATCH_SIZE) * trained
+    return TRAINING * forward_flops(bench.llm_config(), "blt", DEFAULT_PATCH_SIZE) * bench.text()
 
 
 def patch_size(bench):
@@ -269,9 +262,7 @@ def robustness(bench):
         scored = bench.evaluate(steps[-1])
         runs.append(Run(f"{model} noises", labels | {"test": "noises"}, [*steps, scored], read_noises))
         for test, items in (("CUTE", {"kind": "cute", "folder": cute}), ("spelling", {"kind": "words"})):
-            tuned = bench.part(
-                "fine_tune", {"model": Made(steps[-1]), "items": items, "steps": bench.budget.steps // 2}
-            )
+            tuned = bench.part("fine_tune", {"model": Made(steps[-1]), "items": items, "steps": bench.updates(0.5)})
             runs.append(Run(f"{model} {test}", labels | {"test": test}, [*steps, tuned], read_part))
     return runs
 
@@ -341,7 +332,7 @@ def speedrun(bench):
     runs = []
     for model in ("blt", "flat"):
         for multiple in (0.5, 1, 2, 4, 10):
-            every = max(1, round(bench.budget.steps * multiple / 20))
+            every = max(1, bench.updates(multiple) // 20)
             if model == "blt":
                 steps = bench.blt(multiple, cached=10, eval_every=every)
             else:
@@ -410,10 +401,8 @@ def patches_map(bench):
     places = [(size, row, 1) for size in sizes for row in (2048, 8192, 32768)] + [(sizes[0], 2048, 4)]
     for size, row, multiple in places:
         config = bench.llm_config(size)
-        update = update_bytes(config)
-        rows = max(1, update // row)
-        # The same bytes in all: where one row is more than an update, there are fewer updates.
-        steps = max(2, round(bench.budget.steps * multiple * update / (rows * row)))
+        # All read the same text once: where one row is more than an update, there are fewer updates.
+        rows = max(1, update_bytes(config) // row)
         changes = {"row_bytes": row, "batch_rows": rows, "accumulate": 1, "dataset": Made(long)}
         place = {"size": size, "row": row, "budget": multiple}
         name = f"{size} row {row} budget {multiple}"
@@ -439,7 +428,6 @@ def patches_map(bench):
                 target_patch_size=patch,
                 global_dim=width,
                 global_layers=layers,
-                steps=steps,
                 **changes,
             )[-1].flags | {"patch_cache": Made(patches)}
             labels = {"model": "BLT"} | place | {"patch": patch, "latent": f"{layers} x {width}"}
@@ -447,10 +435,10 @@ def patches_map(bench):
             runs.append(Run(f"blt {name} patch {patch}", labels, [long, *steps_of_run], read_after(1)))
         labels = {"model": "flat with tables"} | place | {"patch": "-", "latent": "-"}
         blt_name = f"blt {name} patch {DEFAULT_PATCH_SIZE}"
-        flat = bench.template("flat", True, multiple, size, **changes, **as_many_bytes(blt_name, rows * row, steps))
+        flat = bench.template("flat", True, multiple, size, **changes)
         runs.append(Run(f"flat {name} bytes", labels | {"equal": "bytes"}, [long, *flat], read_after(1)))
         of = (blt_name, f"flat {name} bytes")
-        by_flops = scaled(bench, multiple, of, updates_for_the_cost("flops", steps), 1.3, steps)
+        by_flops = scaled(bench, multiple, of, share_of_cost("flops"), 1.3)
         flat = bench.template("flat", True, multiple, size, **changes, **by_flops)
         runs.append(Run(f"flat {name} FLOPs", labels | {"equal": "FLOPs"}, [long, *flat], read_after(1)))
     return runs

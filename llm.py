@@ -156,6 +156,7 @@ def train(config, make_patches):
     patcher, cache = open_patches(config, context, make_patches, start)
     print("patches: " + patcher.config.describe())
     data = PatchedDataset.from_corpus(context.corpus, patcher, config, cache)
+    config.choose_steps(data.train_rows)
     choose_dropout(config, data.train_rows.stream)
     model_config = part_of(config, BLTConfig)
     model = make_model(model_config, context.device, config.init_from, config.zero_init)

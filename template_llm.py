@@ -394,6 +394,7 @@ def train(config):
             f"in training text ({time.perf_counter() - began:.1f} s); "
             "loss and accuracy below are per token, bpb per byte"
         )
+    config.choose_steps(TrainingRows(stream, vocabulary.row_ids(config.row_bytes)))
     choose_dropout(config, stream)
     model, model_config = make_model(config, vocabulary)
     model = model.to(run.device)

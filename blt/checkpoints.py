@@ -28,10 +28,10 @@ OLD_FILES = (*RUN_FILES, "last.pt.damaged", "metrics.jsonl", "curves.png", BAD_B
 EARLIER_FILES = (*OLD_FILES, "model.json", "tokenizer.json", "entropy_model.pth", "entropy_model.json")
 
 # Settings that may differ between the run that stopped and the one that goes on: they change no
-# number of the training.
+# number of the training. `epochs` does so through `steps`, which is compared.
 FREE_TO_CHANGE = {
     "preset", "quick_demo", "resume", "overwrite", "eval_every", "log_every", "checkpoint_minutes", "tensorboard",
-    "spike", "data_cache", "device", "compile", "recompute", "val_bytes", "output", "prompt", "sample_bytes",
+    "epochs", "spike", "data_cache", "device", "compile", "recompute", "val_bytes", "output", "prompt", "sample_bytes",
 }  # fmt: skip
 # Ways to name the text, the patches and the start. A run that says by their hashes what it
 # depends on may name them in another way: a folder moves, a path becomes absolute.

@@ -169,8 +169,9 @@ def parse_config(config_class, description, argv=None):
 
     The config's `given_flags` says which flags were given. The field that a config class names as
     its POSITIONAL may be given anywhere without its flag. CHOICES, {field: function}, limits a
-    field to the words that the function returns. Of a flag that is given twice the last value
-    counts, and a note says so; the values of a list add up.
+    field to the words that the function returns; of a pair in EITHER at most one flag may be given.
+    Of a flag that is given twice the last value counts, and a note says so; the values of a list
+    add up.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser(config_class, description)
@@ -190,6 +191,9 @@ def parse_config(config_class, description, argv=None):
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             parser.error(f"{name} is {value}; it must be a finite number")
+    for first, second in getattr(config_class, "EITHER", ()):
+        if first in given and second in given:
+            parser.error(f"give either --{first} or --{second}, not both: one follows from the other")
     try:
         config = config_class(**(_default_paths(config_class) | given))
     except ValueError as error:

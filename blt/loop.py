@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class RunConfig(DataConfig):
     batch_rows: int = 8  # rows in one forward and backward pass
     accumulate: int = 1  # passes whose gradients are summed into one update
     steps: int = 5000  # updates
+    epochs: float | None = None  # read the training text this many times, instead of making a number of updates
     # optimization
     zero_init: bool = True  # a new model's output projections (wo, w2) and hash tables start at zero
     lr: float = 0.005  # peak learning rate of the matrices (Muon, scaled to the RMS of an AdamW update)
@@ -77,9 +78,13 @@ class RunConfig(DataConfig):
     overwrite: bool = False  # replace an earlier run in the output folder instead of keeping it beside
     tensorboard: bool = False  # also write TensorBoard scalars (pip install tensorboard)
 
+    EITHER: ClassVar = (("steps", "epochs"),)
+
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "row_bytes", "batch_rows", "accumulate", "steps", "lr", "adam_lr", "table_lr", "clip")
+        check_positive(
+            self, "row_bytes", "batch_rows", "accumulate", "steps", "epochs", "lr", "adam_lr", "table_lr", "clip"
+        )
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float):
@@ -94,6 +99,16 @@ class RunConfig(DataConfig):
         check(self, "row_bytes", self.row_bytes >= 2, "2 or more")
         check(self, "schedule", self.schedule in ("trapezoid", "cosine"), "trapezoid or cosine")
         check(self, "compile", self.compile in ("auto", "yes", "no"), "auto, yes or no")
+
+    def choose_steps(self, train_rows):
+        """Set `steps` where the run is given as `epochs` of its `TrainingRows`: whole updates, so a little less.
+
+        Rows that end early to fit their patch slots hold less text. So with one epoch every patching method reads the
+        same text, and with as many updates it does not.
+        """
+        if self.epochs is not None:
+            rows_of_update = self.batch_rows * self.accumulate
+            self.steps = max(1, math.floor(self.epochs * len(train_rows) / rows_of_update))
 
 
 @restore_matmul_precision()

@@ -104,6 +104,14 @@ def test_flags_of_every_type(capsys):
     assert "unknown flags" in error_of(capsys, "--step", "4")  # no abbreviations
 
 
+@pytest.mark.parametrize("config_class", [LLMConfig, TemplateConfig, EntropyRunConfig])
+def test_a_run_is_told_by_steps_or_by_epochs(capsys, config_class):
+    flags = ("--device", "cpu", "--epochs", "2")
+    message = error_of(capsys, *flags, "--steps", "9", config_class=config_class)
+    assert "give either --steps or --epochs, not both" in message
+    assert parse(*flags, config_class=config_class).epochs == 2
+
+
 def test_help_names_every_default(capsys):
     with pytest.raises(SystemExit):
         parse("--help")

@@ -11,6 +11,7 @@ from blt import training
 from blt.loop import RunConfig, choose_dropout, compile_model, read_metrics, set_learning_rates
 from blt.metric import bits_per_byte
 from blt.optimizers import learning_rate_scale, make_optimizers
+from blt.patch_rules import PatchConfig
 from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
 from blt.segments import check_patch_lengths
 from blt.training import PatchedDataset, TrainingConfig, train_blt
@@ -142,6 +143,29 @@ def test_a_text_that_is_read_again_gets_dropout(tmp_path, capsys):
         assert (settings.dropout, settings.ngram_dropout) == wanted
         chosen = f"the training text is read {epochs:.1f} times: ngram_dropout 0.3"
         assert (chosen in capsys.readouterr().out) == (wanted[1] == 0.3)
+
+
+def test_epochs_become_whole_updates():
+    """The rows of two patching methods differ in number, and each run reads all of its own, but for a part of one."""
+    documents = [some_words(80, seed) for seed in range(12)]
+    updates = set()
+    for size in (2.0, 4.5):
+        patcher = EntropyPatcher(None, PatchConfig("static", size))
+        rows = PatchedDataset.from_documents(documents, documents[:1], patcher, 64, 4).train_rows
+        for epochs in (0.5, 1.0, 3.0):
+            settings = LLMConfig(row_bytes=64, batch_rows=4, accumulate=2, steps=7, epochs=epochs, device="cpu")
+            settings.choose_steps(rows)
+            unread = epochs * len(rows) - settings.steps * 8
+            assert 0 <= unread < 8
+            updates.add(settings.steps)
+        # Fewer rows than an update has are still an update.
+        settings = LLMConfig(row_bytes=64, batch_rows=4, epochs=0.001, device="cpu")
+        settings.choose_steps(rows)
+        assert settings.steps == 1
+    assert len(updates) > 3
+    settings = LLMConfig(steps=7, device="cpu")
+    settings.choose_steps(rows)
+    assert settings.steps == 7
 
 
 def test_train_blt_stops_on_a_leak(tmp_path):
@@ -307,6 +331,7 @@ def test_the_tables_follow_a_power_of_the_schedule(power):
     "config_class, bad, words",
     [
         (RunConfig, dict(steps=0), "steps is 0"),
+        (RunConfig, dict(epochs=0.0), "epochs is 0"),
         (RunConfig, dict(clip=-1), "clip is -1"),
         (RunConfig, dict(schedule="step"), "schedule is 'step'"),
         (RunConfig, dict(val_fraction=0.9), "val_fraction is 0.9"),
