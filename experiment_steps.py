@@ -163,14 +163,17 @@ class Bench:
         flags = self.training(multiple, size, {"model": model, **self.tables(model, size, tables), **changes})
         return [Step("template_llm", flags, checkpoints="output")]
 
-    def tables(self, model, size=None, tables=True):
-        """Flags of a baseline's n-gram tables: over bytes those of the BLT, over tokens of 2 and 3 tokens."""
+    def tables(self, model, size=None, tables=True, hash_rows=None):
+        """Flags of a baseline's n-gram tables: over bytes those of the BLT, over tokens of 2 and 3 tokens.
+
+        hash_rows: those of the BLT; None: as its size has.
+        """
         if not tables:
             return {"ngram_sizes": []}
         size = self.budget.size if size is None else size
         blt = self.llm_config(size)
         sizes = blt.ngram_sizes if model == "flat" else [2, 3]
-        numbers = len(blt.ngram_sizes) * blt.hash_rows * blt.encoder_dim
+        numbers = len(blt.ngram_sizes) * (blt.hash_rows if hash_rows is None else hash_rows) * blt.encoder_dim
         return {"ngram_sizes": sizes, "hash_rows": round(numbers / len(sizes) / SHAPES[model][size][0])}
 
     def part(self, name, settings, output="output", seeded=True):

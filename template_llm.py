@@ -42,19 +42,25 @@ from blt.runs import claim_output, finish_run, print_model, start_run
 from blt.tokens import BPEVocabulary, load_tokenizer, save_tokenizer, train_tokenizer
 from llm import MACHINES, PAIRS, LLMConfig
 
-# (width, layers) of the model for each size of llm.py. They are chosen for equal cost. Millions of multiply-adds that a
-# forward pass makes per byte, attention included, with full rows of one document, 4.5 bytes a patch and 3.57 bytes a
-# token (a training byte costs six times as many FLOPs):
+# (width, layers, window) of the model for each size of llm.py. They are chosen for equal cost. Millions of
+# multiply-adds that a forward pass makes per byte, attention included, with full rows of one document, 4.5 bytes a
+# patch and 3.57 bytes a token (a training byte costs six times as many FLOPs):
 #   size      llm.py   flat    bpe
-#   nano        0.71   0.73   0.71
+#   nano        0.71   0.69   0.71
 #   tiny        2.14   2.05   2.22
 #   small       5.57   5.55   5.39
 #   medium     11.72  11.98  11.78
 #   large      93.9   94.3   94.8
 SHAPES = {
-    "flat": {"nano": (88, 4), "tiny": (160, 4), "small": (256, 5), "medium": (320, 7), "large": (768, 12)},
-    "bpe": {"nano": (144, 5), "tiny": (256, 6), "small": (384, 8), "medium": (512, 10), "large": (1024, 22)},
-}
+    "flat": {
+        "nano": (96, 4, 320), "tiny": (160, 4, 512), "small": (256, 5, 512), "medium": (320, 7, 512),
+        "large": (768, 12, 512),
+    },
+    "bpe": {
+        "nano": (144, 5, None), "tiny": (256, 6, None), "small": (384, 8, None), "medium": (512, 10, None),
+        "large": (1024, 22, None),
+    },
+}  # fmt: skip
 
 
 @dataclass
@@ -108,7 +114,7 @@ class TemplateConfig(RunConfig, FlatConfig):
     model: Literal["flat", "bpe"] = "flat"  # flat: transformer over bytes; bpe: over BPE tokens
     dim: int | None = None  # width; None: by model and size (SHAPES)
     n_layers: int | None = None  # transformer layers; None: by model and size (SHAPES)
-    window: int | None = None  # ids that one attends to, itself included; None: 512 bytes, or all of a row's tokens
+    window: int | None = None  # ids that one attends to, itself included; None: by model and size, bpe: all of the row
     ngram_sizes: list[int] = field(default_factory=list)  # bytes (bpe: tokens) in the hashed n-grams; none: no tables
     hash_rows: int | None = None  # rows of each n-gram size's table; None: by table_parameters
     table_parameters: int | None = None  # numbers in all tables together; None: as many as llm.py's of this size have
@@ -141,11 +147,10 @@ class TemplateConfig(RunConfig, FlatConfig):
         RunConfig.__post_init__(self)
         check(self, "model", self.model in SHAPES, "flat or bpe")
         size = self.preset[0]
-        dim, n_layers = SHAPES[self.model][size]
+        dim, n_layers, window = SHAPES[self.model][size]
         self.dim = dim if self.dim is None else self.dim
         self.n_layers = n_layers if self.n_layers is None else self.n_layers
-        if self.window is None and self.model == "flat":
-            self.window = FlatConfig.window
+        self.window = window if self.window is None else self.window
         if self.output is None:
             self.output = f"checkpoints_{self.model}"
         self._choose_hash_rows()

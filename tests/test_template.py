@@ -460,7 +460,7 @@ def test_runs_are_those_of_llm_py(size, machine):
     ours = TemplateConfig(preset=[size, machine])
     for field in fields(RunConfig):
         assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
-    assert (ours.dim, ours.n_layers) == SHAPES["flat"][size]
+    assert (ours.dim, ours.n_layers, ours.window) == SHAPES["flat"][size]
 
 
 def test_settings():
