@@ -194,14 +194,6 @@ def update_bytes(config):
     return config.row_bytes * config.batch_rows * config.accumulate
 
 
-def share_of_cost(cost):
-    """A ratio for `scaled`: what the BLT and its entropy model cost, as a multiple of what the other model costs.
-
-    cost: flops or seconds. The metrics are the BLT's and the other model's.
-    """
-    return lambda blt, other: blt[f"all_{cost}"] / other[f"train_{cost}"]
-
-
 def scaled(bench, multiple, runs, ratio, estimate):
     """Changes of a run that makes `ratio(*metrics of runs)` times the updates of the last of `runs`.
 

@@ -10,7 +10,16 @@ from pathlib import Path
 from blt.checks import check_packages
 from blt.flops import TRAINING
 from blt.patch_rules import DEFAULT_PATCH_SIZE
-from blt.studies import Made, Measured, Run, Step, difference_cell, markdown_table, paired_difference
+from blt.studies import (
+    Made,
+    Measured,
+    Run,
+    Step,
+    curve_difference_cell,
+    difference_cell,
+    markdown_table,
+    paired_difference,
+)
 from experiment_steps import (
     Settings,
     forward_flops,
@@ -19,7 +28,6 @@ from experiment_steps import (
     read_part,
     read_training,
     scaled,
-    share_of_cost,
     update_bytes,
 )
 from template_llm import TemplateConfig
@@ -30,32 +38,27 @@ MULTIPLES = (1, 4, 10)
 
 
 def baselines(bench):
+    """Each model at three budgets: a curve of bits per byte against text, FLOPs and seconds."""
     runs = []
     for multiple in MULTIPLES:
-
-        def add(model, tables, equal, steps):
-            labels = {"model": WORDS[model], "tables": "yes" if tables else "no", "budget": multiple, "equal": equal}
-            runs.append(Run(named(model, tables, equal), labels, steps, read_training))
-
-        def named(model, tables, equal):
-            return f"{model}{'+tables' if tables else ''} {multiple}x {equal}"
-
+        # More text deserves a better entropy model.
+        steps = round(bench.budget.entropy_steps * multiple**0.5)
+        entropy = bench.entropy(multiple, steps=steps)
         for tables in (True, False):
             ngrams = {} if tables else {"ngram_sizes": []}
-            add("blt", tables, "bytes", bench.blt(multiple, cached=max(MULTIPLES), **ngrams))
-            add("space", tables, "bytes", bench.blt(multiple, patch_method="space", **ngrams))
-            for model in ("flat", "bpe"):
-                add(model, tables, "bytes", bench.template(model, tables, multiple))
-        # The shapes have equal FLOPs per byte within 5%, so equal bytes are equal FLOPs without the entropy model.
-        for equal, estimate in (("FLOPs", 1.34 if multiple == 1 else 1.16), ("seconds", 1.6 if multiple == 1 else 1.3)):
-            for tables in (True, False):
-                for model in ("flat", "bpe"):
-                    of = (named("blt", True, "bytes"), named(model, tables, "bytes"))
-                    changes = scaled(bench, multiple, of, share_of_cost(equal.lower()), estimate)
-                    add(model, tables, equal, bench.template(model, tables, multiple, **changes))
+            models = {
+                "blt": bench.blt(multiple, entropy=entropy, **ngrams),
+                "space": bench.blt(multiple, patch_method="space", **ngrams),
+                "flat": bench.template("flat", tables, multiple),
+                "bpe": bench.template("bpe", tables, multiple),
+            }
+            for model, steps_of_run in models.items():
+                labels = {"model": WORDS[model], "tables": "yes" if tables else "no", "budget": multiple}
+                name = f"{model}{'+tables' if tables else ''} {multiple}x"
+                runs.append(Run(name, labels, steps_of_run, read_training))
         if bench.is_first:
             settings = {"dataset": bench.dataset, "max_bytes": bench.text(multiple), "val_bytes": val_bytes(bench)}
-            labels = {"model": "PPMd", "tables": "-", "budget": multiple, "equal": "bytes"}
+            labels = {"model": "PPMd", "tables": "-", "budget": multiple}
             runs.append(Run(f"ppmd {multiple}x", labels, [bench.part("ppmd", settings, seeded=False)], read_part))
     return runs
 
@@ -64,26 +67,35 @@ def val_bytes(bench):
     return bench.llm_config().val_bytes
 
 
+# What may be equal, and the metric that says how much of it a run took.
+EQUAL = {"bytes": "trained_bytes", "FLOPs": "all_flops", "seconds": "all_seconds"}
+
+
 def summarize_baselines(groups):
-    """Each model against the BLTs with tables, paired by seed."""
-    by_name = {group.run.name: group for group in groups}
-    rows = []
+    """The BLTs with tables against the curve of each other model, paired by seed."""
+    curves = {}
     for group in groups:
-        blts = [by_name.get(f"{blt}+tables {group.run.labels['budget']}x bytes") for blt in ("blt", "space")]
-        if group.finished:
-            cells = ["-" if blt in (None, group) else difference_cell(blt, group) for blt in blts]
-            rows.append([group.run.name, *cells])
-    return [
-        "BLT with tables minus each other model: bits per byte, with the standard error over pairs of equal seed and "
-        "the number of pairs. Below zero the BLT is better.",
-        "",
-        *markdown_table(["other model", "BLT minus it", "BLT with space patches minus it"], rows),
-        "",
-        "equal bytes: the same text, read once; the FLOPs are then equal within 5% without the entropy model, but "
-        "space patches are larger than 4.5 bytes, and cost less. "
-        "equal FLOPs: what the BLT and its entropy model (training and one pass over the text) cost together buys the "
-        "other model more updates on more text. equal seconds: the same with measured seconds.",
+        if group.finished and group.run.labels["model"] != "PPMd":
+            curves.setdefault(group.run.name.rsplit(" ", 1)[0], []).append(group)
+    lines = [
+        "BLT with tables minus each other model, in bits per byte: the mean over seeds, its standard error, and the "
+        "number of seeds. Below zero the BLT is better. The other model is read from its curve over the three budgets "
+        "where it has read as many bytes, or costs as many FLOPs or seconds as the BLT and its entropy model (training "
+        "and one pass over the text) together. Between budgets, and a little beyond the last, a curve is straight over "
+        "the logarithm.",
     ]
+    for blt in ("blt", "space"):
+        rows = []
+        for ours in curves.get(f"{blt}+tables", []):
+            for name, theirs in curves.items():
+                if name != f"{blt}+tables":
+                    cells = [curve_difference_cell(ours, theirs, cost) for cost in EQUAL.values()]
+                    rows.append([f"{ours.run.labels['budget']}x", name, *cells])
+        if rows:
+            title = {"blt": "BLT with entropy patches", "space": "BLT with space patches"}[blt]
+            lines += ["", f"**{title}** minus"]
+            lines += ["", *markdown_table(["budget", "other model", *(f"equal {way}" for way in EQUAL)], rows)]
+    return lines
 
 
 PATCH_SIZES = (3, 5, 7, 10, 12)
@@ -433,7 +445,7 @@ def patches_map(bench):
         flat = bench.template("flat", True, multiple, size, **changes)
         runs.append(Run(f"flat {name} bytes", labels | {"equal": "bytes"}, [long, *flat], read_after(1)))
         of = (f"blt {name} patch {DEFAULT_PATCH_SIZE}", f"flat {name} bytes")
-        by_flops = scaled(bench, multiple, of, share_of_cost("flops"), 1.3)
+        by_flops = scaled(bench, multiple, of, lambda blt, flat: blt["all_flops"] / flat["train_flops"], 1.3)
         flat = bench.template("flat", True, multiple, size, **changes, **by_flops)
         runs.append(Run(f"flat {name} FLOPs", labels | {"equal": "FLOPs"}, [long, *flat], read_after(1)))
     return runs

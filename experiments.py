@@ -415,13 +415,14 @@ STUDIES = {
     for study in (
         Study(
             "baselines",
-            "Do patches pay? The BLT, a BPE transformer and a flat byte transformer, each with and without n-gram hash "
-            "tables, and PPMd after the same training text: at equal bytes, at equal training FLOPs with the entropy "
-            "model's training and use counted, and at equal seconds, for three budgets of text.",
+            "Do patches pay? The BLT with entropy and with space patches, a BPE transformer and a flat byte transformer, "
+            "each with and without n-gram hash tables, and PPMd after the same training text, for three budgets of "
+            "text: at equal bytes, at equal training FLOPs with the entropy model's training and use counted, and at "
+            "equal seconds.",
             studies.baselines,
             [BPB, UNIT, Column("text read (MB)", "trained_megabytes", "{:.1f}"), FLOPS, ALL_FLOPS, SECONDS]
             + [Column("with entropy model s", "all_seconds", "{:.0f}")],
-            ("trained_megabytes", "val_bpb", ("model", "tables", "equal")),
+            ("trained_megabytes", "val_bpb", ("model", "tables")),
             summary=studies.summarize_baselines,
         ),
         Study(

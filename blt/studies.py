@@ -628,15 +628,46 @@ def paired_difference(first, second, metric="val_bpb"):
     """
     ours = first.values(metric)
     theirs = second.values(metric)
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    mean, deviation = mean_and_deviation(differences)
-    error = None if deviation is None else deviation / math.sqrt(len(differences))
-    return mean, error, len(differences)
+    return mean_and_error([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+
+def mean_and_error(values):
+    """(mean, its standard error, number of values); None for what needs more values."""
+    mean, deviation = mean_and_deviation(values)
+    return mean, None if deviation is None else deviation / math.sqrt(len(values)), len(values)
 
 
 def difference_cell(first, second, metric="val_bpb"):
     """`paired_difference` as a cell: -0.0213 ± 0.0044 (3), or -."""
-    mean, error, n = paired_difference(first, second, metric)
+    return error_cell(*paired_difference(first, second, metric))
+
+
+def curve_difference_cell(group, curve, cost, metric="val_bpb"):
+    """A group minus a curve at equal cost, paired by seed, as `difference_cell`.
+
+    curve: `Group`s of one model at several budgets. It is read at what the group's run of the same seed costs:
+    straight over the logarithm of the cost from point to point, and beyond its ends as at its ends. Seeds for which
+    it has one point only are left out.
+    """
+    ours, costs = group.values(metric), group.values(cost)
+    of_curve = [(point.values(cost), point.values(metric)) for point in curve]
+    differences = []
+    for seed in ours:
+        points = sorted((at[seed], of[seed]) for at, of in of_curve if seed in at and seed in of)
+        if len(points) > 1 and seed in costs:
+            differences.append(ours[seed] - read_curve_at(points, costs[seed]))
+    return error_cell(*mean_and_error(differences))
+
+
+def read_curve_at(points, x):
+    """The value at x of two or more points (x, y) in order: straight over log x, beyond the ends as at the ends."""
+    right = next((number for number in range(1, len(points) - 1) if points[number][0] >= x), len(points) - 1)
+    (x_left, y_left), (x_right, y_right) = points[right - 1], points[right]
+    return y_left + (y_right - y_left) * math.log(x / x_left) / math.log(x_right / x_left)
+
+
+def error_cell(mean, error, n):
+    """A mean with its standard error and the number of values: -0.0213 ± 0.0044 (3), or -."""
     if mean is None:
         return "-"
     return f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}") + f" ({n})"

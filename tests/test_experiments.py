@@ -55,6 +55,7 @@ from blt.studies import (
     groups_of,
     mean_and_deviation,
     paired_difference,
+    read_curve_at,
     read_record,
     safe_name,
     study_table,
@@ -522,19 +523,44 @@ def test_only_takes_what_a_run_needs(studies_config):
     assert names == ["rate 0.0001", "rate 0.0003", "rate 0.001", "rate 0.003", "patch size 3 own patch"]
 
 
-def test_equal_flops_count_the_entropy_model(studies_config):
-    """The flat model's updates are as many as the FLOPs of the BLT with its entropy model buy."""
-    config = studies_config()
-    runs = {run.name: run for run in STUDIES["baselines"].runs(Bench(config, 1337))}
-    results = {
-        "blt+tables 1x bytes": {"all_flops": 140.0, "all_seconds": 30.0},
-        "flat+tables 1x bytes": {"steps": 268, "train_flops": 105.0, "train_seconds": 20.0},
-    }
-    workshop = Workshop(config.work, ROOT)
-    for equal, times in (("FLOPs", 140 / 105), ("seconds", 1.5)):
-        flags = workshop.flags_of(runs[f"flat+tables 1x {equal}"].steps[0], results)
-        assert flags["steps"] == round(268 * times) and "epochs" not in flags
-        assert flags["max_bytes"] == round(2_200_000 * times)
+def group_of(name, labels, **values):
+    """A `Group` of finished runs: values of each metric for the seeds 1, 2, ..."""
+    run = Run(name, labels, [], None)
+    seeds = range(1, len(next(iter(values.values()))) + 1)
+    metrics = [{metric: of_seeds[seed - 1] for metric, of_seeds in values.items()} for seed in seeds]
+    outcomes = [Outcome(run, seed, state="finished", metrics=of_seed) for seed, of_seed in zip(seeds, metrics)]
+    return Group(run, outcomes)
+
+
+def test_a_curve_is_straight_over_the_logarithm():
+    points = [(1.0, 2.0), (4.0, 1.8), (16.0, 1.7)]
+    values = [read_curve_at(points, x) for x in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 0.5)]
+    assert values == pytest.approx([2.0, 1.9, 1.8, 1.75, 1.7, 1.65, 2.1])
+
+
+def test_equal_flops_count_the_entropy_model():
+    """The flat model is read from its curve where it costs what the BLT and its entropy model cost."""
+    groups = [
+        group_of(
+            f"{model}+tables {budget}x",
+            {"model": model, "budget": budget},
+            val_bpb=[bpb, bpb + 0.1],
+            trained_bytes=[budget * 100.0] * 2,
+            all_flops=[budget * flops] * 2,
+            all_seconds=[budget * 50.0] * 2,
+        )
+        for model, flops, bpbs in (("blt", 400.0, (2.0, 1.8)), ("flat", 200.0, (2.1, 1.7)))
+        for budget, bpb in zip((1, 4), bpbs)
+    ]
+    lines = "\n".join(experiment_studies.summarize_baselines(groups))
+    # Twice the cost at the budget 1 is halfway to the budget 4 over the logarithm: 2.0 - (2.1 + 1.7) / 2.
+    assert "| 1x | flat+tables | -0.1000 ± 0.0000 (2) | +0.1000 ± 0.0000 (2) | -0.1000 ± 0.0000 (2) |" in lines
+    # Beyond the last budget the curve goes on: 1.8 - 1.5.
+    assert "| 4x | flat+tables | +0.1000 ± 0.0000 (2) | +0.3000 ± 0.0000 (2) | +0.1000 ± 0.0000 (2) |" in lines
+    # One point is no curve.
+    assert "| 1x | flat+tables | - | - | - |" in "\n".join(
+        experiment_studies.summarize_baselines([groups[0], groups[2]])
+    )
 
 
 @pytest.mark.parametrize("study", ["baselines", "map"])
