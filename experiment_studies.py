@@ -404,9 +404,9 @@ def grown(config, patch):
 
 
 def patches_map(bench):
-    """Arms from one place: larger models, longer rows, more text; at both ends of the sizes larger patches as well."""
-    sizes = {"cpu": ("nano", "tiny", "small"), "gpu": ("small", "medium")}[bench.config.budget]
-    small, large = sizes[0], sizes[-1]
+    """Arms from one place: larger models, longer rows, more text; larger patches with a small and a large model."""
+    sizes = {"cpu": ("nano", "tiny", "small", "medium"), "gpu": ("small", "medium")}[bench.config.budget]
+    small, large = {"cpu": ("nano", "small"), "gpu": ("small", "medium")}[bench.config.budget]
     places = [(size, 2048, 1) for size in sizes] + [(small, 8192, 1), (small, 32768, 1), (large, 8192, 1)]
     places.append((small, 2048, 4))
     # A long row shows more only of a long document.

@@ -8,7 +8,16 @@ import torch
 from helpers import TINY_BLT, some_words, tiny_blt, tiny_entropy_model
 
 from blt import training
-from blt.loop import RunConfig, choose_dropout, compile_model, read_metrics, set_learning_rates
+from blt.config import make_parser
+from blt.loop import (
+    FEW_EPOCHS,
+    REREAD_DROPOUT,
+    RunConfig,
+    choose_dropout,
+    compile_model,
+    read_metrics,
+    set_learning_rates,
+)
 from blt.metric import bits_per_byte
 from blt.optimizers import learning_rate_scale, make_optimizers
 from blt.patch_rules import PatchConfig
@@ -20,6 +29,7 @@ from entropy_llm import EntropyConfig
 from entropy_patcher import EntropyPatcher
 from generate import generate
 from llm import LLMConfig
+from template_llm import TemplateConfig
 
 
 def dataset(row_bytes=64):
@@ -143,6 +153,14 @@ def test_a_text_that_is_read_again_gets_dropout(tmp_path, capsys):
         assert (settings.dropout, settings.ngram_dropout) == wanted
         chosen = f"the training text is read {epochs:.1f} times: ngram_dropout 0.3"
         assert (chosen in capsys.readouterr().out) == (wanted[1] == 0.3)
+
+
+@pytest.mark.parametrize("config_class", [LLMConfig, TemplateConfig])
+def test_help_names_the_rates_of_a_text_that_is_read_again(config_class):
+    words = " ".join(make_parser(config_class, "about").format_help().split())
+    dropout, of_ngrams = REREAD_DROPOUT["dropout"], REREAD_DROPOUT["ngram_dropout"]
+    assert f"None: 0, or {dropout} if the text is read more than {FEW_EPOCHS} times" in words
+    assert f"None: 0, or {of_ngrams} as dropout" in words
 
 
 def test_epochs_become_whole_updates():
