@@ -485,10 +485,10 @@ def summarize_map(groups):
                 cells[1] = "-"
             rows.append([labels["size"], labels["row"], labels["budget"], labels["patch"], *cells])
     return [
-        "BLT minus flat byte transformer with tables, bits per byte; below zero patches pay. Equal bytes are about equal "
-        "FLOPs without the entropy model, since the latent transformer grows with patches of 8 and 12 bytes; the table "
-        "above has the FLOPs. In the last column the flat model gets the entropy model's FLOPs too. Space patches need "
-        "no entropy model.",
+        "BLT minus flat byte transformer with tables, bits per byte; below zero patches pay. Equal bytes are about "
+        "equal FLOPs without the entropy model, since the latent transformer grows with patches of 8 and 12 bytes; the "
+        "table above has the FLOPs. In the last column the flat model gets the entropy model's FLOPs too. Space "
+        "patches need no entropy model.",
         "",
         *markdown_table(["size", "row bytes", "budget", "bytes a patch", "equal bytes", "equal FLOPs"], rows),
     ]

@@ -415,7 +415,7 @@ STUDIES = {
     for study in (
         Study(
             "baselines",
-            "Do patches pay? The BLT with entropy and with space patches, a BPE transformer and a flat byte transformer, "
+            "Do patches pay? The BLT with entropy and with space patches, a BPE and a flat byte transformer, "
             "each with and without n-gram hash tables, and PPMd after the same training text, for three budgets of "
             "text: at equal bytes, at equal training FLOPs with the entropy model's training and use counted, and at "
             "equal seconds.",

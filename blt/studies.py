@@ -880,10 +880,19 @@ def readme(study, status, seeds, commits, repeat, failures, has_picture):
         paragraphs.append(f"{len(failures)} runs failed: see table.md.")
     if has_picture:
         paragraphs.append("![The table as a picture](plot.png)")
-    # A command must stay in one piece to be copied.
-    is_code = [paragraph.startswith("    ") for paragraph in paragraphs]
-    wrapped = [p if code else textwrap.fill(p, 110) for p, code in zip(paragraphs, is_code)]
+    wrapped = [wrapped_command(p) if p.startswith("    ") else textwrap.fill(p, 110) for p in paragraphs]
     return "\n\n".join(wrapped) + "\n"
+
+
+def wrapped_command(line):
+    """An indented command in lines of 110 characters that a shell reads as one, when they are copied."""
+    lines = ["   "]
+    for word in map(shlex.quote, shlex.split(line)):
+        if len(lines[-1]) + len(word) > 106:
+            lines[-1] += " \\"
+            lines.append("       ")
+        lines[-1] += f" {word}"
+    return "\n".join(lines)
 
 
 def draw(path, study, groups):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,6 +61,7 @@ from blt.studies import (
     safe_name,
     study_table,
     values_in,
+    wrapped_command,
     write_record,
 )
 from blt_model import BLTConfig, BLTModel
@@ -530,6 +532,17 @@ def group_of(name, labels, **values):
     metrics = [{metric: of_seeds[seed - 1] for metric, of_seeds in values.items()} for seed in seeds]
     outcomes = [Outcome(run, seed, state="finished", metrics=of_seed) for seed, of_seed in zip(seeds, metrics)]
     return Group(run, outcomes)
+
+
+def test_a_long_command_is_lines_that_a_shell_reads_as_one():
+    words = ["python", "experiments.py", "map", "--only", *(f"row {2**n} budget {n}" for n in range(20))]
+    lines = wrapped_command("    " + shlex.join(words))
+    assert len(lines.splitlines()) > 3 and max(map(len, lines.splitlines())) <= 110
+    printed = subprocess.run(
+        ["bash", "-c", lines.replace("python", "printf '%s\\n'", 1)], capture_output=True, text=True
+    )
+    assert printed.stdout.splitlines() == words[1:]
+    assert wrapped_command("    python experiments.py map") == "    python experiments.py map"
 
 
 def test_a_curve_is_straight_over_the_logarithm():
