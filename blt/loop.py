@@ -128,6 +128,7 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     Raises ValueError when a loss, a gradient or a score is not finite (no such state is saved) or when the
     loss rises and stays up (see `LossWatch`); then bad_batch.json has the batch with which it began.
     """
+    config.choose_steps(train_rows)
     device = next(model.parameters()).device
     precision = choose_precision(config.precision, device)
     allow_tf32(device, precision)

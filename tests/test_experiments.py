@@ -590,6 +590,18 @@ def test_equal_bytes_are_the_same_text_once(studies_config, study):
     assert budgets == {multiple: {2_200_000 * multiple} for multiple in wanted}
 
 
+def test_tables_of_the_map_are_as_large_in_every_model(studies_config):
+    runs = {run.name: run for run in STUDIES["map"].runs(Bench(studies_config(), 1337))}
+    rows = LLMConfig(preset=["nano", "cpu"], device="cpu").hash_rows
+    for size in ("nano", "tiny", "small", "medium"):
+        blt = LLMConfig(preset=[size, "cpu"], device="cpu")
+        for patch in ("space", 4.5):
+            assert runs[f"blt {size} row 2048 budget 1 patch {patch}"].steps[-1].flags["hash_rows"] == rows
+        flat = runs[f"flat {size} row 2048 budget 1 bytes"].steps[-1].flags
+        dim = TemplateConfig(model="flat", preset=[size, "cpu"], device="cpu").dim
+        assert flat["hash_rows"] * dim == pytest.approx(rows * blt.encoder_dim, rel=1e-3)
+
+
 def test_the_map_buys_updates_for_the_entropy_model(studies_config):
     runs = {run.name: run for run in STUDIES["map"].runs(Bench(studies_config(), 1337))}
     place = "nano row 32768 budget 1"
@@ -801,6 +813,26 @@ def documents(tmp_path):
     lines = [json.dumps({"text": some_words(60, n).decode(), "source": "words"}) + "\n" for n in range(150)]
     path.write_text("".join(lines))
     return path
+
+
+@pytest.mark.parametrize(
+    "script, flags, record",
+    [
+        ("entropy_llm", "--d_model 32 --n_heads 2 --n_layers 1 --max_seq_len 16", "entropy_model.json"),
+        ("template_llm", "--model flat --dim 32 --n_layers 1", "checkpoints_flat/model.json"),
+        (
+            "llm",
+            "--patch_method space --global_dim 32 --global_layers 1 --encoder_dim 32 --decoder_dim 32 --hash_rows 64",
+            "checkpoints/model.json",
+        ),
+    ],
+)
+def test_the_record_of_a_run_of_epochs_has_its_updates(tmp_path, documents, script, flags, record):
+    shared = ["--dataset", documents, "--device", "cpu", "--epochs", 0.5, "--row_bytes", 128, "--batch_rows", 8]
+    printed = output_of(tmp_path, script, *flags.split(), *shared, "--max_bytes", 30000, "--val_bytes", 2000)
+    steps = RunRecord.load(tmp_path / record).settings["steps"]
+    # Half of the text, in rows of which some of the BLT's are padded.
+    assert 0.4 * 30000 < steps * 128 * 8 < 0.55 * 30000 and re.search(rf"step +{steps}/{steps} ", printed)
 
 
 def test_ppmd_has_read_the_training_text(tmp_path, documents):

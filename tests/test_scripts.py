@@ -255,6 +255,7 @@ def folder_of_mistakes(pipeline, tmp_path_factory):
         ("llm", "--patch_method static", "--target_patch_size"),
         ("llm", "--device abacus", "device is 'abacus'"),
         ("llm_large", "--global_dim 33 --preset cpu", "33"),
+        ("complete_entropy_workflow", "--epochs 1", "use --steps instead of --epochs"),
         ("entropy_llm", "--d_model 30 --n_heads 4", "d_model is 30"),
         ("entropy_llm", "--dataset empty.txt", "empty"),
         ("entropy_llm", "--dataset empty_folder", "empty_folder"),

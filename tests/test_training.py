@@ -186,6 +186,14 @@ def test_epochs_become_whole_updates():
     assert settings.steps == 7
 
 
+def test_a_run_of_epochs_ends_when_the_text_is_read(tmp_path):
+    """Of the library too: the updates that a config has beside `epochs` do not count."""
+    data = dataset()
+    train_blt(tiny_blt(), data, config(tmp_path, epochs=1.0))
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert last["step"] == len(data.train_rows) // 4 != 30
+
+
 def test_train_blt_stops_on_a_leak(tmp_path):
     class Leaking(BLTModel):
         def forward(self, ids, lengths):
