@@ -505,8 +505,8 @@ CHOICES = {
 }
 # One more setting of each model's own.
 OWN_CHOICES = {
-    "blt": ("target_patch_size", (6.0, 8.0)),
-    "flat": ("window", (128, 256)),
+    "space": ("window", (64, 256)),
+    "flat": ("window", (192, 512)),
     "bpe": ("vocab_size", (2048, 8192)),
 }
 # Two seeds differ by about as much. A smaller gain does not move a setting.
@@ -520,12 +520,14 @@ def sweep(bench):
     for model, (own, own_values) in OWN_CHOICES.items():
 
         def add(name, shown, model=model, **changes):
-            steps = bench.blt(**changes) if model == "blt" else bench.template(model, True, **changes)
+            if model == "space":
+                steps = bench.blt(patch_method="space", **changes)
+            else:
+                steps = bench.template(model, True, **changes)
             runs.append(Run(f"{model} {name}", {"model": WORDS[model], "change": shown}, steps, read_training))
 
         defaults = {name: getattr(config, name) for name in CHOICES}
-        is_blt = model == "blt"
-        defaults[own] = DEFAULT_PATCH_SIZE if is_blt else getattr(TemplateConfig(model=model, device="cpu"), own)
+        defaults[own] = getattr(config if model == "space" else TemplateConfig(model=model, device="cpu"), own)
         choices = {
             name: [round(defaults[name] * value, 6) if name.endswith("lr") else value for value in values]
             for name, values in (CHOICES | {own: own_values}).items()

@@ -644,16 +644,16 @@ def test_the_sweep_gives_all_models_the_same_trials(studies_config):
             trials.setdefault(model, []).append({n: flags.get(n) for n in experiment_studies.CHOICES})
         elif name != "together":
             assert run.steps[-1].flags[own] in experiment_studies.OWN_CHOICES[model][1]
-    assert trials["blt"] == trials["flat"] == trials["bpe"] and len(trials["blt"]) == 12
-    assert all(value is None for value in trials["blt"][0].values())
+    assert trials["space"] == trials["flat"] == trials["bpe"] and len(trials["space"]) == 12
+    assert all(value is None for value in trials["space"][0].values())
     assert len(list(experiment_studies.sweep(Bench(studies_config(), 1337)))) == 3 * 15
     # One setting differs from the defaults in each.
-    assert all(sum(value is not None for value in trial.values()) == 1 for trial in trials["blt"][1:])
+    assert all(sum(value is not None for value in trial.values()) == 1 for trial in trials["space"][1:])
 
 
 def test_the_last_trial_takes_only_what_helps_by_more_than_seeds_differ():
-    value = experiment_studies.best_of("blt", "lr", 0.01, [0.005, 0.02])
-    assert value.runs == ("blt defaults", "blt lr 0.005", "blt lr 0.02")
+    value = experiment_studies.best_of("space", "lr", 0.01, [0.005, 0.02])
+    assert value.runs == ("space defaults", "space lr 0.005", "space lr 0.02")
     default, worse = {"val_bpb": 1.8}, {"val_bpb": 1.9}
     assert value.of(default, {"val_bpb": 1.798}, worse) == 0.01
     assert value.of(default, {"val_bpb": 1.79}, worse) == 0.005
@@ -662,7 +662,7 @@ def test_the_last_trial_takes_only_what_helps_by_more_than_seeds_differ():
 
 def test_the_sweep_says_what_its_last_trial_has_taken(studies_config):
     runs = [run for run in experiment_studies.sweep(Bench(studies_config(), 1337)) if run.name.startswith("flat ")]
-    scores = {"flat defaults": 1.8, "flat lr 0.005": 1.75, "flat lr 0.02": 1.7, "flat window 128": 1.79}
+    scores = {"flat defaults": 1.8, "flat lr 0.005": 1.75, "flat lr 0.02": 1.7, "flat window 192": 1.79}
     metrics = {run.name: {"val_bpb": scores.get(run.name, 1.9)} for run in runs}
     outcomes = []
     for run in runs:
@@ -673,7 +673,7 @@ def test_the_sweep_says_what_its_last_trial_has_taken(studies_config):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         outcomes.append(Outcome(run, 1337, "finished", metrics[run.name], commands=[words]))
     summary = "\n".join(experiment_studies.summarize_sweep(groups_of(outcomes)))
-    assert "together: --lr 0.02 --window 128\n" in summary
+    assert "together: --lr 0.02 --window 192\n" in summary
     assert "| flat byte transformer | --lr 0.02 | -0.1000 (1) |" in summary
 
 
