@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import get_total_norm
 
+from blt.device import choose_precision
+
 # Muon makes one tensor of at most this many numbers out of matrices of one shape.
 MUON_STACK = 1 << 26
 
@@ -103,14 +105,12 @@ class GroupedMuon(torch.optim.Muon):
 
 
 def products_dtype(device):
-    """The dtype of `orthogonalize`: bf16, but fp16 on GPUs before Ampere, which only emulate bf16."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
-    return torch.bfloat16
+    """The dtype of `orthogonalize`: the fastest on this device, which for most CPUs is not bf16."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choose_precision("auto", device)]
 
 
 def orthogonalize(x_NRC, coefficients, steps, eps, dtype=None):
-    """Push all singular values of each matrix towards 1, by Newton-Schulz steps in bf16 (`products_dtype`).
+    """Push all singular values of each matrix towards 1, by Newton-Schulz steps in `products_dtype`.
 
     A step is x <- (a + b g + c g g) x with the Gram matrix g = x x' and (a, b, c) = coefficients. It
     keeps the singular vectors of x, and takes each singular value s to a s + b s ** 3 + c s ** 5.

@@ -82,7 +82,14 @@ def test_without_fp16_a_step_reads_no_number():
 def test_muon_uses_the_products_that_the_card_has(monkeypatch, capability, dtype):
     card(monkeypatch, capability)
     assert products_dtype(CUDA) == dtype
-    assert products_dtype(torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize("has_bf16, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_uses_the_products_that_the_cpu_has(monkeypatch, has_bf16, dtype):
+    """Where a CPU only emulates bf16, Muon in bf16 took two thirds of a training step."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert products_dtype(torch.device("cpu")) == dtype
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6])
