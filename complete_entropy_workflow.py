@@ -12,6 +12,7 @@ repeats each run and prints the spread. Interrupted, it goes on with the same co
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -42,6 +43,7 @@ class WorkflowConfig(TrainBLTConfig):
     output: str = "workflow"  # folder of everything written
 
     CHOICES = TrainBLTConfig.CHOICES | {"methods": causal_methods}
+    RUNS_TOGETHER: ClassVar = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,6 +15,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -44,6 +45,7 @@ from blt.patch_rules import (
     threshold_for_patch_size,
     warn_about_sizes,
 )
+from blt.processes import is_main, main_first
 from blt.tokens import bpe_starts, train_tokenizer
 from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_entropy_model
@@ -64,7 +66,7 @@ class CreatePatchesConfig(DataConfig):
     val_bytes: int = BY_PRESET  # use at most this many bytes of the validation documents
     # entropies
     entropy_model_path: str = "entropy_model.pth"  # the trained entropy model
-    streams: int = BY_PRESET  # positions of the text that are read side by side; more on a GPU
+    streams: int = BY_PRESET  # positions of the text that a process reads side by side; more on a GPU
     chunk_bytes: int = BY_PRESET  # bytes of each that are read at once
     check_cache: bool = False  # hash the cached entropies, to find damage that sizes and times do not show
     # patches
@@ -82,6 +84,7 @@ class CreatePatchesConfig(DataConfig):
     # A size changes nothing here; it is accepted so that one --preset serves all three scripts.
     PRESETS = Presets({size: {} for size in SIZE_NAMES}, MACHINES)
     CHOICES = {"method": lambda: list(RULES)}
+    RUNS_TOGETHER: ClassVar = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -153,7 +156,9 @@ def main(config):
     train_entropy = next_command("entropy_llm.py", config=config, output=config.entropy_model_path)
     # Before the corpus, whose reading may take long.
     model, record = load_entropy_model(config.entropy_model_path, device, train_entropy)
-    corpus = config.corpus()
+    # Its store may have to be built.
+    with main_first():
+        corpus = config.corpus()
     for line in corpus.notes(config.max_bytes, config.val_bytes):
         print(line)
     train = corpus.documents("train", config.max_bytes)
@@ -170,6 +175,9 @@ def main(config):
         config.chunk_bytes,
         full_check=config.check_cache,
     )
+    if not is_main():
+        # What is left takes seconds.
+        return
     entropies, document_starts = training_sample(cache)
     distribution = entropy_distribution(entropies)
     print_distribution(distribution, entropies, document_starts)

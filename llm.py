@@ -26,8 +26,9 @@ from blt.files import load_weights, model_hash
 from blt.ids import argument_bytes
 from blt.layers import zero_outputs
 from blt.loop import choose_dropout
-from blt.metric import evaluate
+from blt.metric import evaluate_together
 from blt.patch_rules import DEFAULT_PATCH_SIZE, RULES, PatchConfig, calibrate, refuse_lookahead
+from blt.processes import is_main
 from blt.records import RunRecord, read_record, record_beside
 from blt.runs import claim_output, finish_run, print_model, start_run
 from blt.training import PatchedDataset, TrainingConfig, entropy_command, patches_command, train_blt
@@ -193,7 +194,7 @@ def train(config, make_patches):
     result = train_blt(model, data, config, depends_on, begin)
     finish_run(model, record, result, context, output, output / "best.pt", output / "model.json")
 
-    if config.sample_bytes:
+    if config.sample_bytes and is_main():
         prompt = data.validation[0][:120].tobytes() if config.prompt is None else argument_bytes(config.prompt)
         text = generate(model, patcher, prompt, config.sample_bytes, temperature=0.7, seed=config.seed)
         print(f"continuation of {prompt.decode(errors='replace')!r}:\n{text.decode(errors='replace')!r}")
@@ -324,7 +325,7 @@ def origin_of(model, data, config, context, start):
     record_path = Path(config.output) / "model.json"
     if config.resume and record_path.exists():
         return RunRecord.load(record_path).init_from
-    before = evaluate(model, data.validation_batches, context.device, context.precision)
+    before = evaluate_together(model, data.validation_batches, context.device, context.precision)
     print(
         f"start: {config.init_from}, val {before['val_bpb']:.4f} bpb over {before['val_bytes']:,} bytes "
         "before the first step"

@@ -36,10 +36,11 @@ from blt.layers import Block, RMSNorm, cap_logits, default_heads, init_weights, 
 from blt.loop import RunConfig, choose_dropout, fit
 from blt.metric import leak_gate
 from blt.ngrams import HashEmbedding, check_tables
+from blt.processes import from_main
 from blt.records import RunRecord, load_model, read_record
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
 from blt.runs import claim_output, finish_run, print_model, start_run
-from blt.tokens import BPEVocabulary, load_tokenizer, save_tokenizer, train_tokenizer
+from blt.tokens import BPEVocabulary, load_tokenizer, save_tokenizer, tokenizer_of, train_tokenizer
 from llm import MACHINES, PAIRS, LLMConfig
 
 # (width, layers, window) of the model for each size of llm.py. They are chosen for equal cost. Millions of
@@ -326,8 +327,12 @@ def make_tokenizer(config, corpus):
     if config.max_bytes is not None:
         limit = min(limit, config.max_bytes)
     documents = (corpus.document(number) for number in corpus.documents("train", limit))
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = train_tokenizer(documents, config.vocab_size, Path(folder) / "tokenizer.json")
+
+    def train_new():
+        with tempfile.TemporaryDirectory() as folder:
+            return train_tokenizer(documents, config.vocab_size, Path(folder) / "tokenizer.json").to_str()
+
+    tokenizer = tokenizer_of(from_main(train_new))
     if tokenizer.get_vocab_size() < config.vocab_size:
         print(f"note: this text gives {tokenizer.get_vocab_size():,} tokens only, not {config.vocab_size:,}")
     return tokenizer

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from blt.files import write_atomically
+from blt.processes import is_main
 
 # The files by which a folder shows that a run has begun in it.
 RUN_FILES = ("best.pt", "last.pt", "previous.pt")
@@ -32,6 +33,7 @@ EARLIER_FILES = (*OLD_FILES, "model.json", "tokenizer.json", "entropy_model.pth"
 FREE_TO_CHANGE = {
     "preset", "quick_demo", "resume", "overwrite", "eval_every", "log_every", "checkpoint_minutes", "tensorboard",
     "epochs", "spike", "data_cache", "device", "compile", "recompute", "val_bytes", "output", "prompt", "sample_bytes",
+    "shard",
 }  # fmt: skip
 # Ways to name the text, the patches and the start. A run that says by their hashes what it
 # depends on may name them in another way: a folder moves, a path becomes absolute.
@@ -71,6 +73,8 @@ HASH_LINE_BYTES = len(HASH_LABEL) + 64 + 1
 def save_checkpoint(path, model, optimizers, scaler, config, state):
     """Write everything that `load_checkpoint` needs to go on as if never stopped; the old file becomes previous.pt.
 
+    The main process writes; the others are asked for their parts of a sharded model.
+
     state: a dict of plain values; it needs "step", and "depends_on" (see `load_checkpoint`).
     """
     path = Path(path)
@@ -85,6 +89,9 @@ def save_checkpoint(path, model, optimizers, scaler, config, state):
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+
+    if not is_main():
+        return
 
     def write(temporary):
         torch.save(checkpoint, temporary)

@@ -38,6 +38,7 @@ from blt.checks import check_packages
 from blt.commands import command
 from blt.device import MACHINE_NAMES, detect_machine
 from blt.files import DISK_IS_FULL, git_commit
+from blt.processes import is_main, joined, n_processes, name_of_program
 
 
 class ByPreset:
@@ -460,7 +461,8 @@ def run_script(main, config_class, description):
         try:
             config = parse_config(config_class, description)
             check_packages(*NEEDED)
-            main(config)
+            with joined(config):
+                main(config)
         finally:
             # Here and not when Python ends, so that a closed pipe is noticed below: after --help, too.
             sys.stdout.flush()
@@ -475,7 +477,7 @@ def run_script(main, config_class, description):
     except (ValueError, OSError) as error:  # FileNotFoundError, PermissionError and ConnectionError are OSErrors
         if os.environ.get("BLT_TRACEBACK"):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {_words_of(error)}", file=sys.stderr)
+        print(f"{name_of_program()}: error: {_words_of(error)}", file=sys.stderr)
         sys.exit(1)
     except ImportError as error:
         package = "" if error.name is None else error.name.split(".")[0]
@@ -483,10 +485,11 @@ def run_script(main, config_class, description):
         is_ours = package == "blt" or (Path(__file__).parent.parent / f"{package}.py").exists()
         if os.environ.get("BLT_TRACEBACK") or not package or is_ours:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}; run: pip install {package}", file=sys.stderr)
+        print(f"{name_of_program()}: error: {error}; run: pip install {package}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        if is_main():
+            print("\nstopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -537,7 +540,8 @@ def print_header(config, device, precision):
     """Print what runs where, and every setting: enough to repeat the run."""
     print(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"commit {git_commit()} | torch {torch.__version__} | {device} ({name}) | {precision}")
+    together = f" | {n_processes()} processes" if n_processes() > 1 else ""
+    print(f"commit {git_commit()} | torch {torch.__version__} | {device} ({name}) | {precision}{together}")
     machines = [preset for preset in getattr(config, "preset", []) if preset in MACHINE_NAMES]
     if machines:
         print(f"machine {machines[0]}: {MACHINE_NAMES[machines[0]]} | presets {' '.join(config.preset)}")

@@ -28,6 +28,7 @@ from blt.device import autocast, detect_machine
 from blt.files import DISK_IS_FULL, read_sealed, write_sealed
 from blt.ids import to_bytes
 from blt.patch_rules import PatchConfig, count_sizes, patch_starts
+from blt.processes import from_main, is_main, main_first, n_processes, process_number, sum_over_processes, wait_for_all
 from blt.progress import progress_bar
 from blt.rows import BitArray, DocumentStream
 
@@ -82,10 +83,22 @@ class Shares:
         begin = np.maximum(bounds[:-1] - receptive_field, 0)
         return cls(bounds[:-1], bounds[1:], begin, receptive_field)
 
+    def of_process(self):
+        """The rows of this process; none if there are more processes than rows."""
+        first, end, begin = (
+            np.array_split(values, n_processes())[process_number()] for values in (self.first, self.end, self.begin)
+        )
+        return Shares(first, end, begin, self.receptive_field)
+
+    @property
+    def positions(self):
+        """Positions that the rows answer for."""
+        return int((self.end - self.first).sum())
+
     @property
     def longest(self):
         """Positions that the longest row reads."""
-        return int((self.end - self.begin).max())
+        return int((self.end - self.begin).max(initial=0))
 
     def written(self, n_read):
         """For each row, the end of what is answered once every row has read n_read positions."""
@@ -104,6 +117,7 @@ def stream_entropies(
     visit=None,
     done=0,
     after_chunk=None,
+    shares=None,
 ):
     """Entropies of every position of a `DocumentStream` but its last boundary: N + 1 numbers a document, in its order.
 
@@ -118,6 +132,7 @@ def stream_entropies(
     done: positions of each row that an earlier call has read, a multiple of chunk_bytes or all;
     their entropies are in `out` already. The rest comes out bit for bit as in one call.
     after_chunk: called with the positions of each row that are read, after each chunk.
+    shares: the `Shares` to read, perhaps not all of them; None: n_streams equal ones.
     Returns out.
     """
     device = next(model.parameters()).device
@@ -126,7 +141,7 @@ def stream_entropies(
     default_streams, default_chunk = default_reading(device)
     n_streams = default_streams if n_streams is None else n_streams
     chunk_bytes = default_chunk if chunk_bytes is None else chunk_bytes
-    shares = Shares.of(model.config, total, n_streams)
+    shares = Shares.of(model.config, total, n_streams) if shares is None else shares
     longest = shares.longest
     # After a stop the model has to see one receptive field again. It sees it in the same chunks as
     # before, because other shapes would round differently.
@@ -416,8 +431,9 @@ def make_entropies(
     n_streams, chunk_bytes: as for `stream_entropies`.
     full_check: hash a cache that is there, instead of trusting sizes and times.
     Returns an `EntropyCache`. A pass that was stopped goes on where its last save was, with the same
-    result bit for bit. A cache that is damaged, outdated or too small is computed again. A second
-    process that wants the same cache waits for the first.
+    result bit for bit. A cache that is damaged, outdated or too small is computed again. Another
+    program that wants the same cache waits for the first. Processes that torchrun has started share the work;
+    each reads n_streams of its own.
     Raises OSError if there is no room for it on the disk, ValueError if an entropy is not finite.
     """
     folder = cache_folder(cache_dir, corpus, model_record)
@@ -427,12 +443,13 @@ def make_entropies(
 
     # Without the lock, so that a folder that is only readable will do.
     cache, _ = existing()
-    if cache is None:
+    # What the main process finds goes for all.
+    if from_main(lambda: cache is None):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock_of(folder):
-            # Another process may have made it meanwhile.
+        with lock_of(folder) if is_main() else contextlib.nullcontext():
+            # Another program may have made it meanwhile.
             cache, why_not = existing()
-            if cache is None:
+            if from_main(lambda: cache is None):
                 if why_not is not None:
                     print(f"entropies: {why_not}; computing them again")
                 reading = default_reading(next(model.parameters()).device)
@@ -440,6 +457,8 @@ def make_entropies(
                 chunk_bytes = reading[1] if chunk_bytes is None else chunk_bytes
                 compute_cache(folder, corpus, model, model_record, train, validation, precision, n_streams, chunk_bytes)
                 return EntropyCache(folder, corpus, model_record)
+            if cache is None:
+                cache, _ = existing()
     print(f"entropies: {folder} is there already ({len(cache.entropies):,} numbers)")
     if full_check:
         print(f"entropies: checked, {', '.join(CACHE_FILES)} have the hashes of manifest.json")
@@ -463,7 +482,7 @@ def existing_cache(folder, corpus, model_record, train, validation, precision, f
 
 @contextlib.contextmanager
 def lock_of(folder):
-    """Let only one process make this cache. The system lifts the lock of a process that ends, however it ends."""
+    """Let only one program make this cache. The system lifts the lock of a process that ends, however it ends."""
     # Here, so that --help does without the package; `run_script` names it where it is missing.
     from filelock import FileLock, Timeout
 
@@ -480,10 +499,13 @@ def lock_of(folder):
 
 
 def compute_cache(folder, corpus, model, model_record, train, validation, precision, n_streams, chunk_bytes):
-    """Compute a cache aside, in a partial folder that a later call can go on with, and rename it to `folder`."""
+    """Compute a cache aside, in a partial folder that a later call can go on with, and rename it to `folder`.
+
+    n_streams: of each process.
+    """
     stream = DocumentStream.of_corpus(corpus, np.concatenate((train, validation)))
     total = len(stream) - 1
-    shares = Shares.of(model.config, total, n_streams)
+    shares = Shares.of(model.config, total, n_streams * n_processes()).of_process()
     # All that the numbers depend on, to the last bit: another value of any gets another folder.
     inputs = {
         "corpus_sha256": corpus.hash,
@@ -492,6 +514,7 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
         "validation_sha256": hashlib.sha256(validation.tobytes()).hexdigest(),
         "precision": precision,
         "n_streams": n_streams,
+        "n_processes": n_processes(),
         "chunk_bytes": chunk_bytes,
         "device": next(model.parameters()).device.type,
         "torch": torch.__version__,
@@ -499,30 +522,34 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
     unfinished = UnfinishedPass(folder.with_name(f"{folder.name}-{key}.partial"), inputs, total, shares)
     partial = unfinished.folder
-    # The lock is held, so a partial folder that is there belongs to a process that has ended.
-    if not unfinished.read():
+    # The lock is held, so a partial folder that is there belongs to a program that has ended.
+    (is_missing,) = sum_over_processes(not unfinished.read())
+    if is_missing:
         unfinished.begin(train, validation)
-    before = unfinished.count()
+    (before,) = sum_over_processes(unfinished.count())
     if before:
         print(f"entropies: going on with {partial}, {before:,} of {total:,} numbers are there")
     began = time.perf_counter()
+    # The bar shows the main process's share. Whether to show it is tqdm's choice, but for the others.
+    bar = dict(total=shares.positions, initial=unfinished.count(), disable=None if is_main() else True)
     try:
-        with sigterm_raises(), progress_bar(total, "entropies", initial=before) as progress:
+        with sigterm_raises(), progress_bar(what="entropies", **bar) as progress:
             stream_entropies(
                 model,
                 stream,
-                n_streams,
-                chunk_bytes,
-                precision,
-                progress,
+                chunk_bytes=chunk_bytes,
+                precision=precision,
+                progress=progress,
                 out=unfinished.entropies,
                 done=unfinished.n_read,
                 after_chunk=unfinished.after_chunk,
+                shares=shares,
             )
     except (KeyboardInterrupt, SystemExit):
         unfinished.save()
         print(
-            f"entropies: stopped, {unfinished.count():,} of {total:,} are in {partial}; run the same command to go on"
+            f"entropies: stopped, {unfinished.count():,} of {shares.positions:,} are in {partial}; "
+            "run the same command to go on"
         )
         raise
     except OSError as error:
@@ -530,7 +557,17 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
             raise
         raise OSError(f"the disk of {partial} is full; free some space and run the same command: it goes on") from None
     unfinished.save()
+    wait_for_all()
     seconds = time.perf_counter() - began
+    with main_first():
+        if is_main():
+            finish_cache(folder, partial, corpus, model_record, train, validation, precision, total)
+    speed = (total - before) / seconds / 1e3
+    print(f"entropies: {total:,} numbers in {seconds:.1f} s ({speed:.0f} kB/s) -> {folder}")
+
+
+def finish_cache(folder, partial, corpus, model_record, train, validation, precision, total):
+    """Write the manifest of a pass that is complete, and rename its folder to that of the cache."""
     manifest = {
         "format": FORMAT,
         "corpus_sha256": corpus.hash,
@@ -552,13 +589,12 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
         shutil.rmtree(folder)
     partial.rename(folder)
     # Only now: killed before the rename, the next process finds that nothing is left to compute.
-    (folder / PROGRESS).unlink()
+    for path in folder.glob(PROGRESS.format("*")):
+        path.unlink()
     # Passes with other settings that were stopped: nothing will go on with them. The lock says that
     # no process is at work on them.
     for leftover in folder.parent.glob(f"{folder.name}-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
-    speed = (total - before) / seconds / 1e3
-    print(f"entropies: {total:,} numbers in {seconds:.1f} s ({speed:.0f} kB/s) -> {folder}")
 
 
 def file_facts(path):
@@ -567,18 +603,23 @@ def file_facts(path):
     return {"bytes": found.st_size, "sha256": sha256_of_file(path), "mtime_ns": found.st_mtime_ns}
 
 
-PROGRESS = "progress.json"
+# How far each process is, by its number.
+PROGRESS = "progress-{}.json"
 
 
 class UnfinishedPass:
     """A cache that is being computed in a folder of its own, and how far it is.
 
+    Processes that share the work have one folder and map one file; each notes how far its own rows are.
+
+    shares: the `Shares` of this process.
     entropies: float16 memory map [total], to write to.
-    n_read: positions of each row (`Shares`) whose entropies are saved.
+    n_read: positions of each row whose entropies are saved.
     """
 
     def __init__(self, folder, inputs, total, shares):
         self.folder = folder
+        self.progress_path = folder / PROGRESS.format(process_number())
         self.inputs = inputs
         self.total = total
         self.shares = shares
@@ -598,6 +639,15 @@ class UnfinishedPass:
 
     def begin(self, train, validation):
         """Start from nothing. Raises OSError, and leaves nothing, if the disk has no room."""
+        with main_first():
+            if is_main():
+                self._make_files(train, validation)
+        self.n_done = 0
+        self.saved = (0, [0] * len(self.shares.first))
+        self._map()
+        self.save()
+
+    def _make_files(self, train, validation):
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             # The small files first, so that all that a later step may lack room for is tried here.
@@ -605,8 +655,6 @@ class UnfinishedPass:
             np.save(self.folder / "train.npy", train)
             np.save(self.folder / "validation.npy", validation)
             reserve(self.folder / "entropies.f16", 2 * self.total)
-            self._map()
-            self.save()
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)
             # NumPy's own error has no number.
@@ -622,7 +670,7 @@ class UnfinishedPass:
         if not self.folder.exists():
             return False
         try:
-            state = read_manifest(self.folder / PROGRESS)
+            state = read_manifest(self.progress_path)
             self._check(state)
         except CacheError as error:
             print(f"entropies: starting again, because {error}")
@@ -650,7 +698,7 @@ class UnfinishedPass:
         written = self.shares.written(state["n_read"])
         for first, end, checksum in zip(self.shares.first, written, state["checksums"]):
             if zlib.crc32(entropies[first:end]) != checksum:
-                raise CacheError(f"{path} is damaged: another checksum than in {PROGRESS}")
+                raise CacheError(f"{path} is damaged: another checksum than in {self.progress_path.name}")
         self.n_done = state["n_read"]
         self.saved = (state["n_read"], state["checksums"])
 
@@ -682,7 +730,7 @@ class UnfinishedPass:
             checksums.append(zlib.crc32(new, checksum))
         self.saved = (self.n_done, checksums)
         state = {"format": FORMAT, "inputs": self.inputs, "n_read": self.n_done, "checksums": checksums}
-        write_sealed(self.folder / PROGRESS, state)
+        write_sealed(self.progress_path, state)
         self.saved_at = time.perf_counter()
 
 

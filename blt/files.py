@@ -174,8 +174,13 @@ def read_sealed(path, version, error=ValueError):
 
 
 def save_weights(path, model):
-    """Write a model's state dict, atomically. It holds CPU tensors only, so any machine can load it."""
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    """Write a model's state dict, atomically."""
+    write_state(path, model.state_dict())
+
+
+def write_state(path, state):
+    """Write a state dict, atomically. The file holds CPU tensors only, so any machine can load it."""
+    state = {name: value.detach().cpu() for name, value in state.items()}
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 

@@ -2,6 +2,7 @@
 
     blt_flops(config, bytes_per_patch, row_bytes)    forward FLOPs per byte of a BLT
     transformer_flops(dim, n_layers, ...)            of the entropy model or a flat byte transformer
+    training_memory(...), update_traffic(...)        what several processes hold and tell each other
     peak_flops(device, precision)                    FLOP/s by data sheet, or else measured
 
 Only `measured_peak` computes on a device; the rest is arithmetic. bench.py divides the two: MFU, the
@@ -90,8 +91,8 @@ def blt_flops(config, bytes_per_patch, row_bytes):
     - A window costs the mean of min(t + 1, window) positions; the paper takes (window + 1) / 2.
     - The scores of the cross-attentions count in full; the paper halves them, though none of their
       queries has a key that it may not see.
-    - The projections between the widths and the one of the first query count; the paper leaves them
-    out. - The head has 257 classes.
+    - The projections between the widths and the one of the first query count; the paper leaves them out.
+    - The head has 257 classes.
     """
     D = config.encoder_dim
     D_decoder = config.decoder_dim
@@ -174,6 +175,31 @@ def flat_shape_of_equal_flops(flops_per_byte, row_bytes, window, n_classes=257):
     if relative_error(nearest_usual) <= 0.05:
         return nearest_usual
     return min(shapes, key=relative_error)
+
+
+# Several processes (docs/scale.md)
+
+
+def training_memory(matrices, tables, n_shards=1):
+    """Bytes that a process holds of a model in training, activations apart: weights, gradients, optimizer states.
+
+    matrices: numbers in them: 4 bytes each for the weight, its gradient and Muon's momentum. tables: numbers in hash
+    tables, which have no momentum. Embeddings and norms are few and count as matrices.
+    n_shards: processes that share the model out (`sharding`); 1: each holds the whole.
+    """
+    return (12 * matrices + 8 * tables) / n_shards
+
+
+def update_traffic(matrices, tables, n, is_sharded=False, passes=1):
+    """Bytes that one of n processes sends in an update; it receives as many. Numbers are fp32.
+
+    Whole models: an all-reduce of all gradients, and a gather of Muon's updates in bf16. Sharded ones: in each pass
+    two gathers of all weights and a reduce-scatter of all gradients; in each update a gather of what Muon makes
+    orthogonal, and one of its updates.
+    """
+    weights = 4 * (matrices + tables)
+    sent = passes * 3 * weights + 4 * matrices if is_sharded else 2 * weights
+    return (sent + 2 * matrices) * (n - 1) / n
 
 
 # Dense peaks in FLOP/s by the vendor's data sheet: tensor cores without sparsity; on GeForce cards

@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from blt.kernels import GatedLinear, SquaredLinear, apply_function, rms_norm
+from blt.sharding import local
 
 
 def feed_forward_width(dim):
@@ -210,7 +211,7 @@ def without_zeros(model):
     For whoever tests a model by what it computes: as long as each layer is the identity (`zero_outputs`), no logit
     depends on another position, whatever the layers do.
     """
-    zeros = [p for p in model.parameters() if p.dim() > 1 and not p.any()]
+    zeros = [local(p) for p in model.parameters() if p.dim() > 1 and not local(p).any()]
     with torch.no_grad():
         for number, p in enumerate(zeros):
             # A generator of its own: dropout and later draws must not depend on the test.

@@ -32,13 +32,28 @@ from blt.checkpoints import (
 from blt.checks import check, check_packages, check_positive
 from blt.corpus import DataConfig
 from blt.device import allow_tf32, autocast, choose_precision, restore_matmul_precision, synchronize
-from blt.files import load_weights, model_hash, save_weights, state_hash, write_atomically
+from blt.files import load_weights, state_hash, write_atomically, write_state
 from blt.layers import SelfAttention, without_zeros
 from blt.locks import claim_unless_claimed
 from blt.loss_watch import Fault, LossWatch
-from blt.metric import evaluate, target_losses
+from blt.metric import evaluate_together, target_losses
 from blt.optimizers import backward, clip_gradients, learning_rate_scale, make_optimizers, step_optimizers
+from blt.processes import (
+    average_sparse_gradients,
+    from_main,
+    gather,
+    is_main,
+    main_first,
+    n_processes,
+    parallel,
+    process_number,
+    seed_step,
+    sum_over_processes,
+    unsynchronized,
+    wait_for_all,
+)
 from blt.progress import progress_bar
+from blt.sharding import local, sharded
 
 # A training text that is read more often than this gets these rates, unless others are given.
 FEW_EPOCHS = 1.5
@@ -51,8 +66,9 @@ class RunConfig(DataConfig):
 
     # rows and steps
     row_bytes: int = 4096  # ids in a row: what a model sees at once in training and evaluation
-    batch_rows: int = 8  # rows in one forward and backward pass
+    batch_rows: int = 8  # rows in one forward and backward pass; several processes share them
     accumulate: int = 1  # passes whose gradients are summed into one update
+    shard: bool = False  # with torchrun: share out the weights too, for a model that does not fit a card
     steps: int = 5000  # updates
     epochs: float | None = None  # read the training text this many times, instead of making a number of updates
     # optimization
@@ -79,6 +95,7 @@ class RunConfig(DataConfig):
     tensorboard: bool = False  # also write TensorBoard scalars (pip install tensorboard)
 
     EITHER: ClassVar = (("steps", "epochs"),)
+    RUNS_TOGETHER: ClassVar = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,10 +142,13 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     Writes to out_dir: last.pt and previous.pt (everything to go on from), best.pt (weights of the
     best evaluation), metrics.jsonl. Stopped and resumed gives the weights of a run straight
     through: a batch depends on its number only. Ctrl-C and SIGTERM save the last finished step first.
+    Several processes (`blt.processes`) share the rows of every update: the losses are those of one process, but for
+    rounding, and a run may be resumed by another number of them.
     Raises ValueError when a loss, a gradient or a score is not finite (no such state is saved) or when the
     loss rises and stays up (see `LossWatch`); then bad_batch.json has the batch with which it began.
     """
     config.choose_steps(train_rows)
+    check_processes(config)
     device = next(model.parameters()).device
     precision = choose_precision(config.precision, device)
     allow_tf32(device, precision)
@@ -137,15 +157,16 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     if config.tensorboard:
         check_packages("tensorboard")
     is_resumed = config.resume and has_checkpoint(out_dir)
+    trained = sharded(model) if config.shard else model
     # Every parameter is in exactly one optimizer: matrices in Muon, hash tables in row-wise Adam, the
     # rest in AdamW.
-    optimizers = make_optimizers(model, config)
+    optimizers = make_optimizers(trained, config)
     # fp16 gradients underflow, so their loss is scaled; for other precisions the scaler does
     # nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if depends_on is None:
         depends_on = first_row_of(train_rows, config.seed)
-    kept = Kept(out_dir, model, optimizers, scaler, config, depends_on, validation_batches, precision)
+    kept = Kept(out_dir, trained, optimizers, scaler, config, depends_on, validation_batches, precision)
     if is_resumed:
         kept.load()
     elif config.resume:
@@ -154,9 +175,13 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     if start == config.steps and not kept.lacks_evaluation():
         # The step is the last one and was scored.
         print(f"nothing was left to do: {out_dir / 'last.pt'} is at step {start} of {config.steps}")
+        model.to(device)
         return kept.result()
-    model.train()
-    step_model = compile_model(model, config, train_rows, device, precision)
+    trained.train()
+    step_model = compile_model(trained, config, train_rows, device, precision)
+    if n_processes() > 1 and not config.shard:
+        # In this order, because a compiled DistributedDataParallel cannot have FlexAttention in it.
+        step_model = parallel(step_model)
     watch = LossWatch(config.spike, kept.state["lowest_loss"], scaler.is_enabled())
 
     with (
@@ -170,26 +195,34 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
             learning_rate = set_learning_rates(optimizers, learning_rate_scale(step, config))
             # The loss is a mean over all scored targets of the update, so passes with more padding
             # weigh less, and accumulating gradients gives the same update as one large batch.
-            targets = sum(batch.targets for batch in batches)
+            targets, n_bytes = sum_over_processes(
+                sum(batch.targets for batch in batches), sum(batch.bytes for batch in batches)
+            )
+            seed_step(config.seed, step)
             loss_nats = torch.zeros((), device=device)
             row_nats = []
-            for batch in batches:
-                with autocast(device, precision):
-                    # The forward pass.
-                    nats_BT, _ = target_losses(step_model, batch.to(device))
-                    loss = nats_BT.sum() / targets
-                backward(model, loss, scaler)
+            for number, batch in enumerate(batches):
+                with unsynchronized(step_model, is_last=number == len(batches) - 1):
+                    with autocast(device, precision):
+                        # The forward pass.
+                        nats_BT, _ = target_losses(step_model, batch.to(device))
+                        loss = nats_BT.sum() / targets
+                    # The update wants the sum of the processes' gradients, and gets their mean.
+                    backward(trained, loss * n_processes(), scaler)
                 loss_nats += loss.detach()
                 row_nats.append(nats_BT.detach().mean(1))
-            gradient_norm = clip_gradients(model, optimizers, scaler, config.clip)
+            average_sparse_gradients(trained)
+            gradient_norm = clip_gradients(trained, optimizers, scaler, config.clip)
             step_optimizers(optimizers, scaler, gradient_norm)
 
             # What follows is the record of the step: log lines, evaluations, checkpoints. Only here
             # does the CPU wait for the device.
             done = step + 1
             evaluate_now = done % config.eval_every == 0 or done == config.steps
-            save_now = stop.signal is not None or kept.is_due()
-            progress.count(batches)
+            is_stopping, is_due = sum_over_processes(stop.signal is not None, kept.is_due())
+            save_now = is_stopping or is_due
+            progress.count(n_bytes)
+            loss_nats, row_nats = losses_of_update(loss_nats, row_nats)
             watch.add(done, loss_nats, gradient_norm, row_nats)
             if done % config.log_every == 0 or evaluate_now or save_now or watch.is_full():
                 kept.check_losses(watch, train_rows)
@@ -200,9 +233,16 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
             elif save_now:
                 with progress.paused():
                     kept.save(done, progress)
-            if stop.signal is not None:
+            if is_stopping:
                 stop.leave(out_dir / "last.pt", done)
-    return kept.result()
+        # best.pt is there for all.
+        wait_for_all()
+    result = kept.result()
+    if config.shard:
+        # The sharded copy gives way to the model itself, which waited on the CPU.
+        del kept, trained, step_model, optimizers
+        model.to(device)
+    return result
 
 
 def choose_dropout(config, stream):
@@ -224,6 +264,10 @@ def choose_dropout(config, stream):
 @contextmanager
 def begun_run(out_dir, config, is_resumed, result_files, begin):
     """Hold the output folder of a run that is known to be allowed, and make it ready: the arguments are `fit`'s."""
+    if not is_main():
+        wait_for_all()
+        yield
+        return
     # Not before: a run that cannot begin changes no file.
     out_dir.mkdir(parents=True, exist_ok=True)
     with claim_unless_claimed(out_dir):
@@ -234,6 +278,7 @@ def begun_run(out_dir, config, is_resumed, result_files, begin):
             remove_old_run(out_dir)
         if begin is not None:
             begin()
+        wait_for_all()
         yield
 
 
@@ -274,7 +319,9 @@ class Kept:
         text = self.state["validation_sha256"]
         last_pt = self.out_dir / "last.pt"
         arguments = (self.model, self.optimizers, self.scaler, self.config, self.depends_on)
-        self.state = load_checkpoint(last_pt, *arguments)
+        # It renames a damaged file.
+        with main_first():
+            self.state = load_checkpoint(last_pt, *arguments)
         self.saved_steps = (self.state["step"], 0)
         is_other_text = self.state["validation_sha256"] != text
         self.state["validation_sha256"] = text
@@ -301,7 +348,8 @@ class Kept:
             self.state["evaluated"] = min(self.state["evaluated"], self.state["step"] - 1)
 
     def _score(self):
-        return evaluate(self.model, self.validation_batches, next(self.model.parameters()).device, self.precision)
+        device = next(self.model.parameters()).device
+        return evaluate_together(self.model, self.validation_batches, device, self.precision)
 
     def lacks_evaluation(self):
         """Whether the checkpoint is of a step whose evaluation was cut off, or has no best weights at the end."""
@@ -320,8 +368,9 @@ class Kept:
             watch.check()
         except Fault as fault:
             path = self.out_dir / BAD_BATCH
-            batches = batches_of_step(train_rows, self.config, fault.step - 1)
-            watch.report(path, fault, batches, train_rows.stream.vocabulary)
+            if is_main():
+                batches = batches_of_step(train_rows, self.config, fault.step - 1, of_all_processes=True)
+                watch.report(path, fault, batches, train_rows.stream.vocabulary)
             self._stop(f"{fault} (its batch is in {path})", fault.step)
         self.state["lowest_loss"] = watch.lowest
 
@@ -333,9 +382,10 @@ class Kept:
         last_pt = self.out_dir / "last.pt"
         previous_pt = self.out_dir / "previous.pt"
         saved, saved_before = self.saved_steps
-        if saved >= step and 0 < saved_before < step and previous_pt.exists():
+        if saved >= step and 0 < saved_before < step and from_main(previous_pt.exists):
             # Saved in a spike, before it was known to be one: a resumed run takes the one before it.
-            os.replace(last_pt, self.out_dir / "last.pt.damaged")
+            if is_main():
+                os.replace(last_pt, self.out_dir / "last.pt.damaged")
             last_pt, saved = previous_pt, saved_before
         ways = "lower --lr and --adam_lr, or --clip, or use --precision fp32"
         if 0 < saved < step and last_pt.exists():
@@ -356,14 +406,17 @@ class Kept:
                 if not math.isfinite(result[name]):
                     self._refuse(f"the validation score {name}", result[name], done)
             progress.log_evaluation(done, result)
-            if not (self.out_dir / "last.pt").exists():
+            if not from_main((self.out_dir / "last.pt").exists):
                 # best.pt never exists without a checkpoint, so that a killed run can always be resumed.
                 self.save(done, progress)
             best = self.state["best"]
             if best is None or result["val_bpb"] < best["val_bpb"]:
                 self._check_weights(done)
-                save_weights(self.out_dir / "best.pt", self.model)
-                self.state.update(best=result, best_sha256=model_hash(self.model))
+                # All processes make it, and the main one needs it.
+                weights = self.model.state_dict()
+                if is_main():
+                    write_state(self.out_dir / "best.pt", weights)
+                self.state.update(best=result, best_sha256=state_hash(weights) if is_main() else None)
             self.state.update(last=result, evaluated=done)
             # After the evaluation, so that a resumed run knows the best one.
             self.save(done, progress)
@@ -381,8 +434,9 @@ class Kept:
     def _check_weights(self, done):
         """Raise ValueError for weights that are infinite or not a number."""
         # The loss is of the weights before the update, so a finite loss says nothing about these.
-        finite = [torch.isfinite(value).all() for value in self.model.state_dict().values()]
-        if not torch.stack(finite).all().item():
+        finite = [torch.isfinite(local(p)).all() for p in self.model.parameters()]
+        (is_bad,) = sum_over_processes(not torch.stack(finite).all().item())
+        if is_bad:
             self._refuse("a weight", "infinite or not a number", done)
 
     def result(self):
@@ -459,12 +513,15 @@ class StopSignals:
 
     def leave(self, path, done):
         """End the process as the signal asks, and say how to go on."""
-        print(
-            f"\nstopped after step {done}, saved in {path}; go on with the same command and --resume", file=sys.stderr
-        )
+        if is_main():
+            print(
+                f"\nstopped after step {done}, saved in {path}; go on with the same command and --resume",
+                file=sys.stderr,
+            )
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        sys.exit(128 + self.signal)
+        # Another process may have got the signal.
+        sys.exit(128 + (signal.SIGTERM if self.signal is None else self.signal))
 
 
 def batches_of_steps(train_rows, config, start, device):
@@ -484,14 +541,50 @@ def batches_of_steps(train_rows, config, start, device):
             yield step, batches
 
 
-def batches_of_step(train_rows, config, step):
-    """The batches of an update's passes. step: its number, counted from 0."""
+def check_processes(config):
+    """Raise ValueError if a run cannot be that of as many processes as there are."""
+    share_of_update(config)
+    if config.shard and n_processes() == 1:
+        raise ValueError("shard shares a model out among processes: start the script with torchrun, or leave it out")
+
+
+def share_of_update(config):
+    """(passes, rows in each) of one process in an update: its share of the accumulate x batch_rows rows.
+
+    An update has as many rows whatever the number of processes, so its numbers are the same. Alone, a process has
+    accumulate passes of batch_rows rows. Example: 2 passes of 8 rows are 1 pass of 8 for each of two processes, and
+    1 pass of 4 for each of four.
+    Raises ValueError if the rows cannot be shared equally.
+    """
+    all_rows = config.accumulate * config.batch_rows
+    rows, left = divmod(all_rows, n_processes())
+    if left:
+        raise ValueError(
+            f"{n_processes()} processes cannot share the {all_rows} rows of an update equally; "
+            "let --accumulate times --batch_rows be a multiple of their number"
+        )
+    passes = math.ceil(rows / config.batch_rows)
+    # Passes of equal size, none larger than batch_rows.
+    while rows % passes:
+        passes += 1
+    return passes, rows // passes
+
+
+def batches_of_step(train_rows, config, step, of_all_processes=False):
+    """The batches of this process's passes in an update, or of all processes'. step: its number, counted from 0."""
+    passes, rows = share_of_update(config)
     # A batch is a pure function of its number and the seed: a resumed run reads the same rows.
-    first = step * config.accumulate
-    return [
-        train_rows.shuffled_batch(position, config.batch_rows, config.seed)
-        for position in range(first, first + config.accumulate)
-    ]
+    first = (step * n_processes() + process_number()) * passes
+    if of_all_processes:
+        first = step * n_processes() * passes
+        passes *= n_processes()
+    return [train_rows.shuffled_batch(number, rows, config.seed) for number in range(first, first + passes)]
+
+
+def losses_of_update(loss_nats, row_nats):
+    """(loss of the update, [mean nats of each of its rows]) of all processes, from a process's own."""
+    of_all = gather(torch.cat([loss_nats[None], *row_nats]))
+    return of_all[:, 0].sum(), [of_all[:, 1:].flatten()]
 
 
 def set_learning_rates(optimizers, scale):
@@ -525,7 +618,8 @@ def compile_model(model, config, train_rows, device, precision):
     # All batches of a run have one shape. Without dynamic=False, a second model of the process whose
     # rows have another number of patches is compiled for any number, and FlexAttention does not lower.
     compiled = torch.compile(model, dynamic=False)
-    batch = train_rows.shuffled_batch(0, config.batch_rows, config.seed).to(device)
+    _, rows = share_of_update(config)
+    batch = train_rows.shuffled_batch(process_number(), rows, config.seed).to(device)
     has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
     begin = time.perf_counter()
     # As in the leak gate: layers that are still the identity would agree whatever they compute.
@@ -592,11 +686,14 @@ class Progress:
         self.seconds = state["seconds"]
         self.running_since = time.perf_counter()  # None in a pause
         self.last_log = {"seconds": self.seconds, "bytes": self.trained_bytes, "step": start}
-        self.bar = progress_bar(config.steps, initial=start, unit="step", unit_scale=False, dynamic_ncols=True)
+        # Whether to show it is tqdm's choice, but for other processes than the main one.
+        hidden = None if is_main() else True
+        options = dict(unit="step", unit_scale=False, dynamic_ncols=True, disable=hidden)
+        self.bar = progress_bar(config.steps, initial=start, **options)
 
-    def count(self, batches):
+    def count(self, n_bytes):
         """Count the bytes of an update."""
-        self.trained_bytes += sum(batch.bytes for batch in batches)
+        self.trained_bytes += n_bytes
         self.bar.update(1)
 
     def seconds_so_far(self):
@@ -653,9 +750,16 @@ class Progress:
 
 
 class Metrics:
-    """metrics.jsonl, one object a line, and TensorBoard scalars if asked. A resumed run drops lines after its start."""
+    """metrics.jsonl, one object a line, and TensorBoard scalars if asked; of the main process only.
+
+    A resumed run drops lines after its start.
+    """
 
     def __init__(self, out_dir, tensorboard=False, start=0, evaluated=0):
+        self.file = None
+        self.board = None
+        if not is_main():
+            return
         path = Path(out_dir) / "metrics.jsonl"
         # A run that died after its last checkpoint has logged steps that the resumed run does again.
         # The evaluation of its last step may be missing in the checkpoint, and is then done again too.
@@ -664,13 +768,14 @@ class Metrics:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
         write_atomically(path, lambda temporary: Path(temporary).write_text(text))
         self.file = open(path, "a", buffering=1)
-        self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out_dir)
 
     def write(self, step, **values):
+        if self.file is None:
+            return
         self.file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         if self.board:
             for name, value in values.items():
@@ -678,7 +783,8 @@ class Metrics:
                     self.board.add_scalar(name, value, step)
 
     def close(self):
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.board:
             self.board.close()
 

@@ -19,6 +19,7 @@ from blt.device import autocast
 from blt.ids import BYTES
 from blt.layers import without_zeros
 from blt.patch_rules import refuse_lookahead
+from blt.processes import n_processes, process_number, sum_over_processes
 from blt.rows import evaluation_batches
 
 # The target that cross_entropy leaves out.
@@ -93,6 +94,16 @@ def rates(totals):
 def evaluate(model, batches, device, precision="fp32"):
     """Score validation rows, a list of `RowBatch`: a dict as from `rates`."""
     return rates(add_up(score_batches(model, batches, device, precision)))
+
+
+def evaluate_together(model, batches, device, precision="fp32"):
+    """`evaluate`, with the batches shared out among the processes: all must call it."""
+    own = batches[process_number() :: n_processes()]
+    totals = add_up(score_batches(model, own, device, precision))
+    # Every process runs as often, because a sharded model gathers its weights from all of them.
+    missing = math.ceil(len(batches) / n_processes()) - len(own)
+    add_up(score_batches(model, batches[:missing], device, precision))
+    return rates(dict(zip(totals, sum_over_processes(*totals.values()))))
 
 
 def bits_per_byte(model, patcher, documents, row_bytes=4096, batch_rows=8, precision="fp32"):

@@ -12,9 +12,12 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
 from blt.device import choose_precision
+from blt.processes import gather, n_processes, process_number
+from blt.sharding import is_sharded, local, share_state
 
 # Muon makes one tensor of at most this many numbers out of matrices of one shape.
 MUON_STACK = 1 << 26
@@ -47,13 +50,17 @@ def make_optimizers(model, config):
         weight_decay=0.0,
         fused=others[0].device.type in ("cuda", "cpu"),
     )
-    if not tables:
-        return [muon, adamw]
-    row_wise = RowWiseAdam(tables, lr=config.adam_lr * config.table_lr, weight_decay=config.table_decay)
-    # An n-gram that training meets for the first time near its end still needs a step of some size. So the
-    # rate of the tables falls later than the others: by a power of the schedule below 1.
-    row_wise.param_groups[0]["schedule_power"] = config.table_schedule
-    return [muon, adamw, row_wise]
+    optimizers = [muon, adamw]
+    if tables:
+        row_wise = RowWiseAdam(tables, lr=config.adam_lr * config.table_lr, weight_decay=config.table_decay)
+        # An n-gram that training meets for the first time near its end still needs a step of some size. So the
+        # rate of the tables falls later than the others: by a power of the schedule below 1.
+        row_wise.param_groups[0]["schedule_power"] = config.table_schedule
+        optimizers.append(row_wise)
+    if any(is_sharded(p) for p in model.parameters()):
+        for optimizer in optimizers:
+            share_state(optimizer)
+    return optimizers
 
 
 class GroupedMuon(torch.optim.Muon):
@@ -61,7 +68,7 @@ class GroupedMuon(torch.optim.Muon):
 
     Muon's update of a matrix is its momentum made orthogonal (`orthogonalize`). A model of 300 million
     parameters has some 200 matrices of 6 shapes. One by one they cost 20,000 kernel launches an
-    update; stacked by shape, far fewer. Options, state and checkpoints are the parent's.
+    update; stacked by shape, far fewer. Options, state and checkpoints are the parent's. Processes share the work.
     """
 
     @torch.no_grad()
@@ -79,34 +86,65 @@ class GroupedMuon(torch.optim.Muon):
 
     def _update(self, params, group):
         """One update of matrices of one shape."""
-        gradients = [p.grad for p in params]
+        gradients = [local(p.grad) for p in params]
         # The name is the parent's, so that its checkpoints are ours.
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 momentum = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
                 self.state[p]["momentum_buffer"] = momentum
-        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = momenta
         if group["nesterov"]:
             # Nesterov momentum blends the gradient with the momentum a second time.
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        updates_NRC = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = params[0].shape
+        options = (group["ns_coefficients"], group["ns_steps"], group["eps"])
+        if is_sharded(params[0]):
+            # A matrix is made orthogonal as a whole.
+            updates_NRC = own_rows(orthogonalize_together(all_rows(torch.stack(updates), rows), *options))
+        else:
+            updates_NRC = orthogonalize_together(torch.stack(updates), *options)
         if group["adjust_lr_fn"] == "match_rms_adamw":
             # An orthogonal matrix has numbers of RMS 1 / sqrt(max(rows, columns)). Those of an AdamW
             # update have an RMS of about 0.2.
             scale = 0.2 * math.sqrt(max(rows, columns))
         else:
             scale = math.sqrt(max(1, rows / columns))
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        weights = [local(p) for p in params]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         steps = list(updates_NRC.to(params[0].dtype).unbind(0))
-        torch._foreach_add_(params, steps, alpha=-group["lr"] * scale)
+        torch._foreach_add_(weights, steps, alpha=-group["lr"] * scale)
 
 
 def products_dtype(device):
     """The dtype of `orthogonalize`: the fastest on this device, which for most CPUs is not bf16."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choose_precision("auto", device)]
+
+
+def orthogonalize_together(x_NRC, *options):
+    """`orthogonalize`, with the matrices shared out among the processes, which all have the same."""
+    if n_processes() == 1:
+        return orthogonalize(x_NRC, *options)
+    share = math.ceil(len(x_NRC) / n_processes())
+    missing = share * n_processes() - len(x_NRC)
+    first = process_number() * share
+    own = F.pad(x_NRC, (0, 0, 0, 0, 0, missing))[first : first + share]
+    return gather(orthogonalize(own, *options)).flatten(0, 1)[: len(x_NRC)]
+
+
+def all_rows(x_NrC, rows):
+    """Whole matrices [N, R, C] from each process's rows of them (`sharding`). rows: R."""
+    share = math.ceil(rows / n_processes())
+    # The last processes have fewer rows, or none.
+    padded = F.pad(x_NrC, (0, 0, 0, share - x_NrC.shape[1]))
+    return gather(padded).transpose(0, 1).flatten(1, 2)[:, :rows]
+
+
+def own_rows(x_NRC):
+    """This process's rows [N, r, C] of whole matrices."""
+    share = math.ceil(x_NRC.shape[1] / n_processes())
+    return x_NRC[:, process_number() * share : (process_number() + 1) * share]
 
 
 def orthogonalize(x_NRC, coefficients, steps, eps, dtype=None):
@@ -161,34 +199,36 @@ class RowWiseAdam(torch.optim.Optimizer):
         beta = group["beta"]
         state = self.state[p]
         if not state:
-            state["square"] = torch.zeros(p.shape[0], device=p.device)
-            state["count"] = torch.zeros(p.shape[0], device=p.device)
-        if p.grad.is_sparse:
+            state["square"] = torch.zeros_like(p[:, 0])
+            state["count"] = torch.zeros_like(p[:, 0])
+        weights, squares, counts = local(p), local(state["square"]), local(state["count"])
+        is_sparse = p.grad.is_sparse
+        if is_sparse:
             rows = p.grad._indices()[0]
             gradients = p.grad._values()
         else:
             rows = slice(None)
-            gradients = p.grad
+            gradients = local(p.grad)
         mean_square = torch.linalg.vector_norm(gradients, dim=1).square() / p.shape[1]
         # A dense gradient has all rows. Those that were not looked up are zero and keep their state.
         is_used = mean_square > 0
-        count = state["count"][rows] + is_used
-        old_square = state["square"][rows]
+        count = counts[rows] + is_used
+        old_square = squares[rows]
         square = torch.where(is_used, torch.lerp(mean_square, old_square, beta), old_square)
-        state["count"][rows] = count
-        state["square"][rows] = square
+        counts[rows] = count
+        squares[rows] = square
         rms = (square / (1 - beta ** count.clamp(min=1))).sqrt()
         factor = (-group["lr"] / (rms + group["eps"]))[:, None]
         decay = group["lr"] * group["weight_decay"]
-        if p.grad.is_sparse:
+        if is_sparse:
             steps = gradients * factor
             if decay > 0:
-                steps -= decay * is_used[:, None] * p[rows]
-            p.index_add_(0, rows, steps)
+                steps -= decay * is_used[:, None] * weights[rows]
+            weights.index_add_(0, rows, steps)
         else:
             if decay > 0:
-                p.mul_(1 - decay * is_used[:, None])
-            p.addcmul_(gradients, factor)
+                weights.mul_(1 - decay * is_used[:, None])
+            weights.addcmul_(gradients, factor)
 
 
 def backward(model, loss, scaler):
@@ -212,10 +252,18 @@ def clip_gradients(model, optimizers, scaler, max_norm):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     gradients = []
+    parts = []
     for p in model.parameters():
-        if p.grad is not None:
+        if p.grad is not None and is_sharded(p.grad):
+            parts.append(local(p.grad))
+        elif p.grad is not None:
             gradients.append(p.grad._values() if p.grad.is_sparse else p.grad)
     norm = get_total_norm(gradients)
+    if parts:
+        # Each process has other rows of these, and the same of all others.
+        squares = gather(get_total_norm(parts).square()).sum()
+        norm = (squares + norm.to(squares.device).square()).sqrt()
+        gradients += parts
     # No `if norm > max_norm`, which would have to read the norm back from the GPU.
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

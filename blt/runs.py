@@ -14,9 +14,10 @@ from blt.config import print_header
 from blt.corpus import Corpus
 from blt.device import choose_device, choose_precision, set_seed
 from blt.locks import claim_folder
-from blt.loop import training_curves
+from blt.loop import check_processes, training_curves
 from blt.metric import baselines, result_line
 from blt.ppmd import PRIMING_BYTES
+from blt.processes import is_main, main_first, wait_for_all
 from blt.records import save_model
 
 # From this many bytes of training text on, PPMd takes so long that the user is told.
@@ -32,6 +33,13 @@ def claim_output(config, folder, *files):
     Raises FileNotFoundError if there is nothing to resume, ValueError if another process trains there or
     TensorBoard is missing, OSError if the folder cannot be written.
     """
+    # An error that all processes have comes before the folder is made.
+    check_processes(config)
+    if not is_main():
+        # The main process holds it for all.
+        wait_for_all()
+        yield
+        return
     folder = Path(folder)
     for path in map(Path, files):
         if path.is_dir():
@@ -54,6 +62,7 @@ def claim_output(config, folder, *files):
     is_stopped = False
     try:
         with claim_folder(folder):
+            wait_for_all()
             yield
     except (KeyboardInterrupt, SystemExit):
         is_stopped = True
@@ -84,7 +93,9 @@ def start_run(config):
     precision = choose_precision(config.precision, device)
     print_header(config, device, precision)
     # The validation text is split off before anything else is done with the documents.
-    corpus = config.corpus()
+    # Its store may have to be built.
+    with main_first():
+        corpus = config.corpus()
     for line in corpus.notes(config.max_bytes, config.val_bytes):
         print(line)
     train = corpus.documents("train", config.max_bytes)
@@ -103,6 +114,8 @@ def print_model(name, parts, config, train_bytes):
 def finish_run(model, record, result, run, run_dir, weights_path, record_path, bytes_per_id=1.0):
     """Save the best weights with their record, draw the curves, and print the result beside compressors.
 
+    The main process does so; for others nothing is left to do.
+
     model: with its best weights.
     record: its `RunRecord`.
     result: what `loop.fit` returned; gets "baselines", which later tables read from the record.
@@ -110,6 +123,8 @@ def finish_run(model, record, result, run, run_dir, weights_path, record_path, b
     run_dir: where metrics.jsonl is.
     bytes_per_id: mean bytes of an id, for the curves of a BPE model.
     """
+    if not is_main():
+        return
     # Until now the record on disk had no result and no hash of the weights.
     record.result = result
     save_model(model, weights_path, record, record_path)

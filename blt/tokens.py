@@ -54,16 +54,21 @@ def load_tokenizer(path):
         folder = {} if path is None else {"cache_dir": Path(path).parent}
         make = command("create_patches.py", method="bpe", **folder)
         raise FileNotFoundError(f"method 'bpe' needs a tokenizer, and {path} is none; run: {make}")
-    from tokenizers import Tokenizer
-
     try:
-        return Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        return tokenizer_of(Path(path).read_text(encoding="utf-8"))
     except OSError:
         raise
     # The library raises Exception itself, for whatever is wrong with a file.
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is no tokenizer ({reason}); restore the file, or train again") from None
+
+
+def tokenizer_of(text):
+    """The tokenizer that a tokenizer.json with this text holds."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(text)
 
 
 def bpe_starts(tokenizer, document):

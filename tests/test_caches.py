@@ -334,7 +334,7 @@ def test_sigterm_saves_too(made, whole, stopping, tmp_path):
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 143
     (partial,) = tmp_path.glob("*.partial")
-    assert json.loads((partial / "progress.json").read_text())["n_read"] > 0
+    assert json.loads((partial / "progress-0.json").read_text())["n_read"] > 0
     stopping(None)
     made.make(tmp_path)
     assert numbers_of(made, tmp_path) == numbers_of(made, whole)
@@ -369,7 +369,7 @@ def test_50_killed_passes_go_on(made, whole, stopping, tmp_path, monkeypatch):
     check_kills(made, whole, stopping, tmp_path, monkeypatch, range(4, 54))
 
 
-@pytest.mark.parametrize("name", ["entropies.f16", "train.npy", "validation.npy", "progress.json"])
+@pytest.mark.parametrize("name", ["entropies.f16", "train.npy", "validation.npy", "progress-0.json"])
 @pytest.mark.parametrize("kind", ["flip", "cut", "remove"])
 def test_a_damaged_unfinished_pass_starts_again(made, whole, stopping, tmp_path, capsys, name, kind):
     stopping(30)

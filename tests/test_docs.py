@@ -10,11 +10,14 @@ import sys
 import types
 
 import pytest
+import torch
 from helpers import ROOT, SCRIPTS, entry_point, output_of, some_words
 
 from blt.config import parse_config
+from blt.flops import TRAINING, blt_flops, training_memory, update_traffic
 from blt.loop import RunConfig
 from blt.patch_rules import RULES
+from blt_model import BLTConfig, BLTModel
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks" / "colab.ipynb"]
 MODULES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "blt").glob("*.py"))]
@@ -33,7 +36,7 @@ def text_of(path):
 def commands_of(text):
     """[(script, flags as one string)] of the commands in Markdown: in code blocks, inline, after a notebook's "!"."""
     text = text.replace("\\\n", " ")
-    blocks = re.findall(r"^(?: {4,}|!)python (\w+)\.py(.*)$", text, re.M)
+    blocks = re.findall(r"^(?: {4,}|!)(?:python|torchrun.*?) (\w+)\.py(.*)$", text, re.M)
     inline = re.findall(r"`python (\w+)\.py([^`]*)`", text)
     return blocks + inline
 
@@ -43,6 +46,9 @@ def flags_of(config_class):
     fields = dataclasses.fields(config_class)
     negated = {f"no_{field.name}" for field in fields if field.type in (bool, "bool")}
     return {field.name for field in fields} | negated | {"help"}
+
+
+TORCHRUN_FLAGS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
 
 
 @functools.cache
@@ -72,7 +78,7 @@ def test_commands_are_accepted(page, capsys):
 def test_flags_and_presets_in_the_text_exist(page):
     """Also those that are named without their command, as in `--draft_bytes 8`."""
     text = text_of(page)
-    assert set(re.findall(r"`--(\w+)", text)) <= all_flags()
+    assert set(re.findall(r"`--(\w+)", text)) <= all_flags() | TORCHRUN_FLAGS
     for words in re.findall(r"--preset ([\w ]+)", text):
         names = words.split()
         if any(PLACEHOLDER.search(name) for name in names):
@@ -85,7 +91,7 @@ def test_flags_and_presets_in_the_text_exist(page):
 def test_docstrings_name_real_scripts_and_flags(module):
     text = ast.get_docstring(ast.parse(module.read_text())) or ""
     # "[--field value ...]" stands for any setting.
-    assert set(re.findall(r"--(\w+)", text)) - {"field"} <= all_flags()
+    assert set(re.findall(r"--(\w+)", text)) - {"field"} <= all_flags() | TORCHRUN_FLAGS
     scripts = re.findall(r"python (\w+)\.py", text)
     assert set(scripts) <= set(SCRIPTS)
     if module.parent == ROOT and module.stem in SCRIPTS:
@@ -178,3 +184,41 @@ def test_code_runs_as_printed(page, pipeline_copy, monkeypatch, small_runs, no_n
 def test_code_that_is_tested_elsewhere_is():
     for page, test in TESTED_ELSEWHERE.items():
         assert page in (ROOT / "tests" / test).read_text()
+
+
+SCALES = {
+    "large": dict(
+        global_dim=1024, global_layers=20, encoder_dim=512, decoder_dim=512, decoder_layers=5, hash_rows=8192
+    ),
+    "1B": dict(
+        global_dim=2048, global_layers=25, encoder_dim=1024, decoder_dim=1024, decoder_layers=9, hash_rows=32768
+    ),
+    "8B": dict(
+        global_dim=4096, global_layers=32, encoder_dim=1280, decoder_dim=1280, decoder_layers=6, hash_rows=32768
+    ),
+}
+
+
+def test_the_table_of_several_gpus_is_what_flops_py_says():
+    page = (ROOT / "docs" / "scale.md").read_text()
+    rows = re.findall(r"^\| (large|1B|8B) \| (\d+) \| (whole|shared out) \| (.+) \|$", page, re.M)
+    assert len(rows) == 8
+    passes, bytes_of_update = 2, 2 * 131_072
+    for name, n, weights, rest in rows:
+        n, is_sharded = int(n), weights != "whole"
+        config = BLTConfig(**SCALES[name], window=512, ngram_sizes=[2, 3, 4, 5, 6, 7, 8])
+        with torch.device("meta"):
+            parts = BLTModel(config).parameters_by_part()
+        tables = parts.pop("hash embedding")
+        matrices = sum(parts.values())
+        speed = 0.4 * 989e12 / (TRAINING * sum(blt_flops(config, 4.5, 8192).values()))
+        sent = update_traffic(matrices, tables, n, is_sharded, passes)
+        per_second = 450e9 if n <= 8 else 50e9
+        wanted = [
+            f"{training_memory(matrices, tables, n if is_sharded else 1) / 1e9:.1f}",
+            f"{n * speed / 1e6:.1f}",
+            f"{bytes_of_update / speed:.2f}",
+            f"{sent / 1e9:.0f}",
+            f"{sent / per_second:.2f}",
+        ]
+        assert rest.split(" | ") == wanted, (name, n)

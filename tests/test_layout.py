@@ -11,9 +11,9 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGE = sorted(path.stem for path in (ROOT / "blt").glob("*.py") if path.stem != "__init__")
 # A module imports only modules of a lower level. docs/design.md shows the same table.
 LEVELS = [
-    {"checks", "commands", "device", "files", "ids", "locks", "plain_blt", "progress"},
-    {"checkpoints", "config", "kernels", "loss_watch", "ngrams", "patch_rules", "records", "splits"},
-    {"attention", "corpus", "optimizers", "pictures", "segments"},
+    {"checks", "commands", "device", "files", "ids", "locks", "plain_blt", "processes", "progress"},
+    {"checkpoints", "config", "kernels", "ngrams", "patch_rules", "records", "sharding", "splits"},
+    {"attention", "corpus", "loss_watch", "optimizers", "pictures", "segments"},
     {"layers", "ppmd", "rows", "studies"},
     {"entropies", "flops", "metric", "sampling", "tokens"},
     {"incremental", "loop"},
