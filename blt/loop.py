@@ -180,7 +180,7 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     trained.train()
     step_model = compile_model(trained, config, train_rows, device, precision)
     if n_processes() > 1 and not config.shard:
-        # In this order, because a compiled DistributedDataParallel cannot have FlexAttention in it.
+        # Not the other way round: torch would cut the compiled graph into pieces.
         step_model = parallel(step_model)
     watch = LossWatch(config.spike, kept.state["lowest_loss"], scaler.is_enabled())
 
