@@ -6,6 +6,7 @@
     BandAttention          windowed self-attention on CPUs
     SegmentAttention       encoder cross-attention: a patch's queries attend to the patch's bytes
     GatherAttention        decoder cross-attention: a byte attends to the k vectors of one patch
+    SparseLookup           sums of a large table's rows, with a sparse gradient
 
 Autograd would derive the same gradients. By hand they take fewer passes over memory, and less is kept
 from the forward pass: what is cheap to compute is computed again in the backward pass.
@@ -302,3 +303,36 @@ def _weighted_sum(weights_NkH, x_NkHK):
     """Sum over the k vectors of weights[n, i] * x[n, i], in x's dtype: [N, H, K]."""
     k = x_NkHK.shape[1]
     return sum(weights_NkH[:, i, :, None].to(x_NkHK.dtype) * x_NkHK[:, i] for i in range(k))
+
+
+# ---------------------------------------------------------------------- tables
+
+
+class SparseLookup(torch.autograd.Function):
+    """For each of N ids the sum of S rows of a table [rows, D], whose gradient lists only the rows that were read.
+
+    torch's own sparse gradient has N S rows, one for each time that a row was read, which are then sorted and added
+    up. Here the numbers of the rows are sorted, and the gradients of those that read one row are added up where they
+    are: the same sums in the same order, in a fifth of the time on a CPU.
+
+    rows_NS: int64. weights_NS: a factor of each row read, or None.
+    """
+
+    @staticmethod
+    def forward(ctx, table, rows_NS, weights_NS):
+        ctx.save_for_backward(rows_NS, weights_NS)
+        ctx.shape = table.shape
+        return F.embedding_bag(rows_NS, table, mode="sum", per_sample_weights=weights_NS)
+
+    @staticmethod
+    def backward(ctx, d_out_ND):
+        rows_NS, weights_NS = ctx.saved_tensors
+        # Stable, so that the order of the sum is always the same.
+        sorted_rows, order = rows_NS.flatten().sort(stable=True)
+        used_rows, counts = sorted_rows.unique_consecutive(return_counts=True)
+        begins = counts.cumsum(0) - counts
+        weights = None if weights_NS is None else weights_NS.flatten()[order]
+        readers = order // rows_NS.shape[1]
+        d_rows = F.embedding_bag(readers, d_out_ND, begins, mode="sum", per_sample_weights=weights)
+        d_table = torch.sparse_coo_tensor(used_rows[None], d_rows, ctx.shape, check_invariants=False, is_coalesced=True)
+        return d_table, None, None

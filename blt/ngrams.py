@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from blt.checks import check, check_positive, check_shares
 from blt.ids import BOUNDARY
+from blt.kernels import SparseLookup, apply_function
 
 # The n-gram hash is that of the released code, so that its tables can be used here. That code numbers
 # ids in another way: byte b has id b + 4, the boundary that opens a document has id 1, and positions
@@ -95,8 +96,12 @@ class HashEmbedding(nn.Module):
         if self.training and self.dropout.p > 0:
             ones_NS = torch.ones(rows_NS.shape, dtype=self.tables.weight.dtype, device=rows_NS.device)
             kept_NS = (self.dropout(ones_NS) > 0).to(ones_NS.dtype)
-        # An EmbeddingBag adds up the S rows of each id without keeping them apart in memory.
-        return self.tables(rows_NS, per_sample_weights=kept_NS).unflatten(0, ids_BT.shape)
+        # A bag adds up the S rows of each id without keeping them apart in memory.
+        if self.tables.sparse:
+            sums_ND = apply_function(SparseLookup, self.tables.weight, rows_NS, kept_NS)
+        else:
+            sums_ND = self.tables(rows_NS, per_sample_weights=kept_NS)
+        return sums_ND.unflatten(0, ids_BT.shape)
 
 
 def embed_ngrams(hash_embedding, ids_BT, documents_BT):

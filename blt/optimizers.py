@@ -239,9 +239,13 @@ def backward(model, loss, scaler):
     scaler.scale(loss).backward()
     for p in model.parameters():
         if p.grad is not None and p.grad.is_sparse:
-            # A sparse gradient lists every lookup. Sum those of one row, so that it stays small while
-            # gradients accumulate, and so that `RowWiseAdam` and the norm see each row once.
-            p.grad = p.grad.coalesce()
+            # A sparse gradient may list a row more than once, as that of several passes does. Sum those of one
+            # row, so that it stays small while gradients accumulate, and so that `RowWiseAdam` and the norm see
+            # each row once.
+            rows = p.grad._indices()[0]
+            # torch forgets that `kernels.SparseLookup` lists each row once, and would sort them again.
+            if not (rows[1:] > rows[:-1]).all():
+                p.grad = p.grad.coalesce()
 
 
 def clip_gradients(model, optimizers, scaler, max_norm):

@@ -29,12 +29,17 @@ LONGEST_WAIT = timedelta(days=7)
 
 def n_processes():
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _is_joined() else 1
 
 
 def process_number():
     """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _is_joined() else 0
+
+
+def _is_joined():
+    # Some builds of torch know of no other processes.
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_main():
@@ -49,8 +54,8 @@ def joined(config):
     config: a script's config. One with RUNS_TOGETHER can be of several processes.
     Raises ValueError if this script or this device cannot be shared.
     """
-    is_one_of_several = dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
-    if not is_one_of_several or dist.is_initialized():
+    is_of_torchrun = dist.is_available() and dist.is_torchelastic_launched()
+    if not is_of_torchrun or int(os.environ["WORLD_SIZE"]) == 1 or _is_joined():
         yield
         return
     if not getattr(config, "RUNS_TOGETHER", False):

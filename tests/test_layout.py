@@ -12,8 +12,8 @@ PACKAGE = sorted(path.stem for path in (ROOT / "blt").glob("*.py") if path.stem 
 # A module imports only modules of a lower level. docs/design.md shows the same table.
 LEVELS = [
     {"checks", "commands", "device", "files", "ids", "locks", "plain_blt", "processes", "progress"},
-    {"checkpoints", "config", "kernels", "ngrams", "patch_rules", "records", "sharding", "splits"},
-    {"attention", "corpus", "loss_watch", "optimizers", "pictures", "segments"},
+    {"checkpoints", "config", "kernels", "patch_rules", "records", "sharding", "splits"},
+    {"attention", "corpus", "loss_watch", "ngrams", "optimizers", "pictures", "segments"},
     {"layers", "ppmd", "rows", "studies"},
     {"entropies", "flops", "metric", "sampling", "tokens"},
     {"incremental", "loop"},

@@ -11,6 +11,7 @@ import blt_model
 from blt.attention import AttentionPlan, BlockAttention, apply_rotary
 from blt.flops import block_flops
 from blt.ids import documents_of
+from blt.kernels import SparseLookup
 from blt.layers import FeedForward, RMSNorm, SquaredReLU
 from blt.metric import bits_per_byte, leak_gate, target_losses
 from blt.patch_rules import PatchConfig
@@ -417,6 +418,26 @@ def test_dropped_ngrams(sparse):
     # No gradient, no update: see RowWiseAdam.
     looked_up = (hash_ngrams(ids, documents, tables.sizes, 5000) + tables.first_row).unique()
     assert (gradient[looked_up] == 0).any()
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_the_gradient_of_a_large_table_lists_each_row_once(is_weighted):
+    """As torch's EmbeddingBag has it after it is coalesced, with weights of zero too."""
+    torch.manual_seed(0)
+    tables = torch.nn.EmbeddingBag(50, 6, mode="sum", sparse=True)
+    rows = torch.randint(0, 50, (40, 3))
+    weights = (torch.rand(40, 3) > 0.3).float() if is_weighted else None
+    d_out = torch.randn(40, 6)
+    wanted = tables(rows, per_sample_weights=weights)
+    wanted.backward(d_out)
+    coalesced = tables.weight.grad.coalesce()
+    table = tables.weight.detach().clone().requires_grad_()
+    found = SparseLookup.apply(table, rows, weights)
+    assert torch.equal(found, wanted)
+    found.backward(d_out)
+    assert table.grad.is_sparse
+    assert torch.equal(table.grad._indices(), coalesced.indices())
+    torch.testing.assert_close(table.grad._values(), coalesced.values())
 
 
 class LargestTensor(TorchDispatchMode):
