@@ -47,7 +47,7 @@ def run_together(folder, script, *flags, n=2):
     """Run a script as n processes and expect success: its standard output."""
     status, printed, errors = end(start(folder, n, script, *flags))
     assert status == 0, printed[-2000:] + errors[-2000:]
-    assert "Warning" not in errors, errors[-2000:]
+    assert "UserWarning" not in errors, errors[-2000:]
     return printed
 
 
