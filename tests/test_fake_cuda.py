@@ -53,7 +53,9 @@ def found(folder, *arguments, card="4090"):
 def generate_code(folder, size, card, changes, **environment):
     """Trace a training pass of a size of llm.py, and lower it unless NOIND is set: what codegen.py prints."""
     precision = "fp16" if card == "t4" else "bf16"
-    model = json.dumps(llm.SIZES[size] | changes)
+    # llm.py chooses these by the text, which codegen.py does not read.
+    rates = {"dropout": 0.0, "ngram_dropout": 0.0}
+    model = json.dumps(llm.SIZES[size] | rates | changes)
     return run(folder, TOOLS / "codegen.py", size, *SHAPES[size], precision, model, "code", card=card, **environment)
 
 
