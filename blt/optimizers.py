@@ -180,7 +180,7 @@ class RowWiseAdam(torch.optim.Optimizer):
         row <- (1 - lr * weight_decay) * row - lr * g / (sqrt(square / (1 - beta ** n)) + eps)
 
     There is no first moment. The state is two numbers a row, where AdamW has two a
-    weight; losses are the same (LOG.md). Gradients may be dense, or sparse and coalesced as `backward`
+    weight; losses are the same (LOG.md). Gradients may be dense, or sparse with each row once as `backward`
     leaves them, with the same updates.
     """
 
@@ -236,16 +236,13 @@ def backward(model, loss, scaler):
 
     scaler: `torch.amp.GradScaler`, enabled with fp16 only.
     """
+    # The gradient of one pass lists each row of a table once (`kernels.SparseLookup`), so it is left as it is.
+    added_to = [p for p in model.parameters() if p.grad is not None and p.grad.is_sparse]
     scaler.scale(loss).backward()
-    for p in model.parameters():
-        if p.grad is not None and p.grad.is_sparse:
-            # A sparse gradient may list a row more than once, as that of several passes does. Sum those of one
-            # row, so that it stays small while gradients accumulate, and so that `RowWiseAdam` and the norm see
-            # each row once.
-            rows = p.grad._indices()[0]
-            # torch forgets that `kernels.SparseLookup` lists each row once, and would sort them again.
-            if not (rows[1:] > rows[:-1]).all():
-                p.grad = p.grad.coalesce()
+    for p in added_to:
+        # That of several passes may list a row more than once. Sum those of one row, so that it stays small while
+        # gradients accumulate, and so that `RowWiseAdam` and the norm see each row once.
+        p.grad = p.grad.coalesce()
 
 
 def clip_gradients(model, optimizers, scaler, max_norm):

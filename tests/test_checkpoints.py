@@ -113,7 +113,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tmp_path, straight, monkeyp
 def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_done_later(
     tmp_path, straight, monkeypatch, steps
 ):
-    original = loop.evaluate
+    original = loop.evaluate_together
     calls = iter(range(100))
 
     def interrupted(*arguments):
@@ -122,7 +122,7 @@ def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_done_lat
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupted)
+        patch.setattr(loop, "evaluate_together", interrupted)
         with pytest.raises(SystemExit):
             train(tmp_path / "run")
     last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
@@ -229,14 +229,14 @@ def test_two_damaged_checkpoints_are_an_error(finished):
 
 
 def test_a_score_that_is_no_number_is_never_kept(tmp_path, monkeypatch):
-    original = loop.evaluate
+    original = loop.evaluate_together
     scores = iter([3.0, math.nan])
 
     def evaluate(*arguments):
         result = original(*arguments)
         return result | {"val_bpb": next(scores)}
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "evaluate_together", evaluate)
     with pytest.raises(ValueError, match=r"val_bpb is nan at step 10, .*lower --lr .*of step 5 in .*last.pt"):
         train(tmp_path / "run")
     last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
@@ -418,7 +418,7 @@ def test_scores_of_other_text_are_not_compared(finished, steps, capsys):
     model = tiny_blt()
     loop.load_weights(finished / "best.pt", model)
     data = dataset(validation=3)
-    expected = loop.evaluate(model, data.validation_batches, torch.device("cpu"), "fp32")
+    expected = loop.evaluate_together(model, data.validation_batches, torch.device("cpu"), "fp32")
     assert result["val_bpb"] == expected["val_bpb"] and result["val_bytes"] == expected["val_bytes"]
     assert torch.load(finished / "last.pt", weights_only=True)["last"]["val_bytes"] == expected["val_bytes"]
 
@@ -564,7 +564,7 @@ def test_killed_in_the_first_evaluation(tmp_path, straight, monkeypatch):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_weights", killed)
+        patch.setattr(loop, "write_state", killed)
         with pytest.raises(RuntimeError):
             train(tmp_path / "run")
     # Weights are never there without a checkpoint.

@@ -309,13 +309,16 @@ def test_count_reads_sees_reads():
     ids=str,
 )
 def test_a_step_reads_nothing_back(settings, monkeypatch):
-    """In fp32 and bf16; the loss scaler of fp16 has to know whether a gradient overflowed."""
+    """In fp32 and bf16; the loss scaler of fp16 has to know whether a gradient overflowed.
+
+    With a large table the number of its rows that were read is read back, once a pass.
+    """
     monkeypatch.setattr(ngrams, "DENSE_HASH_ROWS", 100)
     trainee, batches = Trainee(blt(**settings)), [batch_of(seed=seed) for seed in range(2)]
     with CountReads() as count:
         for batch in batches:
             trainee.step(batch)
-    assert not count.reads
+    assert count.reads == ({"unique_consecutive": 2} if "hash_rows" in settings else {})
 
 
 def test_a_step_of_the_entropy_model_reads_nothing_back():
