@@ -212,8 +212,8 @@ def test_damage_is_named_and_repaired(made, whole, other, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_more_damages_are_named_and_repaired(made, whole, other, tmp_path, capsys):
-    check_damages(made, whole, other, tmp_path, capsys, range(16, 76))
+def test_200_damages_are_named_and_repaired(made, whole, other, tmp_path, capsys):
+    check_damages(made, whole, other, tmp_path, capsys, range(16, 216))
 
 
 def test_the_full_check_finds_what_sizes_and_times_do_not_show(made, copy, whole, capsys):
