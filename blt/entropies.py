@@ -530,10 +530,10 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
     if before:
         print(f"entropies: going on with {partial}, {before:,} of {total:,} numbers are there")
     began = time.perf_counter()
-    # The bar shows the main process's share. Whether to show it is tqdm's choice, but for the others.
-    bar = dict(total=shares.positions, initial=unfinished.count(), disable=None if is_main() else True)
+    # It shows the main process's share.
+    bar = progress_bar(shares.positions, "entropies", initial=unfinished.count())
     try:
-        with sigterm_raises(), progress_bar(what="entropies", **bar) as progress:
+        with sigterm_raises(), bar as progress:
             stream_entropies(
                 model,
                 stream,

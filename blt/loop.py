@@ -95,6 +95,7 @@ class RunConfig(DataConfig):
     tensorboard: bool = False  # also write TensorBoard scalars (pip install tensorboard)
 
     EITHER: ClassVar = (("steps", "epochs"),)
+    # Several processes may run a script with these settings together.
     RUNS_TOGETHER: ClassVar = True
 
     def __post_init__(self):
@@ -582,9 +583,9 @@ def batches_of_step(train_rows, config, step, of_all_processes=False):
 
 
 def losses_of_update(loss_nats, row_nats):
-    """(loss of the update, [mean nats of each of its rows]) of all processes, from a process's own."""
+    """Loss of an update, and mean nats of its rows [rows], of all processes; row_nats: a process's own, a pass each."""
     of_all = gather(torch.cat([loss_nats[None], *row_nats]))
-    return of_all[:, 0].sum(), [of_all[:, 1:].flatten()]
+    return of_all[:, 0].sum(), of_all[:, 1:].flatten()
 
 
 def set_learning_rates(optimizers, scale):
@@ -686,10 +687,7 @@ class Progress:
         self.seconds = state["seconds"]
         self.running_since = time.perf_counter()  # None in a pause
         self.last_log = {"seconds": self.seconds, "bytes": self.trained_bytes, "step": start}
-        # Whether to show it is tqdm's choice, but for other processes than the main one.
-        hidden = None if is_main() else True
-        options = dict(unit="step", unit_scale=False, dynamic_ncols=True, disable=hidden)
-        self.bar = progress_bar(config.steps, initial=start, **options)
+        self.bar = progress_bar(config.steps, initial=start, unit="step", unit_scale=False, dynamic_ncols=True)
 
     def count(self, n_bytes):
         """Count the bytes of an update."""

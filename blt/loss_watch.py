@@ -48,9 +48,9 @@ class LossWatch:
 
         step: its number, counted from 1.
         loss_nats, gradient_norm: 0-dimensional tensors.
-        row_nats: list of float [B], the mean nats an id of each row (padding costs none), one tensor a pass.
+        row_nats: float [rows], the mean nats an id of each row of the update (padding costs none).
         """
-        self.unread.append((step, loss_nats, gradient_norm, torch.cat(row_nats)))
+        self.unread.append((step, loss_nats, gradient_norm, row_nats))
 
     def is_full(self):
         """Whether `check` is due because much is unread."""

@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from blt.device import choose_precision
 from blt.processes import gather, n_processes, process_number
-from blt.sharding import is_sharded, local, share_state
+from blt.sharding import all_rows, is_sharded, local, own_part, share_state
 
 # Muon makes one tensor of at most this many numbers out of matrices of one shape.
 MUON_STACK = 1 << 26
@@ -102,7 +102,7 @@ class GroupedMuon(torch.optim.Muon):
         options = (group["ns_coefficients"], group["ns_steps"], group["eps"])
         if is_sharded(params[0]):
             # A matrix is made orthogonal as a whole.
-            updates_NRC = own_rows(orthogonalize_together(all_rows(torch.stack(updates), rows), *options))
+            updates_NRC = own_part(orthogonalize_together(all_rows(torch.stack(updates), rows), *options), 1)
         else:
             updates_NRC = orthogonalize_together(torch.stack(updates), *options)
         if group["adjust_lr_fn"] == "match_rms_adamw":
@@ -131,20 +131,6 @@ def orthogonalize_together(x_NRC, *options):
     first = process_number() * share
     own = F.pad(x_NRC, (0, 0, 0, 0, 0, missing))[first : first + share]
     return gather(orthogonalize(own, *options)).flatten(0, 1)[: len(x_NRC)]
-
-
-def all_rows(x_NrC, rows):
-    """Whole matrices [N, R, C] from each process's rows of them (`sharding`). rows: R."""
-    share = math.ceil(rows / n_processes())
-    # The last processes have fewer rows, or none.
-    padded = F.pad(x_NrC, (0, 0, 0, share - x_NrC.shape[1]))
-    return gather(padded).transpose(0, 1).flatten(1, 2)[:, :rows]
-
-
-def own_rows(x_NRC):
-    """This process's rows [N, r, C] of whole matrices."""
-    share = math.ceil(x_NRC.shape[1] / n_processes())
-    return x_NRC[:, process_number() * share : (process_number() + 1) * share]
 
 
 def orthogonalize(x_NRC, coefficients, steps, eps, dtype=None):

@@ -9,11 +9,13 @@ for it.
 """
 
 import copy
+import math
 import warnings
 
 import torch.nn as nn
+import torch.nn.functional as F
 
-from blt.processes import n_processes, process_number, sparse_weights
+from blt.processes import gather, n_processes, process_number, sparse_weights
 
 
 def local(x):
@@ -64,6 +66,20 @@ def share_state(optimizer):
     optimizer.register_load_state_dict_pre_hook(_split_state)
 
 
+def own_part(whole, axis=0):
+    """This process's rows, along an axis, of a whole tensor: parts of equal size, the last smaller or empty."""
+    # As fully_shard splits.
+    parts = whole.chunk(n_processes(), axis)
+    return parts[process_number()] if process_number() < len(parts) else whole.narrow(axis, 0, 0)
+
+
+def all_rows(x_NrC, rows):
+    """Whole matrices [N, R, C] from each process's `own_part` of their rows. rows: R."""
+    share = math.ceil(rows / n_processes())
+    padded = F.pad(x_NrC, (0, 0, 0, share - x_NrC.shape[1]))
+    return gather(padded).transpose(0, 1).flatten(1, 2)[:, :rows]
+
+
 def _whole(x):
     return x.full_tensor().cpu() if is_sharded(x) else x
 
@@ -72,10 +88,7 @@ def _part(whole, like):
     """This process's rows of a tensor, as a DTensor that is shared out as `like` is."""
     from torch.distributed.tensor import DTensor
 
-    # The split of fully_shard: parts of equal size, the last ones smaller or empty.
-    parts = whole.chunk(n_processes())
-    own = parts[process_number()] if process_number() < len(parts) else whole[:0]
-    own = own.to(like.to_local().device)
+    own = own_part(whole).to(like.to_local().device)
     layout = dict(shape=whole.shape, stride=whole.stride())
     return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, **layout)
 

@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import CORPUS_FLAGS, ENTROPY_FLAGS, ROOT, error_of, random_bytes, run_command
+from helpers import CORPUS_FLAGS, ENTROPY_FLAGS, ROOT, error_of, random_bytes, run_command, tiny_blt
 
 import blt.loop
-from blt.loop import RunConfig, batches_of_step, read_metrics, share_of_update
+from blt.loop import RunConfig, batches_of_step, fit, read_metrics, share_of_update
 from blt.rows import DocumentStream, TrainingRows
 
 # Tables of more than 32,768 rows have sparse gradients. Three passes of two rows are three of one row in each of two
@@ -60,14 +60,13 @@ def losses_of(folder):
     )
 
 
-def assert_same_run(folder, other, first=1, within=1e-4):
-    """Two folders have the same losses from this update on, and the same scores."""
+def assert_same_run(folder, other, within=1e-4):
+    """Two folders have the same losses and the same scores."""
     losses, scores = losses_of(folder)
     other_losses, other_scores = losses_of(other)
     assert losses.keys() == other_losses.keys() and scores.keys() == other_scores.keys() and len(scores) == 2
     for step in losses:
-        if step >= first:
-            assert losses[step] == pytest.approx(other_losses[step], abs=within), step
+        assert losses[step] == pytest.approx(other_losses[step], abs=within), step
     assert scores == pytest.approx(other_scores, abs=within)
 
 
@@ -133,13 +132,15 @@ import torch.distributed as dist
 
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from blt.layers import without_zeros, zero_outputs
-from blt.sharding import sharded
+from blt.sharding import is_sharded, local, sharded
 from helpers import tiny_blt
 
 dist.init_process_group("gloo")
 model = tiny_blt()
 zero_outputs(model)
 shards = sharded(model)
+assert all(is_sharded(p) for p in shards.parameters()) and not any(is_sharded(p) for p in model.parameters())
+assert len(local(shards.head.weight)) == (129, 128)[dist.get_rank()]
 batch = torch.tensor([[256, 97, 98, 99]]), torch.tensor([[1, 1, 2]])
 before = shards(*batch)
 with torch.no_grad(), without_zeros(shards):
@@ -243,6 +244,19 @@ def test_what_cannot_be_shared_is_said(tmp_path):
 def test_one_process_has_nothing_to_shard(tmp_path):
     assert "shard shares a model out among processes" in error_of(tmp_path, "llm", *BLT_FLAGS, "--shard", "yes")
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_flag_shards_the_model(monkeypatch, tmp_path):
+    """The numbers would be the same without it."""
+
+    def stop(model):
+        raise InterruptedError
+
+    several(monkeypatch, 2)
+    monkeypatch.setattr(blt.loop, "sharded", stop)
+    rows = TrainingRows(DocumentStream.of_documents([random_bytes(500)]), row_bytes=50)
+    with pytest.raises(InterruptedError):
+        fit(tiny_blt(), RunConfig(shard=True, device="cpu"), rows, [], tmp_path / "run")
 
 
 def several(monkeypatch, n, number=0):
