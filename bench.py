@@ -27,7 +27,7 @@ sizes of BLTConfig; or the model.json of a training run. Flags of the model (--e
 are read; other models are random.
 
 How it is measured
-- A step is that of `blt.loop.fit`: rows to the device, `autocast`, `target_losses`, backward,
+- A step is that of `blt.loop.fit`: rows to the device, `autocast`, `RowLosses`, backward,
   clipping, the optimizers of `make_optimizers`; on CUDA under torch.compile. The clock is read after
   the device is done. Warm-up steps do not count. Numbers are medians with quartiles.
 - Every model has a process of its own, so peak memory is its own: on CUDA the most that was
@@ -66,7 +66,7 @@ from blt.flops import TRAINING, blt_flops, flat_shape_of_equal_flops, peak_flops
 from blt.ids import BOUNDARY
 from blt.incremental import IncrementalBLT
 from blt.loop import RunConfig
-from blt.metric import target_losses
+from blt.metric import RowLosses, target_losses
 from blt.optimizers import backward, clip_gradients, make_optimizers, step_optimizers
 from blt.patch_rules import RULES, PatchConfig, causal_methods, patch_starts, threshold_for_patch_size
 from blt.plain_blt import plain_logits
@@ -346,12 +346,13 @@ class OurModel:
 
     def use(self, setting):
         """Run in this setting from now on (its precision is the caller's to set)."""
-        self.step_model = torch.compile(self.model, dynamic=False) if setting.is_compiled else self.model
+        self.row_losses = RowLosses(self.model)
+        if setting.is_compiled:
+            self.row_losses = torch.compile(self.row_losses, dynamic=False)
 
     def nats(self, batch):
         """Cross-entropy of each target in nats, [B, T]; 0 where it is not scored."""
-        nats_BT, _ = target_losses(self.step_model, batch)
-        return nats_BT
+        return self.row_losses(*batch.for_losses())
 
     def logits(self, batch):
         """Logits [B, T, 257]."""
@@ -367,7 +368,7 @@ class FlatModel(OurModel):
         return FlatByteTransformer(config)
 
     def nats(self, batch):
-        # Without patch lengths `target_losses` gives the model ids alone.
+        # Without patch lengths the model gets ids alone.
         return super().nats(replace(batch, patch_lengths=None))
 
 
@@ -390,9 +391,7 @@ class TransformersModel(OurModel):
         import convert_hf
 
         self.convert_hf = convert_hf
-        model = convert_hf.to_transformers(BLTModel(self.job.model))
-        self.eager_forward = model.forward
-        return model
+        return convert_hf.to_transformers(BLTModel(self.job.model))
 
     def make_optimizers(self):
         # What a user of transformers trains with: one fused AdamW for all parameters.
@@ -413,26 +412,26 @@ class TransformersModel(OurModel):
         # Each part of the model looks its attention up in a config of its own.
         parts = ("", "encoder_config", "global_config", "decoder_config")
         self.model.set_attn_implementation(dict.fromkeys(parts, setting.attention))
-        forward = self.eager_forward
-        self.model.forward = torch.compile(forward) if setting.is_compiled else forward
+        self.row_losses = torch.compile(self.eager_losses) if setting.is_compiled else self.eager_losses
 
-    def hf_logits(self, batch):
-        """Logits over transformers' 260 classes."""
-        ids = self.convert_hf.to_hf_ids(batch.ids[:, :-1])
-        return self.model(input_ids=ids, patch_lengths=batch.patch_lengths, use_cache=False).logits
+    def hf_logits(self, ids, patch_lengths):
+        """Logits over transformers' 260 classes of rows [B, T + 1]."""
+        inputs_BT = self.convert_hf.to_hf_ids(ids[:, :-1])
+        return self.model(input_ids=inputs_BT, patch_lengths=patch_lengths, use_cache=False).logits
 
-    def nats(self, batch):
+    def eager_losses(self, ids, is_scored, patch_lengths):
+        """What `metric.RowLosses` computes, with this model's classes."""
         # convert_hf numbers inputs; as a target our boundary is their end of text.
-        targets_BT = batch.ids[:, 1:]
+        targets_BT = ids[:, 1:]
         byte_classes_BT = targets_BT + self.convert_hf.HF_FIRST_BYTE
         classes_BT = torch.where(targets_BT == BOUNDARY, self.convert_hf.HF_END, byte_classes_BT)
-        classes_BT = classes_BT.masked_fill(~batch.is_scored, -100)
-        logits = self.hf_logits(batch).flatten(0, 1).float()
+        classes_BT = classes_BT.masked_fill(~is_scored, -100)
+        logits = self.hf_logits(ids, patch_lengths).flatten(0, 1).float()
         nats = F.cross_entropy(logits, classes_BT.flatten(), ignore_index=-100, reduction="none")
         return nats.view_as(classes_BT)
 
     def logits(self, batch):
-        return self.hf_logits(batch)[..., self.convert_hf.OUTPUT_ROWS]
+        return self.hf_logits(batch.ids, batch.patch_lengths)[..., self.convert_hf.OUTPUT_ROWS]
 
 
 CANDIDATES = {"ours": OurModel, "transformers": TransformersModel, "flat": FlatModel, "loop": LoopModel}

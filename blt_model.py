@@ -28,14 +28,22 @@ import torch.nn.functional as F
 from blt.attention import AttentionPlan
 from blt.checks import check, check_positive, check_shares
 from blt.ids import BOUNDARY, documents_of
-from blt.kernels import GatherAttention, SegmentAttention, apply_function
-from blt.layers import Block, RMSNorm, cap_logits, default_heads, init_weights, run_block
+from blt.layers import (
+    Block,
+    RMSNorm,
+    as_stream,
+    default_heads,
+    init_weights,
+    logits_of,
+    products_of,
+    run_block,
+)
 
 # HashEmbedding's other names are here for others to import.
 from blt.ngrams import DENSE_HASH_ROWS, HashEmbedding, check_tables, hash_ngrams  # noqa: F401
 
 # check_patch_lengths is here for others to import: it checks this model's second argument.
-from blt.segments import PatchMap, check_patch_lengths  # noqa: F401
+from blt.segments import PatchMap, attend_to_patches, check_patch_lengths  # noqa: F401
 
 
 @dataclass
@@ -127,8 +135,7 @@ class CrossAttention(nn.Module):
         """q of the queries, k and v of the keys, each split into heads: [..., D] -> [..., H, K]."""
         keys = self.key_norm(keys)
         q = self.wq(self.query_norm(queries))
-        k = self.wk(keys)
-        v = self.wv(keys)
+        k, v = products_of(keys, self.wk, self.wv)
         return [x.unflatten(-1, (self.n_heads, -1)) for x in (q, k, v)]
 
 
@@ -137,15 +144,9 @@ class EncoderCrossAttention(CrossAttention):
 
     def forward(self, patches_BPkD, bytes_BTD, segments):
         """Returns the patches' new vectors [B, P, k, D]. segments: the bytes of each patch."""
-        q_BPkHK, key_BTHK, value_BTHK = self.project(patches_BPkD, bytes_BTD)
-        # Segments have one slot more a row, that of left-out bytes. Its queries are zeros.
-        q_MkHK = F.pad(q_BPkHK, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
-        key_NHK = key_BTHK.flatten(0, 1)
-        value_NHK = value_BTHK.flatten(0, 1)
-        attended_MkHK = apply_function(SegmentAttention, q_MkHK, key_NHK, value_NHK, segments)
-        attended_BPkD = segments.drop_left_out(attended_MkHK).flatten(3)
+        attended_BPkHK = segments.attend(*self.project(patches_BPkD, bytes_BTD))
         # The residual counts twice, as in the released weights.
-        return 2 * patches_BPkD + self.wo(attended_BPkD)
+        return 2 * patches_BPkD + self.wo(attended_BPkHK.flatten(3))
 
 
 class DecoderCrossAttention(CrossAttention):
@@ -153,13 +154,8 @@ class DecoderCrossAttention(CrossAttention):
 
     def forward(self, bytes_BTD, patches_BPkD, read_N):
         """Returns the new byte states [B, T, D]. read_N: the patch of each byte, `PatchMap.read`."""
-        q_BTHK, key_BPkHK, value_BPkHK = self.project(bytes_BTD, patches_BPkD)
-        q_NHK = q_BTHK.flatten(0, 1)
-        key_MkHK = key_BPkHK.flatten(0, 1)
-        value_MkHK = value_BPkHK.flatten(0, 1)
-        attended_NHK = apply_function(GatherAttention, q_NHK, key_MkHK, value_MkHK, read_N)
-        attended_BTD = attended_NHK.flatten(1).unflatten(0, bytes_BTD.shape[:2])
-        return 2 * bytes_BTD + self.wo(attended_BTD)
+        attended_BTHK = attend_to_patches(*self.project(bytes_BTD, patches_BPkD), read_N)
+        return 2 * bytes_BTD + self.wo(attended_BTHK.flatten(2))
 
 
 class LocalEncoder(nn.Module):
@@ -202,7 +198,7 @@ class LocalEncoder(nn.Module):
         x_BTD = self.byte_embedding(ids_BT)
         if ngrams_BTD is not None:
             x_BTD = x_BTD + ngrams_BTD
-        x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        x_BTD = F.dropout(as_stream(x_BTD), self.config.dropout, self.training)
         states = []
         for layer, block in enumerate(self.blocks):
             past = None if pasts is None else pasts[layer]
@@ -215,19 +211,11 @@ class LocalEncoder(nn.Module):
 
         The bytes are pooled into k queries, and each cross-attention refines these.
         """
-        queries_BPD = self.patch_query(self._pool(states[0], segments))
+        queries_BPD = self.patch_query(segments.max_or_mean(states[0], self.config.pooling))
         patches_BPkD = queries_BPD.unflatten(-1, (self.config.cross_attn_k, -1))
         for cross_attention, x_BTD in zip(self.cross_attentions, states):
             patches_BPkD = cross_attention(patches_BPkD, x_BTD, segments)
         return patches_BPkD
-
-    def _pool(self, x_BTD, segments):
-        """The maximum or mean [B, P, D] of each patch's byte states; zeros if it has no bytes."""
-        x_ND = x_BTD.flatten(0, 1)
-        if self.config.pooling == "max":
-            return segments.drop_left_out(segments.max(x_ND))
-        n_bytes = segments.sum(x_ND.new_ones(x_ND.shape[0], 1)).clamp(min=1)
-        return segments.drop_left_out(segments.sum(x_ND) / n_bytes)
 
 
 class LatentTransformer(nn.Module):
@@ -349,7 +337,7 @@ class BLTModel(nn.Module):
 
     def logits(self, states_BTD):
         """Logits [B, T, 257] of the decoder's states."""
-        return cap_logits(self.head(states_BTD), self.config.logit_softcap)
+        return logits_of(self.head, states_BTD, self.config.logit_softcap)
 
     def parameters_by_part(self):
         """{"hash embedding", "encoder", "latent", "decoder": number of parameters}, the whole in all.

@@ -25,7 +25,7 @@ from blt.checks import check, check_positive, check_shares
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights
 from blt.ids import BOUNDARY, documents_of
-from blt.layers import Block, RMSNorm, init_weights, zero_outputs
+from blt.layers import Block, RMSNorm, as_stream, init_weights, logits_of, zero_outputs
 from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
 from blt.records import RunRecord, record_beside
@@ -141,10 +141,10 @@ class MinimalLLM(nn.Module):
 
         pasts: for each layer, what the plan's `attend` takes as `past`.
         """
-        x_BTD = self.embedding(ids_BT)
+        x_BTD = as_stream(self.embedding(ids_BT))
         for block, past in zip(self.blocks, pasts):
             x_BTD, _ = block(x_BTD, plan, past)
-        return self.head(self.norm(x_BTD))
+        return logits_of(self.head, self.norm(x_BTD))
 
     def stream(self, ids_BT, state=None):
         """Read the next chunk of a long stream: the same logits as `forward` over the whole, whatever the chunks.
@@ -159,13 +159,13 @@ class MinimalLLM(nn.Module):
         past_documents_BW, past, last_document_B1 = state
         documents_BT = last_document_B1 + documents_of(ids_BT, BOUNDARY)
         plan = self._plan(documents_BT, past_documents_BW)
-        x_BTD = self.embedding(ids_BT)
+        x_BTD = as_stream(self.embedding(ids_BT))
         new_past = []
         for block, layer_past in zip(self.blocks, past):
             x_BTD, layer_new = block(x_BTD, plan, layer_past)
             new_past.append(tuple(_last(old.to(new.dtype), new) for old, new in zip(layer_past, layer_new)))
         new_state = (_last(past_documents_BW, documents_BT), new_past, documents_BT[:, -1:].clone())
-        return self.head(self.norm(x_BTD)), new_state
+        return logits_of(self.head, self.norm(x_BTD)), new_state
 
     def _empty_state(self, ids_BT):
         """The state of `stream` before the first chunk: keys and values in no document, so nothing attends to them."""

@@ -32,7 +32,7 @@ from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights
 from blt.ids import BYTES, documents_of
-from blt.layers import Block, RMSNorm, cap_logits, default_heads, init_weights, zero_outputs
+from blt.layers import Block, RMSNorm, as_stream, default_heads, init_weights, logits_of, zero_outputs
 from blt.loop import RunConfig, choose_dropout, fit
 from blt.metric import leak_gate
 from blt.ngrams import HashEmbedding, check_tables
@@ -221,10 +221,10 @@ class PlainTransformer(nn.Module):
         hash_embedding = self.hash_embedding
         if hash_embedding is not None:
             x_BTD = x_BTD + hash_embedding.embed(hash_embedding, ids_BT, documents_BT)
-        x_BTD = self.dropout(x_BTD)
+        x_BTD = self.dropout(as_stream(x_BTD))
         for block in self.blocks:
             x_BTD, _ = block(x_BTD, plan)
-        return cap_logits(self.head(self.norm(x_BTD)), config.logit_softcap)
+        return logits_of(self.head, self.norm(x_BTD), config.logit_softcap)
 
     def parameters_by_part(self):
         """{"hash embedding", "embedding", "layers", "head": number of parameters}; the parts sum to the whole."""

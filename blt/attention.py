@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from blt.kernels import BandAttention, apply_function
 
@@ -27,6 +27,9 @@ MOST_FLEX_CHANNELS = 128
 # An H100 (capability 9) and a B200 (10) have 227 KiB. Consumer cards of capability 12 have 99 again.
 MOST_FLEX_CHANNELS_OF_LARGE_CARDS = 256
 LARGE_CARDS = (9, 10)
+
+# FlexAttention's mask says of each tile of this many queries and keys whether it is seen in full, in part or not.
+FLEX_TILE = 128
 
 # A band on a CPU has at most about this many attention scores, so that they stay in a core's cache.
 BAND_SCORES = 1 << 19
@@ -226,21 +229,57 @@ class AttentionPlan:
         return flex_attention(q, k, v, block_mask=self.flex_mask, kernel_options=options).transpose(1, 2)
 
     def _make_flex_mask(self):
-        """The row's mask for FlexAttention."""
+        """The row's mask for FlexAttention, from the first and last document of each tile of positions.
+
+        torch's own `create_block_mask` asks about each pair of positions, T x T of them in each row.
+        """
         # Plain names, because torch.compile has to see through this function's closure.
         documents_BT = self.documents
         window = self.window
-        B, T = documents_BT.shape
+        T = self.length
 
         def is_visible(row, head, query, key):
             is_same_document = documents_BT[row, query] == documents_BT[row, key]
             return may_attend(query - key, is_same_document, window)
 
-        return create_block_mask(is_visible, B, None, T, T, device=documents_BT.device)
+        n_tiles = -(-T // FLEX_TILE)
+        filled_BT = F.pad(documents_BT, (0, n_tiles * FLEX_TILE - T), value=AFTER_ROW)
+        first_BI = filled_BT[:, ::FLEX_TILE]
+        # Documents are numbered upwards along the row, so the largest number is that of the last one.
+        last_BI = filled_BT.unflatten(1, (n_tiles, FLEX_TILE)).amax(-1)
+        tiles = torch.arange(n_tiles, device=documents_BT.device)
+        tiles_before = tiles[:, None] - tiles
+        # Tile I of queries, tile J of keys: some pair is visible, or every one.
+        shares_document_BIJ = first_BI[:, :, None] <= last_BI[:, None, :]
+        is_seen_BIJ = shares_document_BIJ & (tiles_before >= 0)
+        is_one_document_BIJ = last_BI[:, :, None] == first_BI[:, None, :]
+        is_full_BIJ = is_one_document_BIJ & (tiles_before > 0)
+        if window is not None:
+            nearest = (tiles_before - 1) * FLEX_TILE + 1
+            farthest = (tiles_before + 1) * FLEX_TILE - 1
+            is_seen_BIJ = is_seen_BIJ & (nearest < window)
+            is_full_BIJ = is_full_BIJ & (farthest < window)
+        if n_tiles * FLEX_TILE > T:
+            # The last tile reaches beyond the row.
+            is_full_BIJ = is_full_BIJ & (tiles < n_tiles - 1)[:, None]
+        is_full_BIJ = is_full_BIJ & is_seen_BIJ
+        seen_in_part = _listed_tiles(is_seen_BIJ & ~is_full_BIJ)
+        seen_in_full = _listed_tiles(is_full_BIJ)
+        tile = (FLEX_TILE, FLEX_TILE)
+        return BlockMask.from_kv_blocks(*seen_in_part, *seen_in_full, tile, is_visible, seq_lengths=(T, T))
 
     def _by_blocks(self, q_BTHK, k_BSHK, v_BSHK):
         """For all else (older GPUs, code that is not compiled): torch's attention on blocks."""
         return self.blocks.attend(q_BTHK, k_BSHK, v_BSHK)
+
+
+def _listed_tiles(is_chosen_BIJ):
+    """How many tiles of keys each tile of queries has chosen, and all numbers of tiles, theirs first.
+
+    int32 [B, 1, I] and [B, 1, I, J]: all heads have the same mask.
+    """
+    numbers = is_chosen_BIJ.int().argsort(dim=-1, descending=True, stable=True)
+    return is_chosen_BIJ.sum(-1, dtype=torch.int32)[:, None], numbers.int()[:, None]
 
 
 class Band(NamedTuple):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from blt.kernels import GatedLinear, SquaredLinear, apply_function, rms_norm
@@ -58,6 +59,30 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps, dtype)
 
 
+def as_stream(x):
+    """x as the states that layers add to: bf16 on CUDA under bf16 autocast, else as it is.
+
+    Sums of embeddings are fp32, and all layers would add to them in fp32: twice the bytes to move, of which a GPU
+    has none to spare. Norms compute in fp32 whatever they are given.
+    """
+    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        if torch.get_autocast_dtype("cuda") == torch.bfloat16:
+            return x.bfloat16()
+    return x
+
+
+def products_of(x, *linears):
+    """The outputs of several `nn.Linear` without bias, of one input: in training on CUDA by one matrix product.
+
+    One large product is faster there than several small ones, and x is read once. The weights are joined where
+    autocast would copy them anyway.
+    """
+    if x.device.type != "cuda" or not torch.is_grad_enabled():
+        return [linear(x) for linear in linears]
+    weight = torch.cat([linear.weight for linear in linears])
+    return F.linear(x, weight).split([linear.out_features for linear in linears], dim=-1)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention; an `AttentionPlan` says what attends to what. No biases.
 
@@ -81,9 +106,8 @@ class SelfAttention(nn.Module):
 
         past: what `plan.attend` takes for the positions before the row.
         """
-        q_BTHK = self.wq(x_BTD).unflatten(-1, (self.n_heads, -1))
-        k_BTHK = self.wk(x_BTD).unflatten(-1, (self.n_heads, -1))
-        v_BTHK = self.wv(x_BTD).unflatten(-1, (self.n_heads, -1))
+        products = products_of(x_BTD, self.wq, self.wk, self.wv)
+        q_BTHK, k_BTHK, v_BTHK = [x.unflatten(-1, (self.n_heads, -1)) for x in products]
         q_BTHK = self.q_norm(q_BTHK)
         k_BTHK = self.k_norm(k_BTHK)
         # The plan applies the rotary embedding, because it knows the positions.
@@ -104,7 +128,7 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD):
         # One autograd function for silu, product and w2. It keeps two tensors of the hidden width for
         # the backward pass, where autograd would keep four.
-        return apply_function(GatedLinear, self.w1(x_BTD), self.w3(x_BTD), self.w2.weight)
+        return apply_function(GatedLinear, *products_of(x_BTD, self.w1, self.w3), self.w2.weight)
 
 
 class SquaredReLU(nn.Module):
@@ -124,8 +148,14 @@ class SquaredReLU(nn.Module):
         return apply_function(SquaredLinear, self.w1(x_BTD), self.w2.weight)
 
 
-def cap_logits(logits, cap):
-    """cap * tanh(logits / cap) in fp32: between -cap and cap, and almost the logits where they are small. 0: no cap."""
+def logits_of(head, x, cap=0.0):
+    """head(x), for cap > 0 as cap * tanh(logits / cap) in fp32: between -cap and cap, almost the same where small."""
+    fill = -head.out_features % 8
+    if fill and x.device.type == "cuda" and torch.is_grad_enabled():
+        # The fast kernels of a GPU take only whole groups of 8 columns, and 257 is none.
+        logits = F.linear(x, F.pad(head.weight, (0, 0, 0, fill)))[..., : head.out_features]
+    else:
+        logits = head(x)
     return cap * torch.tanh(logits.float() / cap) if cap > 0 else logits
 
 

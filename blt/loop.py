@@ -36,7 +36,7 @@ from blt.files import load_weights, state_hash, write_atomically, write_state
 from blt.layers import SelfAttention, without_zeros
 from blt.locks import claim_unless_claimed
 from blt.loss_watch import Fault, LossWatch
-from blt.metric import evaluate_together, target_losses
+from blt.metric import RowLosses, evaluate_together, target_losses
 from blt.optimizers import backward, clip_gradients, learning_rate_scale, make_optimizers, step_optimizers
 from blt.processes import (
     average_sparse_gradients,
@@ -179,10 +179,10 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
         model.to(device)
         return kept.result()
     trained.train()
-    step_model = compile_model(trained, config, train_rows, device, precision)
+    row_losses = compile_losses(trained, config, train_rows, device, precision)
     if n_processes() > 1 and not config.shard:
         # Not the other way round: torch would cut the compiled graph into pieces.
-        step_model = parallel(step_model)
+        row_losses = parallel(row_losses)
     watch = LossWatch(config.spike, kept.state["lowest_loss"], scaler.is_enabled())
 
     with (
@@ -203,10 +203,10 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
             loss_nats = torch.zeros((), device=device)
             row_nats = []
             for number, batch in enumerate(batches):
-                with unsynchronized(step_model, is_last=number == len(batches) - 1):
+                with unsynchronized(row_losses, is_last=number == len(batches) - 1):
                     with autocast(device, precision):
                         # The forward pass.
-                        nats_BT, _ = target_losses(step_model, batch.to(device))
+                        nats_BT = row_losses(*batch.to(device).for_losses())
                         loss = nats_BT.sum() / targets
                     # The update wants the sum of the processes' gradients, and gets their mean.
                     backward(trained, loss * n_processes(), scaler)
@@ -241,7 +241,7 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     result = kept.result()
     if config.shard:
         # The sharded copy gives way to the model itself, which waited on the CPU.
-        del kept, trained, step_model, optimizers
+        del kept, trained, row_losses, optimizers
         model.to(device)
     return result
 
@@ -601,8 +601,8 @@ def set_learning_rates(optimizers, scale):
     return optimizers[0].param_groups[0]["lr"]
 
 
-def compile_model(model, config, train_rows, device, precision):
-    """torch.compile(model) where the config wants it, else the model itself.
+def compile_losses(model, config, train_rows, device, precision):
+    """The model's `RowLosses`, under torch.compile where the config wants it.
 
     The forward and backward pass are compiled here, before the clock of the training speed
     starts.
@@ -611,14 +611,15 @@ def compile_model(model, config, train_rows, device, precision):
     """
     is_compiled = config.compile == "yes" or (config.compile == "auto" and device.type == "cuda")
     print_slow_attention(model, device, precision, is_compiled)
+    row_losses = RowLosses(model)
     if not is_compiled:
-        return model
+        return row_losses
     # A process may train several models. What torch has compiled for another one counts towards its
     # limit of compilations.
     torch.compiler.reset()
     # All batches of a run have one shape. Without dynamic=False, a second model of the process whose
     # rows have another number of patches is compiled for any number, and FlexAttention does not lower.
-    compiled = torch.compile(model, dynamic=False)
+    compiled = torch.compile(row_losses, dynamic=False)
     _, rows = share_of_update(config)
     batch = train_rows.shuffled_batch(process_number(), rows, config.seed).to(device)
     has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
@@ -654,7 +655,7 @@ def compiled_pass(compiled, batch, device, precision):
     """
     try:
         with autocast(device, precision):
-            nats_BT, _ = target_losses(compiled, batch)
+            nats_BT = compiled(*batch.for_losses())
         # Only so that the backward pass is compiled as well; its gradients are thrown away.
         nats_BT.sum().backward()
     except torch._dynamo.exc.TorchDynamoException as error:

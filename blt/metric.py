@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from blt import ppmd
@@ -32,19 +33,41 @@ def target_losses(model, batch):
     A target that is not scored costs 0 nats. The training loss is the sum of nats over the number
     of scored targets.
     """
-    targets_BT = batch.ids[:, 1:].masked_fill(~batch.is_scored, IGNORED)
     logits_BTV = row_logits(model, batch)
-    # In fp32 whatever the precision of the model: a sum of many small numbers follows.
-    nats = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return nats.view_as(targets_BT), logits_BTV
+    return nats_of(logits_BTV, batch.ids, batch.is_scored), logits_BTV
 
 
 def row_logits(model, batch):
     """Logits [B, T, V] of the inputs of a `RowBatch`."""
-    inputs_BT = batch.ids[:, :-1]
-    return model(inputs_BT) if batch.patch_lengths is None else model(inputs_BT, batch.patch_lengths)
+    return logits_of_rows(model, batch.ids, batch.patch_lengths)
+
+
+def logits_of_rows(model, ids, patch_lengths=None):
+    """Logits [B, T, V] of a model for rows of ids [B, T + 1]; patch_lengths: None for a model without patches."""
+    inputs_BT = ids[:, :-1]
+    return model(inputs_BT) if patch_lengths is None else model(inputs_BT, patch_lengths)
+
+
+def nats_of(logits_BTV, ids, is_scored_BT):
+    """Cross-entropy in nats, float32 [B, T], of the last T of T + 1 ids; 0 where it is not scored."""
+    targets_BT = ids[:, 1:].masked_fill(~is_scored_BT, IGNORED)
+    # In fp32 whatever the precision of the model: a sum of many small numbers follows.
+    nats = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return nats.view_as(targets_BT)
+
+
+class RowLosses(nn.Module):
+    """A model together with its loss: what training compiles, so that logits in fp32 are never written to memory."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, is_scored, patch_lengths=None):
+        """Nats of the targets of rows [B, T + 1], as `target_losses` has them."""
+        return nats_of(logits_of_rows(self.model, ids, patch_lengths), ids, is_scored)
 
 
 @torch.no_grad()

@@ -194,6 +194,10 @@ class RowBatch:
         """The same batch in pinned memory (CUDA only)."""
         return self._with_tensors(lambda tensor: tensor.pin_memory())
 
+    def for_losses(self):
+        """The arguments of `metric.RowLosses`."""
+        return self.ids, self.is_scored, self.patch_lengths
+
     def _with_tensors(self, change):
         """The same batch with `change` applied to each tensor."""
         patch_lengths = None if self.patch_lengths is None else change(self.patch_lengths)

@@ -1,10 +1,28 @@
 """Patches as segments of a row of bytes: which patch a byte is pooled into, and which patch it reads.
 
-`Segments` sums and takes maxima over the bytes of each patch. `PatchMap` is the `Segments` of a row of
-patch lengths, with the patch that each byte may read without seeing the future.
+`Segments` pools the bytes of each patch, and attends to them. `PatchMap` is the `Segments` of a row of
+patch lengths, with the patch that each byte may read without seeing the future. `attend_to_patches` is how
+bytes read patches.
+
+On CUDA the work is done by `triton_kernels`, elsewhere by `kernels`.
 """
 
+import importlib.util
+
 import torch
+import torch.nn.functional as F
+
+from blt.kernels import GatherAttention, SegmentAttention, apply_function
+
+# Triton comes with torch's CUDA builds for Linux.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from blt import triton_kernels
+
+
+def runs_triton(device):
+    """Whether `triton_kernels` run on this device."""
+    return HAS_TRITON and device.type == "cuda"
 
 
 class Segments:
@@ -15,7 +33,11 @@ class Segments:
     Sums and maxima work on all rows at once: on N = B * T bytes and M = B * (P + 1) slots, which are
     the P patches of row 0, one slot for its left-out bytes, the patches of row 1, and so on.
     pool: int64 [N], the slot of each byte.
+    begins, first: what `triton_kernels` read, where those run and each patch is a run of bytes; else None.
     """
+
+    begins = None
+    first = None
 
     def __init__(self, into_BT, n_patches):
         self.P = n_patches
@@ -39,6 +61,28 @@ class Segments:
     def drop_left_out(self, x_MF):
         """The patches without the slots of left-out bytes: [M, ...] -> [B, P, ...]."""
         return x_MF.unflatten(0, (-1, self.P + 1))[:, :-1]
+
+    def max_or_mean(self, x_BTD, how):
+        """The "max" or "mean" of each patch's bytes [B, P, D]; zeros for a patch without bytes."""
+        x_ND = x_BTD.flatten(0, 1)
+        if self.begins is not None:
+            pooled = apply_function(triton_kernels.MaxOrMean, x_ND, self.begins, self.first, how == "max")
+            return pooled.unflatten(0, (-1, self.P))
+        if how == "max":
+            return self.drop_left_out(self.max(x_ND))
+        n_bytes = self.sum(x_ND.new_ones(x_ND.shape[0], 1)).clamp(min=1)
+        return self.drop_left_out(self.sum(x_ND) / n_bytes)
+
+    def attend(self, q_BPkHK, key_BTHK, value_BTHK):
+        """The k queries of each patch attend to the patch's bytes: [B, P, k, H, K]; zeros for a patch without bytes."""
+        key_NHK = key_BTHK.flatten(0, 1)
+        value_NHK = value_BTHK.flatten(0, 1)
+        if self.begins is not None:
+            arguments = (q_BPkHK.flatten(0, 1), key_NHK, value_NHK, self.begins, self.first)
+            return apply_function(triton_kernels.AttentionToBytes, *arguments).unflatten(0, (-1, self.P))
+        # The slot of left-out bytes has queries of zeros.
+        q_MkHK = F.pad(q_BPkHK, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
+        return self.drop_left_out(apply_function(SegmentAttention, q_MkHK, key_NHK, value_NHK, self))
 
 
 class PatchMap(Segments):
@@ -84,6 +128,38 @@ class PatchMap(Segments):
         reads_BT = (patch_of_id[:, 1:] - 1).clamp_(min=0)
         first_patch_B1 = torch.arange(B, device=ends_BP.device)[:, None] * P
         self.read = (reads_BT + first_patch_B1).flatten()
+        if runs_triton(ends_BP.device):
+            self.begins = first_positions((pooled_into_BT + first_patch_B1).flatten(), B * P)
+            # The left-out bytes of a patch are its first ones. What comes before its document is none of it.
+            first_of_document_BP = torch.searchsorted(documents_BT, self.documents_BP)
+            first_of_row_B1 = torch.arange(B, device=ends_BP.device)[:, None] * T
+            first_of_document_M = (first_of_document_BP + first_of_row_B1).flatten().int()
+            self.first = torch.maximum(self.begins[:-1], first_of_document_M)
+
+
+def first_positions(numbers_N, n_numbers):
+    """Where each number 0 to n_numbers - 1 begins in a non-decreasing numbers_N, and N: int32 [n_numbers + 1].
+
+    Example: 0 0 2 2 2 with 4 numbers gives 0 2 2 5 5. A number that does not occur begins where it would be.
+    """
+    all_numbers = torch.arange(n_numbers + 1, device=numbers_N.device, dtype=numbers_N.dtype)
+    return torch.searchsorted(numbers_N, all_numbers, out_int32=True)
+
+
+def attend_to_patches(q_BTHK, key_BPkHK, value_BPkHK, read_N):
+    """Each byte attends to the k vectors of the patch that it reads: [B, T, H, K].
+
+    read_N: int64, non-decreasing, the number of that patch among all B * P of the batch, `PatchMap.read`.
+    """
+    q_NHK = q_BTHK.flatten(0, 1)
+    key_MkHK = key_BPkHK.flatten(0, 1)
+    value_MkHK = value_BPkHK.flatten(0, 1)
+    if runs_triton(read_N.device):
+        begins = first_positions(read_N, key_MkHK.shape[0])
+        attended_NHK = apply_function(triton_kernels.AttentionToPatches, q_NHK, key_MkHK, value_MkHK, begins)
+    else:
+        attended_NHK = apply_function(GatherAttention, q_NHK, key_MkHK, value_MkHK, read_N)
+    return attended_NHK.unflatten(0, q_BTHK.shape[:2])
 
 
 def check_patch_lengths(patch_lengths_BP, n_ids):

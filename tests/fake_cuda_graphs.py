@@ -181,7 +181,7 @@ def second_model():
         fake_batch = batch._with_tensors(mode.from_tensor)
         rows = SimpleNamespace(shuffled_batch=lambda *_, batch=fake_batch: batch)
         with mode:
-            loop.compile_model(small_model(), config, rows, torch.device("cuda"), "bf16")
+            loop.compile_losses(small_model(), config, rows, torch.device("cuda"), "bf16")
     return {"codes": codes, "slots": slots}
 
 

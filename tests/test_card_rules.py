@@ -10,7 +10,7 @@ from helpers import tiny_blt
 from blt import loop
 from blt.attention import slow_attention
 from blt.device import allow_tf32, choose_device, restore_matmul_precision
-from blt.loop import RunConfig, compile_model
+from blt.loop import RunConfig, compile_losses
 from blt.metric import add_up
 from blt.optimizers import clip_gradients, make_optimizers, orthogonalize, products_dtype, step_optimizers
 from blt.training import PatchedDataset
@@ -135,7 +135,7 @@ def test_training_restores_how_products_are_made(monkeypatch, tmp_path):
         raise ValueError("stopped")
 
     monkeypatch.setattr(loop, "allow_tf32", lambda device, precision: torch.set_float32_matmul_precision("high"))
-    monkeypatch.setattr(loop, "compile_model", stop)
+    monkeypatch.setattr(loop, "compile_losses", stop)
     with pytest.raises(ValueError, match="stopped"):
         loop.fit(tiny_blt(), RunConfig(batch_rows=4), train_rows(), [], tmp_path)
     assert seen == ["high"] and torch.get_float32_matmul_precision() == "highest"
@@ -175,7 +175,7 @@ def test_everything_is_compiled_before_the_clock_starts(monkeypatch, capsys, dro
     model = tiny_blt(dropout=dropout).train()
     torch.manual_seed(7)
     random_state = torch.get_rng_state()
-    compile_model(model, RunConfig(compile="yes", batch_rows=4), train_rows(), torch.device("cpu"), "fp32")
+    compile_losses(model, RunConfig(compile="yes", batch_rows=4), train_rows(), torch.device("cpu"), "fp32")
     assert (counter.forwards, counter.backwards, counter.dynamic) == (1, 1, False)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None for p in model.parameters())
@@ -188,7 +188,7 @@ def test_a_process_compiles_for_each_run_again(monkeypatch):
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(True))
     for patch_size in (4, 6):
         settings = RunConfig(compile="yes", batch_rows=4)
-        compile_model(tiny_blt(), settings, train_rows(patch_size), torch.device("cpu"), "fp32")
+        compile_losses(tiny_blt(), settings, train_rows(patch_size), torch.device("cpu"), "fp32")
     assert len(resets) == 2
 
 
@@ -197,7 +197,7 @@ def test_a_machine_that_cannot_compile_gets_one_clear_line(monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
     with pytest.raises(ValueError, match="torch.compile does not work here .*--compile no"):
-        compile_model(
+        compile_losses(
             tiny_blt().train(),
             RunConfig(compile="yes", batch_rows=4),
             train_rows(),

@@ -15,7 +15,7 @@ from blt import ngrams, training
 from blt.attention import AttentionPlan
 from blt.device import autocast
 from blt.layers import without_zeros, zero_outputs
-from blt.loop import RunConfig, compile_model
+from blt.loop import RunConfig, compile_losses
 from blt.metric import leak_gate, target_losses
 from blt.ngrams import HashEmbedding
 from blt.optimizers import GroupedMuon, backward, clip_gradients, make_optimizers, step_optimizers
@@ -248,7 +248,7 @@ def test_a_wrong_compiled_model_is_seen_behind_zeros(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: partial(wrong_forward, model))
     settings = RunConfig(compile="yes", batch_rows=4)
     with pytest.raises(ValueError, match="--compile no"):
-        compile_model(blt, settings, data.train_rows, torch.device("cpu"), "fp32")
+        compile_losses(blt, settings, data.train_rows, torch.device("cpu"), "fp32")
     assert zeros_of(blt) == BLT_ZEROS
 
 

@@ -11,7 +11,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGE = sorted(path.stem for path in (ROOT / "blt").glob("*.py") if path.stem != "__init__")
 # A module imports only modules of a lower level. docs/design.md shows the same table.
 LEVELS = [
-    {"checks", "commands", "device", "files", "ids", "locks", "plain_blt", "processes"},
+    {"checks", "commands", "device", "files", "ids", "locks", "plain_blt", "processes", "triton_kernels"},
     {"checkpoints", "config", "kernels", "patch_rules", "progress", "records", "sharding", "splits"},
     {"attention", "corpus", "loss_watch", "ngrams", "optimizers", "pictures", "segments"},
     {"layers", "ppmd", "rows", "studies"},

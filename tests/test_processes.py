@@ -154,7 +154,7 @@ assert torch.allclose(shards(*batch), tiny_blt(seed=1)(*batch), atol=1e-6)
 
 @pytest.mark.slow
 def test_weights_of_a_sharded_model_may_change_between_passes(tmp_path):
-    """As `compile_model` does: layers that are still the identity get other weights for a moment."""
+    """As `compile_losses` does: layers that are still the identity get other weights for a moment."""
     (tmp_path / "passes.py").write_text(PASSES.format(root=str(ROOT)))
     run_together(tmp_path, tmp_path / "passes")
 

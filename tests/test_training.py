@@ -14,11 +14,11 @@ from blt.loop import (
     REREAD_DROPOUT,
     RunConfig,
     choose_dropout,
-    compile_model,
+    compile_losses,
     read_metrics,
     set_learning_rates,
 )
-from blt.metric import bits_per_byte
+from blt.metric import RowLosses, bits_per_byte
 from blt.optimizers import learning_rate_scale, make_optimizers
 from blt.patch_rules import PatchConfig
 from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
@@ -222,31 +222,39 @@ def test_train_blt_wants_a_patched_dataset(tmp_path):
 
 
 def compiled_as(monkeypatch, error=0.0, **changes):
-    """What `compile_model` does if torch.compile gives logits that are wrong by this much for byte 97."""
+    """What `compile_losses` does if torch.compile gives nats that are wrong by this much for a row's first byte."""
     blt = tiny_blt(**changes)
-    moved = torch.zeros(257)
-    moved[97] = error
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: lambda *inputs: model(*inputs) + moved)
+
+    def wrong(losses):
+        def compiled(*inputs):
+            nats_BT = losses(*inputs)
+            moved_T = torch.zeros(nats_BT.shape[1])
+            moved_T[0] = error
+            return nats_BT + moved_T
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", lambda losses, dynamic: wrong(losses))
     settings = RunConfig(compile="yes", batch_rows=4)
-    made = compile_model(blt, settings, dataset().train_rows, torch.device("cpu"), "fp32")
+    made = compile_losses(blt, settings, dataset().train_rows, torch.device("cpu"), "fp32")
     # Gradients of the trial pass would be added to those of the first step.
     assert all(p.grad is None for p in blt.parameters())
     return blt, made
 
 
-@pytest.mark.parametrize("error", [1.0, math.nan])
+@pytest.mark.parametrize("error", [9.0, math.nan])
 def test_a_wrong_compiled_model_stops_the_run(monkeypatch, error):
     with pytest.raises(ValueError, match="--compile no"):
         compiled_as(monkeypatch, error)
 
 
 def test_a_right_compiled_model_is_used(monkeypatch):
-    blt, made = compiled_as(monkeypatch)
-    assert made is not blt
+    _, made = compiled_as(monkeypatch)
+    assert not isinstance(made, RowLosses)
     # With dropout two passes differ, and there is nothing to compare.
     for dropout in (dict(dropout=0.1), dict(ngram_dropout=0.1)):
-        blt, made = compiled_as(monkeypatch, error=1.0, **dropout)
-        assert made is not blt
+        _, made = compiled_as(monkeypatch, error=9.0, **dropout)
+        assert not isinstance(made, RowLosses)
 
 
 @pytest.mark.parametrize("choice", ["no", "auto"])
@@ -254,7 +262,8 @@ def test_no_compilation_on_a_cpu(monkeypatch, choice):
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: pytest.fail("torch.compile was called"))
     blt = tiny_blt()
     settings = RunConfig(compile=choice, batch_rows=4)
-    assert compile_model(blt, settings, dataset().train_rows, torch.device("cpu"), "fp32") is blt
+    row_losses = compile_losses(blt, settings, dataset().train_rows, torch.device("cpu"), "fp32")
+    assert isinstance(row_losses, RowLosses) and row_losses.model is blt
 
 
 # Rows
