@@ -33,6 +33,7 @@ from blt.layers import (
     RMSNorm,
     as_stream,
     default_heads,
+    embed,
     init_weights,
     logits_of,
     products_of,
@@ -195,7 +196,7 @@ class LocalEncoder(nn.Module):
 
         pasts: for each layer, what `plan.attend` takes as its past.
         """
-        x_BTD = self.byte_embedding(ids_BT)
+        x_BTD = embed(self.byte_embedding, ids_BT)
         if ngrams_BTD is not None:
             x_BTD = x_BTD + ngrams_BTD
         x_BTD = F.dropout(as_stream(x_BTD), self.config.dropout, self.training)

@@ -25,7 +25,7 @@ from blt.checks import check, check_positive, check_shares
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights
 from blt.ids import BOUNDARY, documents_of
-from blt.layers import Block, RMSNorm, as_stream, init_weights, logits_of, zero_outputs
+from blt.layers import Block, RMSNorm, as_stream, embed, init_weights, logits_of, zero_outputs
 from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
 from blt.records import RunRecord, record_beside
@@ -141,7 +141,7 @@ class MinimalLLM(nn.Module):
 
         pasts: for each layer, what the plan's `attend` takes as `past`.
         """
-        x_BTD = as_stream(self.embedding(ids_BT))
+        x_BTD = as_stream(embed(self.embedding, ids_BT))
         for block, past in zip(self.blocks, pasts):
             x_BTD, _ = block(x_BTD, plan, past)
         return logits_of(self.head, self.norm(x_BTD))
@@ -159,7 +159,7 @@ class MinimalLLM(nn.Module):
         past_documents_BW, past, last_document_B1 = state
         documents_BT = last_document_B1 + documents_of(ids_BT, BOUNDARY)
         plan = self._plan(documents_BT, past_documents_BW)
-        x_BTD = as_stream(self.embedding(ids_BT))
+        x_BTD = as_stream(embed(self.embedding, ids_BT))
         new_past = []
         for block, layer_past in zip(self.blocks, past):
             x_BTD, layer_new = block(x_BTD, plan, layer_past)

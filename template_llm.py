@@ -32,7 +32,7 @@ from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights
 from blt.ids import BYTES, documents_of
-from blt.layers import Block, RMSNorm, as_stream, default_heads, init_weights, logits_of, zero_outputs
+from blt.layers import Block, RMSNorm, as_stream, default_heads, embed, init_weights, logits_of, zero_outputs
 from blt.loop import RunConfig, choose_dropout, fit
 from blt.metric import leak_gate
 from blt.ngrams import HashEmbedding, check_tables
@@ -217,7 +217,7 @@ class PlainTransformer(nn.Module):
         config = self.config
         documents_BT = documents_of(ids_BT, self.n_classes - 1)
         plan = AttentionPlan(documents_BT, config.dim // config.heads, config.rope_theta, config.window)
-        x_BTD = self.embedding(ids_BT)
+        x_BTD = embed(self.embedding, ids_BT)
         hash_embedding = self.hash_embedding
         if hash_embedding is not None:
             x_BTD = x_BTD + hash_embedding.embed(hash_embedding, ids_BT, documents_BT)

@@ -59,6 +59,17 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps, dtype)
 
 
+def embed(embedding, ids_BT):
+    """embedding(ids) [B, T, D]. In training on CUDA its gradient is added up in a fixed order, so runs can be repeated.
+
+    torch.compile's own gradient of an embedding has atomic additions, on CUDA thousands to each of few rows.
+    """
+    if ids_BT.device.type != "cuda" or not torch.is_grad_enabled():
+        return embedding(ids_BT)
+    # Bags of one id each: their gradients are sorted by id first.
+    return F.embedding_bag(ids_BT.reshape(-1, 1), embedding.weight, mode="sum").unflatten(0, ids_BT.shape)
+
+
 def as_stream(x):
     """x as the states that layers add to: bf16 on CUDA under bf16 autocast, else as it is.
 

@@ -32,6 +32,7 @@ import blt_model
 import entropy_llm
 from blt import loop
 from blt.entropies import entropy_of
+from blt.metric import RowLosses
 from blt.training import PatchedDataset
 from entropy_patcher import EntropyPatcher
 
@@ -92,7 +93,7 @@ def graphs_of(changes):
 
     backend = aot_autograd(fw_compiler=count, bw_compiler=count)
     with fake_tensors():
-        compiled = torch.compile(small_model(**changes), backend=backend, dynamic=False)
+        compiled = torch.compile(RowLosses(small_model(**changes)), backend=backend, dynamic=False)
         for step in range(2):
             training_pass(compiled, 2, 256, 80)
             if step == 0:
@@ -102,13 +103,14 @@ def graphs_of(changes):
     return found | {"graphs": graphs, "later": graphs - first, "breaks": breaks}
 
 
-def training_pass(model, n_rows, row_bytes, n_patches):
+def training_pass(row_losses, n_rows, row_bytes, n_patches):
     """A forward and a backward pass in bf16."""
-    ids = torch.zeros(n_rows, row_bytes, dtype=torch.int64, device="cuda")
+    ids = torch.zeros(n_rows, row_bytes + 1, dtype=torch.int64, device="cuda")
+    is_scored = torch.ones(n_rows, row_bytes, dtype=torch.bool, device="cuda")
     patch_lengths = torch.ones(n_rows, n_patches, dtype=torch.int64, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
-        logits = model(ids, patch_lengths)
-    logits.float().sum().backward()
+        nats_BT = row_losses(ids, is_scored, patch_lengths)
+    nats_BT.sum().backward()
 
 
 class Lowered(Exception):

@@ -39,6 +39,8 @@ def run(folder, script, *arguments, card="4090", **environment):
     environment = os.environ | environment | {"CARD": card, "PROJECT": str(ROOT), "FAKE_CUDA_OUT": str(folder)}
     paths = [str(TOOLS), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    # Kernels are compiled here, and not interpreted.
+    environment |= {"TRITON_INTERPRET": "0"}
     command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -88,11 +90,11 @@ class TestGraphs:
 
     @pytest.mark.parametrize(
         "size, changes, limit_kb",
-        [("medium", {}, 90.4), ("large", dict(global_layers=4), 206.0)],
+        [("medium", {}, 79.8), ("large", dict(global_layers=4), 172.2)],
         ids=["medium", "large"],
     )
     def test_no_more_is_saved_for_the_backward_pass(self, tmp_path, size, changes, limit_kb):
-        """kB of activations a byte of text. The 20 latent layers of the large size keep 327 kB, 7.6 each."""
+        """kB of activations a byte of text. The 20 latent layers of the large size keep 7.6 each."""
         printed = generate_code(tmp_path, size, "h100", changes, NOIND="1")
         saved_kb = float(re.search(r"= ([\d.]+) kB a byte; other saved", printed)[1])
         assert 0.3 * limit_kb < saved_kb <= limit_kb + 0.5
@@ -115,6 +117,10 @@ class TestKernels:
         for part in ("fw", "bw"):
             # First the kernels' names, then what is wrong with them.
             code = (tmp_path / f"code_code_{part}.py").read_text()
+            # Sums whose order changes from run to run.
+            assert not re.search(r"tl\.atomic|index_add|scatter_reduce", code)
+            # Pooling and both cross-attentions.
+            assert len(set(re.findall(r"async_compile\.triton\('(_pool|_attend_to)\w*'", code))) == 2
             attention += len(re.findall(r"async_compile\.triton\('triton_tem_\w*flex", code))
             compiled = run(
                 tmp_path,

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch._dynamo
 
+from blt import loop
 from blt.device import autocast
-from blt.metric import leak_gate, target_losses
+from blt.metric import RowLosses, leak_gate, target_losses
 from blt.optimizers import clip_gradients, make_optimizers, step_optimizers
 from blt.rows import evaluation_batches
 from blt.training import PatchedDataset, TrainingConfig, train_blt
@@ -61,6 +62,56 @@ def test_gpu_equals_cpu():
     assert leak_gate(model, patcher, texts[0]) < 1e-3
 
 
+def test_gradients_equal_a_cpus():
+    """Those of the Triton kernels, too."""
+    torch.manual_seed(0)
+    model = BLTModel(BLTConfig(**CONFIG))
+    patcher = static_patcher()
+    texts = documents(2)
+    (batch,) = evaluation_batches(texts, [patcher.starts(text) for text in texts], 1024)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        nats_BT, _ = target_losses(model.to(device), batch.to(device))
+        gradients.append([gradient.cpu() for gradient in torch.autograd.grad(nats_BT.mean(), model.parameters())])
+    for cpu, gpu in zip(*gradients, strict=True):
+        torch.testing.assert_close(gpu, cpu, atol=1e-4, rtol=1e-3)
+
+
+class Stopped(Exception):
+    """A run that ends in the middle."""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_runs_repeat(tmp_path, monkeypatch, precision):
+    """Two runs give equal weights to the last bit, and so does a run that was stopped and resumed."""
+
+    def train(name, **changes):
+        torch.manual_seed(0)
+        model = BLTModel(BLTConfig(**CONFIG | dict(ngram_dropout=0.1))).cuda()
+        rows = dict(row_bytes=256, batch_rows=4, steps=12, eval_every=12, checkpoint_minutes=0.0)
+        config = TrainingConfig(**rows, precision=precision, compile="yes", output=str(tmp_path / name), **changes)
+        train_blt(model, training_data(), config)
+        return {name: p.cpu() for name, p in model.state_dict().items()}
+
+    straight = train("one")
+    runs = [train("other")]
+    with monkeypatch.context() as patch:
+        steps = iter(range(100))
+        original = loop.set_learning_rates
+
+        def stop_in_step_6(*arguments):
+            if next(steps) == 6:
+                raise Stopped
+            return original(*arguments)
+
+        patch.setattr(loop, "set_learning_rates", stop_in_step_6)
+        with pytest.raises(Stopped):
+            train("stopped")
+    runs.append(train("stopped", resume=True))
+    for run in runs:
+        assert all(torch.equal(run[name], straight[name]) for name in straight)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("compile", ["yes", "no"])
 def test_training_on_the_gpu(tmp_path, precision, compile):
@@ -88,7 +139,7 @@ def test_compiled_steps_do_not_wait(precision):
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     model = BLTModel(BLTConfig(**CONFIG)).cuda()
-    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    compiled = torch.compile(RowLosses(model), fullgraph=True, dynamic=False)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     batches = []
@@ -101,8 +152,7 @@ def test_compiled_steps_do_not_wait(precision):
                 torch.cuda.set_sync_debug_mode("error")
             with torch.compiler.set_stance("default" if step < 3 else "fail_on_recompile"):
                 with autocast(torch.device("cuda"), precision):
-                    nats, _ = target_losses(compiled, batch.to("cuda"))
-                    loss = nats.sum() / batch.targets
+                    loss = compiled(*batch.to("cuda").for_losses()).sum() / batch.targets
                 loss.backward()
                 norm = clip_gradients(model, optimizers, scaler, config.clip)
                 step_optimizers(optimizers, scaler, norm)

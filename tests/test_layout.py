@@ -11,10 +11,10 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PACKAGE = sorted(path.stem for path in (ROOT / "blt").glob("*.py") if path.stem != "__init__")
 # A module imports only modules of a lower level. docs/design.md shows the same table.
 LEVELS = [
-    {"checks", "commands", "device", "files", "ids", "locks", "plain_blt", "processes", "triton_kernels"},
+    {"checks", "commands", "device", "files", "ids", "locks", "processes", "triton_kernels"},
     {"checkpoints", "config", "kernels", "patch_rules", "progress", "records", "sharding", "splits"},
     {"attention", "corpus", "loss_watch", "ngrams", "optimizers", "pictures", "segments"},
-    {"layers", "ppmd", "rows", "studies"},
+    {"layers", "plain_blt", "ppmd", "rows", "studies"},
     {"entropies", "flops", "metric", "sampling", "tokens"},
     {"incremental", "loop"},
     {"runs", "tasks", "training"},
