@@ -40,9 +40,14 @@ from blt.device import autocast
 from blt.entropies import entropy_of
 from blt.ids import BOUNDARY
 from blt.patch_rules import OnlineStarts
+from blt.replay import Replayed, can_record, send
 from blt.segments import Segments
 
 MAX_STEP = 128  # ids that a row reads in one step, at most
+# Room for the bytes of an open patch grows by so many at least.
+OPEN_COLUMNS = 16
+# The arrays of `LayerCaches.plan` that every `CachedAttentionPlan` has.
+PLAN = ("positions", "slots", "is_visible")
 
 
 class LayerCaches:
@@ -67,14 +72,50 @@ class LayerCaches:
         # A layer is allocated at its first use, in the precision of its first keys and values.
         self.layers = [None] * n_layers
 
-    def plan(self, begin_B, N, rows, device):
-        """A `CachedAttentionPlan` for N new positions of each row, the first of them at begin_B.
+    def plan(self, begin_B, N, device, rows=None, in_powers=False):
+        """What a `CachedAttentionPlan` is made of, for N new positions of each row, the first of them at begin_B.
 
         rows: int array, the rows that take part (begin_B is about these); None: all rows.
+        in_powers: without a window, attend to a power of 2 of slots, so that few different shapes occur.
+        Returns a dict of arrays: positions [B, N], slots [B * N * H], is_visible [B, 1, N, S], and rows if given.
         """
+        # NumPy instead of torch here: these are many operations on few numbers.
+        positions_BN = begin_B[:, None] + np.arange(N)
+        n_used = self.n_slots
         if self.window is None:
-            self._grow_to(int(begin_B.max()) + N)
-        return CachedAttentionPlan(self, begin_B, N, rows, device)
+            # A cache that grows is used from slot 0 to the newest position; a ring is used as a whole.
+            n_used = int(begin_B.max()) + N
+            if in_powers:
+                n_used = 1 << max(6, (n_used - 1).bit_length())
+            self._grow_to(n_used)
+        self._make_angles(int(positions_BN.max()), device)
+        row_numbers = np.arange(len(begin_B)) if rows is None else rows
+        arrays = {
+            "positions": positions_BN,
+            "slots": self._slots_to_write(positions_BN, row_numbers).ravel(),
+            "is_visible": self._visible_slots(positions_BN, n_used)[:, None],
+        }
+        return arrays if rows is None else arrays | {"rows": rows}
+
+    def _slots_to_write(self, positions_BN, row_numbers):
+        """Where the new positions go in a cache that is viewed as [B * H * S, K]: int64 [B, N, H]."""
+        head_BH = row_numbers[:, None] * self.n_heads + np.arange(self.n_heads)
+        slot_BN = positions_BN % self.n_slots
+        return head_BH[:, None, :] * self.n_slots + slot_BN[:, :, None]
+
+    def _visible_slots(self, positions_BN, n_used):
+        """Which of the first n_used slots each new position attends to: bool [B, N, n_used]."""
+        newest_B1 = positions_BN[:, -1:]
+        # The position that each slot holds, if it was written in order. A slot past the newest position
+        # counts as one of the previous round of the ring, or as negative: so positions that were rolled
+        # back, and those of an earlier document, are invisible.
+        held_BS = newest_B1 - (newest_B1 - np.arange(n_used)) % self.n_slots
+        held_B1S = held_BS[:, None, :]
+        query_BN1 = positions_BN[:, :, None]
+        is_visible_BNS = (held_B1S >= 0) & (held_B1S <= query_BN1)
+        if self.window is not None:
+            is_visible_BNS &= held_B1S > query_BN1 - self.window
+        return is_visible_BNS
 
     def _grow_to(self, n_needed):
         """Double the slots, or more, if there are fewer than n_needed."""
@@ -86,14 +127,12 @@ class LayerCaches:
                 self.layers[number] = [F.pad(x_BHSK, (0, 0, 0, n_more)) for x_BHSK in keys_values]
         self.n_slots += n_more
 
-    def cos_sin_at(self, positions_BN, device):
-        """`rotary_cos_sin` of these positions, [B, N, 1, K / 2, 2], from a table that doubles."""
-        newest = int(positions_BN.max())
+    def _make_angles(self, newest, device):
+        """Make or double the table of rotary angles, `rotary_cos_sin` [positions, 1, K / 2, 2], up to this position."""
         if self.cos_sin is None or newest >= len(self.cos_sin):
             n_positions = 1 << max(8, newest.bit_length())
             positions_T = torch.arange(n_positions, device=device)
             self.cos_sin = rotary_cos_sin(positions_T, self.head_dim, self.theta)
-        return self.cos_sin[torch.from_numpy(positions_BN).to(device)]
 
     def layer(self, number, k_BNHK, v_BNHK):
         """The cached [keys, values] of a layer, allocated like these new ones at the first use."""
@@ -102,6 +141,13 @@ class LayerCaches:
             self.layers[number] = [k_BNHK.new_zeros(shape), v_BNHK.new_zeros(shape)]
         return self.layers[number]
 
+    def buffers(self):
+        """All tensors, which stay where they are until they grow."""
+        tensors = [] if self.cos_sin is None else [self.cos_sin]
+        for keys_values in self.layers:
+            tensors += keys_values or []
+        return tensors
+
 
 class CachedAttentionPlan:
     """An `AttentionPlan` for new positions that attend to cached ones and to each other.
@@ -109,39 +155,13 @@ class CachedAttentionPlan:
     It is made once a step and stack, and shared by the layers of the stack.
     """
 
-    def __init__(self, caches, begin_B, N, rows, device):
-        # NumPy instead of torch here: these are many operations on few numbers.
-        positions_BN = begin_B[:, None] + np.arange(N)
-        row_numbers = np.arange(len(begin_B)) if rows is None else rows
-        # A cache that grows is used from slot 0 to the newest position; a ring is used as a whole.
-        self.n_used = int(begin_B.max()) + N if caches.window is None else caches.n_slots
-        slots_BNH = self._slots_to_write(caches, positions_BN, row_numbers)
-        is_visible_BNS = self._visible_slots(caches, positions_BN)
+    def __init__(self, caches, positions, slots, is_visible, rows=None):
+        """The tensors are the arrays of `LayerCaches.plan`."""
         self.caches = caches
-        self.cos_sin = caches.cos_sin_at(positions_BN, device)
-        self.rows = None if rows is None else torch.from_numpy(rows).to(device)
-        self.slots = torch.from_numpy(slots_BNH.ravel()).to(device)
-        self.is_visible = torch.from_numpy(is_visible_BNS[:, None]).to(device)
-
-    def _slots_to_write(self, caches, positions_BN, row_numbers):
-        """Where the new positions go in a cache that is viewed as [B * H * S, K]: int64 [B, N, H]."""
-        head_BH = row_numbers[:, None] * caches.n_heads + np.arange(caches.n_heads)
-        slot_BN = positions_BN % caches.n_slots
-        return head_BH[:, None, :] * caches.n_slots + slot_BN[:, :, None]
-
-    def _visible_slots(self, caches, positions_BN):
-        """Which slots each new position attends to: bool [B, N, S]."""
-        newest_B1 = positions_BN[:, -1:]
-        # The position that each slot holds, if it was written in order. A slot past the newest position
-        # counts as one of the previous round of the ring, or as negative: so positions that were rolled
-        # back, and those of an earlier document, are invisible.
-        held_BS = newest_B1 - (newest_B1 - np.arange(self.n_used)) % caches.n_slots
-        held_B1S = held_BS[:, None, :]
-        query_BN1 = positions_BN[:, :, None]
-        is_visible_BNS = (held_B1S >= 0) & (held_B1S <= query_BN1)
-        if caches.window is not None:
-            is_visible_BNS &= held_B1S > query_BN1 - caches.window
-        return is_visible_BNS
+        self.cos_sin = caches.cos_sin[positions]
+        self.slots = slots
+        self.is_visible = is_visible
+        self.rows = rows
 
     def attend(self, q_BNHK, k_BNHK, v_BNHK, past):
         """Cache the new keys and values, then attend to all visible ones. Returns [B, N, H, K].
@@ -155,7 +175,7 @@ class CachedAttentionPlan:
             new_MK = new_BNHK.to(cached_BHSK.dtype).flatten(0, 2)
             cached_BHSK.view(-1, self.caches.head_dim).index_copy_(0, self.slots, new_MK)
             of_rows = cached_BHSK if self.rows is None else cached_BHSK[self.rows]
-            keys_values.append(of_rows[:, :, : self.n_used])
+            keys_values.append(of_rows[:, :, : self.is_visible.shape[-1]])
         q_BHNK = q_BNHK.transpose(1, 2)
         out_BHNK = F.scaled_dot_product_attention(q_BHNK, *keys_values, attn_mask=self.is_visible)
         return out_BHNK.transpose(1, 2)
@@ -174,6 +194,16 @@ def caches_of_entropy_model(config, n_rows):
     """`LayerCaches` for an `EntropyConfig`."""
     head_dim = config.d_model // config.n_heads
     return LayerCaches(config.n_layers, n_rows, config.n_heads, head_dim, config.rope_theta, config.max_seq_len)
+
+
+def named(part, arrays):
+    """The arrays with the part before their names, as in "encoder slots"."""
+    return {f"{part} {name}": array for name, array in arrays.items()}
+
+
+def take(tensors, names, part=None):
+    """The tensors of these names; of this part."""
+    return [tensors[name if part is None else f"{part} {name}"] for name in names]
 
 
 def is_counted(counts_B, N):
@@ -222,6 +252,10 @@ class IncrementalBLT:
         self.context_bytes = context_bytes
         self.precision = precision
         self.rule = OnlineStarts(patcher.config, n_rows)
+        # In fp32 only: autocast keeps copies of weights, which a recording would not find again.
+        self.is_recorded = precision == "fp32" and can_record(self.device)
+        self.entropy_pass = Replayed(self._entropy_pass, self.device, self._buffers)
+        self.blt_pass = Replayed(self._blt_pass, self.device, self._buffers)
         self.caches = {}
         for part in ("encoder", "global", "decoder"):
             self.caches[part] = caches_of_stack(config, part, n_rows)
@@ -248,7 +282,9 @@ class IncrementalBLT:
 
         # The open patch: its bytes, and for each cross-attention their states [B, capacity, D].
         self.open_length = np.zeros(n_rows, np.int64)
-        self.open_states = None
+        dtype = model.head.weight.dtype
+        open_states_BCD = torch.zeros(n_rows, OPEN_COLUMNS, config.encoder_dim, dtype=dtype, device=self.device)
+        self.open_states = [open_states_BCD.clone() for _ in model.encoder.cross_attentions]
 
         # The last ids of the row, as far back as the longest n-gram of the next byte reaches.
         n_recent = max(config.ngram_sizes, default=1) - 1
@@ -351,11 +387,27 @@ class IncrementalBLT:
     def _read_with_entropy_model(self, ids_BN):
         """Of the byte after each id: logits [B, N, 256], and entropies [B, N] in nats as a NumPy array."""
         begin_B = self.document_length + self.n_ahead
-        plan = self.caches["entropy"].plan(begin_B, ids_BN.shape[1], None, self.device)
-        ids_on_device_BN = torch.from_numpy(ids_BN).to(self.device)
+        plan = self.caches["entropy"].plan(begin_B, ids_BN.shape[1], self.device)
         with autocast(self.device, self.precision):
-            logits_BNV = self.entropy_model.read(ids_on_device_BN, plan, self._layer_numbers("entropy"))
-        return logits_BNV, entropy_of(logits_BNV).cpu().numpy()
+            logits_BNV, entropies_BN = self.entropy_pass({"ids": ids_BN} | plan, self._is_frequent(ids_BN))
+        return logits_BNV, entropies_BN.cpu().numpy()
+
+    def _entropy_pass(self, tensors):
+        """What the device does in `_read_with_entropy_model`."""
+        plan = CachedAttentionPlan(self.caches["entropy"], *take(tensors, PLAN))
+        logits_BNV = self.entropy_model.read(tensors["ids"], plan, self._layer_numbers("entropy"))
+        return logits_BNV, entropy_of(logits_BNV)
+
+    def _is_frequent(self, ids_BN):
+        """Whether a step of this shape is worth recording: that of text being written, a byte of each row."""
+        return self.is_recorded and ids_BN.shape[1] == 1
+
+    def _buffers(self):
+        """The tensors that the passes read and write beside their arguments."""
+        tensors = [self.newest_latent_BG, self.recent_ids, *self.open_states]
+        for caches in self.caches.values():
+            tensors += caches.buffers()
+        return tensors
 
     def _layer_numbers(self, part):
         """What each layer of a stack hands to `CachedAttentionPlan.attend` as its past: its number."""
@@ -379,95 +431,101 @@ class IncrementalBLT:
         return logits_BNV
 
     def _read_with_blt(self, ids_BN, is_end_BN):
-        """One pass of the BLT over new ids: logits [B, N, 257] and the `Step`. The order of `BLTModel.forward`."""
+        """One pass of the BLT over new ids: logits [B, N, 257] and the `Step`."""
         B, N = ids_BN.shape
-        ids_on_device_BN = torch.from_numpy(ids_BN).to(self.device)
-        ngrams_BND = self._ngram_embeddings(ids_on_device_BN)
-        plan = self.caches["encoder"].plan(self.row_length, N, None, self.device)
-        layers = self._layer_numbers("encoder")
-        states = self.model.encoder.byte_states(ids_on_device_BN, ngrams_BND, plan, layers)
-        self._append_open_states(states)
-        latents_BPG = self._read_complete_patches(is_end_BN)
-
-        # Patch 0 of latents_BPG is the newest one before the step. So an id reads the patch whose number
-        # is the count of patch ends up to it. An id that ends a patch reads that very patch.
-        newest_patch_BN = np.cumsum(is_end_BN, axis=1)
-        first_of_row_B1 = np.arange(B)[:, None] * latents_BPG.shape[1]
-        read_N = torch.from_numpy((newest_patch_BN + first_of_row_B1).flatten()).to(self.device)
-        plan = self.caches["decoder"].plan(self.row_length, N, None, self.device)
-        layers = self._layer_numbers("decoder")
-        out_BND = self.model.decoder(states[-1], latents_BPG, plan, read_N, layers)
-        return self.model.logits(out_BND), Step(ids_BN, ids_on_device_BN, is_end_BN, latents_BPG)
-
-    def _ngram_embeddings(self, ids_BN):
-        """N-gram hash embeddings [B, N, D] of new ids, or None for a model without them."""
-        hash_embedding = self.model.encoder.hash_embedding
-        if hash_embedding is None:
-            return None
-        n_recent = self.recent_ids.shape[1]
-        # Ids before the row's first are another document to the hash, as in a full pass over the row.
-        positions_BT = np.arange(-n_recent, ids_BN.shape[1]) + self.row_length[:, None]
-        is_in_row_BT = torch.from_numpy(positions_BT >= 0).to(self.device)
-        ids_BT = torch.cat((self.recent_ids, ids_BN), dim=1)
-        return hash_embedding(ids_BT, is_in_row_BT.long())[:, n_recent:]
-
-    def _append_open_states(self, states):
-        """Write the new bytes' encoder states behind those of the open patches."""
-        B, N = states[0].shape[:2]
-        n_needed = int(self.open_length.max()) + N
-        if self.open_states is None:
-            # Twice what is needed now: the patch will grow, and growing copies.
-            self.open_states = [x_BND.new_zeros(B, 2 * n_needed, x_BND.shape[2]) for x_BND in states]
-        capacity = self.open_states[0].shape[1]
-        if n_needed > capacity:
-            n_more = max(capacity, n_needed - capacity)
-            self.open_states = [F.pad(kept_BCD, (0, 0, 0, n_more)) for kept_BCD in self.open_states]
-            capacity += n_more
-        columns_BN = self.open_length[:, None] + np.arange(N)
-        slots_BN = np.arange(B)[:, None] * capacity + columns_BN
-        slots_M = torch.from_numpy(slots_BN.flatten()).to(self.device)
-        for kept_BCD, new_BND in zip(self.open_states, states):
-            new_MD = new_BND.flatten(0, 1).to(kept_BCD.dtype)
-            kept_BCD.view(B * capacity, -1).index_copy_(0, slots_M, new_MD)
-
-    def _read_complete_patches(self, is_end_BN):
-        """Latent states [B, 1 + P, G] of the newest patch before the step and of those that it completes.
-
-        P is the most patches that a row completes. A row with fewer has undefined states at its end.
-        """
+        is_recorded = self._is_frequent(ids_BN)
+        arrays = {"ids": ids_BN}
+        for part in ("encoder", "decoder"):
+            arrays |= named(part, self.caches[part].plan(self.row_length, N, self.device))
+        if self.model.encoder.hash_embedding is not None:
+            # Ids before the row's first are another document to the hash, as in a full pass over the row.
+            positions_BT = np.arange(-self.recent_ids.shape[1], N) + self.row_length[:, None]
+            arrays["documents"] = (positions_BT >= 0).astype(np.int64)
+        arrays["open_slots"] = self._open_slots(N)
         n_complete_B = is_end_BN.sum(axis=1)
         P = int(n_complete_B.max(initial=0))
-        old_BPG = self.newest_latent_BG[:, None]
-        if P == 0:
-            return old_BPG
-        rows = np.flatnonzero(n_complete_B)
-        # Rows that complete no patch stay out of the latent transformer, the most expensive part. With all
-        # rows in it, None instead of their numbers saves a copy of the cached keys and values.
-        chosen = None if len(rows) == self.n_rows else rows
-        index = slice(None) if chosen is None else chosen
+        if P > 0:
+            # Rows that complete no patch stay out of the latent transformer, the most expensive part. A recording
+            # has all rows in it: they cost a GPU nothing, and other numbers of rows would be other recordings.
+            rows = np.arange(B) if is_recorded else np.flatnonzero(n_complete_B)
+            # With all rows, None instead of their numbers saves a copy of the cached keys and values.
+            chosen = None if len(rows) == B else rows
+            arrays["patch_of_column"] = self._patches_of_open_states(is_end_BN, rows, P, is_recorded)
+            plan = self.caches["global"].plan(self.n_patches[rows], P, self.device, chosen, is_recorded)
+            arrays |= named("global", plan)
+        # Patch 0 of the latents is the newest one before the step. So an id reads the patch whose number
+        # is the count of patch ends up to it. An id that ends a patch reads that very patch.
+        newest_patch_BN = np.cumsum(is_end_BN, axis=1)
+        arrays["read"] = (newest_patch_BN + np.arange(B)[:, None] * (1 + P)).flatten()
+        logits_BNV, ids_on_device_BN, latents_BPG = self.blt_pass(arrays, is_recorded)
+        return logits_BNV, Step(ids_BN, ids_on_device_BN, is_end_BN, latents_BPG)
 
-        patch_of_column, n_columns = self._patches_of_open_states(is_end_BN, rows, P)
-        segments = Segments(torch.from_numpy(patch_of_column).to(self.device), P)
+    def _blt_pass(self, tensors):
+        """What the device does in `_read_with_blt`, in the order of `BLTModel.forward`."""
+        ids_BN = tensors["ids"]
+        ngrams_BND = None
+        if "documents" in tensors:
+            ids_BT = torch.cat((self.recent_ids, ids_BN), dim=1)
+            ngrams_BTD = self.model.encoder.hash_embedding(ids_BT, tensors["documents"])
+            ngrams_BND = ngrams_BTD[:, self.recent_ids.shape[1] :]
+        plan = CachedAttentionPlan(self.caches["encoder"], *take(tensors, PLAN, "encoder"))
+        states = self.model.encoder.byte_states(ids_BN, ngrams_BND, plan, self._layer_numbers("encoder"))
+        # Behind the states of the open patches.
+        for kept_BCD, new_BND in zip(self.open_states, states):
+            new_MD = new_BND.flatten(0, 1).to(kept_BCD.dtype)
+            kept_BCD.flatten(0, 1).index_copy_(0, tensors["open_slots"], new_MD)
+        latents_BPG = self.newest_latent_BG[:, None]
+        if "patch_of_column" in tensors:
+            latents_BPG = self._complete_patches(tensors, latents_BPG)
+        plan = CachedAttentionPlan(self.caches["decoder"], *take(tensors, PLAN, "decoder"))
+        layers = self._layer_numbers("decoder")
+        out_BND = self.model.decoder(states[-1], latents_BPG, plan, tensors["read"], layers)
+        return self.model.logits(out_BND), ids_BN, latents_BPG
+
+    def _complete_patches(self, tensors, old_B1G):
+        """Latent states [B, 1 + P, G] of the newest patch before the step and of the P that it completes.
+
+        A row that completes fewer has undefined states at its end.
+        """
+        patch_of_column_RC = tensors["patch_of_column"]
+        rows = tensors.get("global rows")
+        index = slice(None) if rows is None else rows
+        n_columns = patch_of_column_RC.shape[1]
+        P = tensors["global positions"].shape[1]
         open_states = [kept_BCD[index, :n_columns] for kept_BCD in self.open_states]
-        vectors_BPkD = self.model.encoder.patch_vectors(open_states, segments)
-        plan = self.caches["global"].plan(self.n_patches[rows], P, chosen, self.device)
+        vectors_BPkD = self.model.encoder.patch_vectors(open_states, Segments(patch_of_column_RC, P))
+        plan = CachedAttentionPlan(self.caches["global"], *take(tensors, PLAN, "global"), rows)
         new_BPG = self.model.latent(vectors_BPkD, plan, self._layer_numbers("global"))
-
-        empty_BPG = new_BPG.new_zeros(self.n_rows, P, new_BPG.shape[2]).to(old_BPG.dtype)
-        latents_BPG = torch.cat((old_BPG, empty_BPG), dim=1)
+        empty_BPG = old_B1G.new_zeros(self.n_rows, P, new_BPG.shape[2])
+        latents_BPG = torch.cat((old_B1G, empty_BPG), dim=1)
         latents_BPG[index, 1:] = new_BPG.to(latents_BPG.dtype)
         return latents_BPG
 
-    def _patches_of_open_states(self, is_end_BN, rows, P):
+    def _open_slots(self, N):
+        """Where the states of N new bytes go, behind those of the open patches: int64 [B * N] of B * capacity."""
+        n_needed = int(self.open_length.max()) + N
+        capacity = self.open_states[0].shape[1]
+        if n_needed > capacity:
+            # At least twice the room: the patch will grow further, and growing copies.
+            n_more = max(capacity, -(-n_needed // OPEN_COLUMNS) * OPEN_COLUMNS - capacity)
+            self.open_states = [F.pad(kept_BCD, (0, 0, 0, n_more)) for kept_BCD in self.open_states]
+            capacity += n_more
+        columns_BN = self.open_length[:, None] + np.arange(N)
+        return (np.arange(self.n_rows)[:, None] * capacity + columns_BN).flatten()
+
+    def _patches_of_open_states(self, is_end_BN, rows, P, in_steps=False):
         """The patch of the step, 0 to P - 1, that each open state belongs to; P: to none that is complete.
 
-        Returns int64 [rows, n_columns] and n_columns, which is enough for the complete patches of every
-        row. Example: an open patch of 2 bytes, then 4 new ids, of which 1 and 2 end patches: 0 0 0 0 1.
+        Returns int64 [rows, columns], with enough columns for the complete patches of every row.
+        Example: an open patch of 2 bytes, then 4 new ids, of which 1 and 2 end patches: 0 0 0 0 1.
+        in_steps: a multiple of OPEN_COLUMNS, so that few different shapes occur.
         """
         N = is_end_BN.shape[1]
         is_end_RN = is_end_BN[rows]
         open_length_R1 = self.open_length[rows, None]
         n_columns = int((self.open_length[rows] + last_true(is_end_RN)).max()) + 1
+        if in_steps:
+            n_columns = -(-n_columns // OPEN_COLUMNS) * OPEN_COLUMNS
         # The first columns are bytes of earlier steps (below 0 here), the others are ids of this step.
         new_id_RC = np.arange(n_columns) - open_length_R1
         patch_of_id_RN = np.cumsum(is_end_RN, axis=1) - is_end_RN
@@ -475,7 +533,7 @@ class IncrementalBLT:
         patch_RC = np.where(new_id_RC < 0, 0, patch_RC)
         n_complete_R1 = is_end_RN.sum(axis=1)[:, None]
         is_complete_RC = (patch_RC < n_complete_R1) & (new_id_RC < N)
-        return np.where(is_complete_RC, patch_RC, P), n_columns
+        return np.where(is_complete_RC, patch_RC, P)
 
     def _restart_rows(self, is_full_B):
         """Let these full rows restart with the last half of their ids.
@@ -528,9 +586,17 @@ class IncrementalBLT:
         B, N = step.ids_BN.shape
         is_end_BN = step.is_end_BN & is_counted(counts_B, N)
         n_complete_B = is_end_BN.sum(axis=1)
-        every_row = torch.arange(B, device=self.device)
-        newest_patch_B = torch.from_numpy(n_complete_B).to(self.device)
-        self.newest_latent_BG = step.latents_BPG[every_row, newest_patch_B]
+        n_recent = self.recent_ids.shape[1]
+        arrays = {
+            "rows": np.arange(B),
+            "newest_patches": n_complete_B,
+            "last_ids": counts_B[:, None] + np.arange(n_recent),
+        }
+        tensors = send(arrays, self.device)
+        # In place, because recordings read them where they are.
+        self.newest_latent_BG.copy_(step.latents_BPG[tensors["rows"], tensors["newest_patches"]])
+        ids_BT = torch.cat((self.recent_ids, step.ids_on_device_BN), dim=1)
+        self.recent_ids.copy_(ids_BT.gather(1, tensors["last_ids"]))
         self._drop_complete_patches(is_end_BN, counts_B)
         if self.context_bytes is not None:
             # For the restart of a full row, which reads its last half again.
@@ -539,11 +605,6 @@ class IncrementalBLT:
             self._grow_rows_to(int((self.row_length + counts_B).max()))
             self.row_ids[rows, positions] = step.ids_BN[rows, columns]
             self.row_is_end[rows, positions] = is_end_BN[rows, columns]
-        n_recent = self.recent_ids.shape[1]
-        if n_recent > 0:
-            last_BR = torch.from_numpy(counts_B[:, None] + np.arange(n_recent)).to(self.device)
-            ids_BT = torch.cat((self.recent_ids, step.ids_on_device_BN), dim=1)
-            self.recent_ids = ids_BT.gather(1, last_BR)
         self.row_length = self.row_length + counts_B
         self.n_patches = self.n_patches + n_complete_B
 

@@ -87,9 +87,9 @@ def _pool(x, out, begins, first, D, IS_MAX: tl.constexpr, BYTES: tl.constexpr, W
             pooled = tl.maximum(pooled, tl.max(tile, 0))
         else:
             pooled += tl.sum(tile, 0)
-    n_bytes = tl.maximum(end - begin, 1)
     if not IS_MAX:
-        pooled = pooled / n_bytes
+        pooled = pooled / tl.maximum(end - begin, 1)
+    # A patch without bytes.
     pooled = tl.where(begin < end, pooled, 0.0)
     tl.store(out + m * D + channel, pooled.to(out.dtype.element_ty), channel < D)
 
@@ -107,6 +107,7 @@ def _pool_backward(
     pooled = tl.load(out + m * D + channel, channel < D, other=0.0).to(tl.float32)
     share = tl.load(d_out + m * D + channel, channel < D, other=0.0).to(tl.float32)
     if IS_MAX:
+        # How many bytes have the maximum of each channel.
         sharers = tl.zeros((WIDTH,), tl.float32)
         for start in range(first_pooled, end, BYTES):
             n = start + tl.arange(0, BYTES)
@@ -195,6 +196,7 @@ def _attend_to_bytes(
         value_tile = tl.load(value + row * value_stride + of_head, is_inside, other=0.0).to(tl.float32)
         scores = tl.sum(q_tile[None, :, :] * key_tile[:, None, :], 2)
         scores = tl.where((n < end)[:, None], scores, float("-inf"))
+        # What was added up under a lower score shrinks.
         now_highest = tl.maximum(highest, tl.max(scores, 0))
         weights = tl.exp(scores - now_highest[None, :])
         shrink = tl.exp(highest - now_highest)

@@ -13,7 +13,7 @@ PACKAGE = sorted(path.stem for path in (ROOT / "blt").glob("*.py") if path.stem 
 LEVELS = [
     {"checks", "commands", "device", "files", "ids", "locks", "processes", "triton_kernels"},
     {"checkpoints", "config", "kernels", "patch_rules", "progress", "records", "sharding", "splits"},
-    {"attention", "corpus", "loss_watch", "ngrams", "optimizers", "pictures", "segments"},
+    {"attention", "corpus", "loss_watch", "ngrams", "optimizers", "pictures", "replay", "segments"},
     {"layers", "plain_blt", "ppmd", "rows", "studies"},
     {"entropies", "flops", "metric", "sampling", "tokens"},
     {"incremental", "loop"},
