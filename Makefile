@@ -27,7 +27,9 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow"
 
+# With Triton, which torch's CUDA builds bring along: it interprets the kernels for GPUs on a CPU.
 test-all: $(VENV)/ready lint
+	$(VENV)/bin/python -m pip install --quiet "triton; sys_platform == 'linux'"
 	$(PYTEST)
 
 gpu:

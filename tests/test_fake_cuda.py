@@ -1,7 +1,8 @@
 """The CUDA code that torch makes of the models, examined without a GPU: graphs, kernels, memory. See docs/bench.md.
 
-torch's CPU build is made to believe in a card by the scripts in ../shared/fake_cuda, beside the checkout; Triton
-compiles for cards that are not there. Nothing is computed. The tests are skipped without that folder, Triton or g++.
+torch's CPU build is made to believe in a card by the scripts in the folder that the environment's FAKE_CUDA names;
+Triton compiles for cards that are not there. Nothing is computed. The tests, some eight minutes, are skipped without
+that folder, Triton or g++.
 """
 
 import importlib.util
@@ -18,12 +19,11 @@ import pytest
 import llm
 
 ROOT = Path(__file__).resolve().parent.parent
-# A worktree need not lie beside the folder, so another one can be named.
-TOOLS = Path(os.environ.get("FAKE_CUDA", ROOT.parent / "shared" / "fake_cuda"))
+TOOLS = Path(os.environ.get("FAKE_CUDA", "FAKE_CUDA"))
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not TOOLS.is_dir(), reason=f"needs {TOOLS}"),
+    pytest.mark.skipif(not TOOLS.is_dir(), reason="needs FAKE_CUDA: see docs/bench.md"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: see docs/bench.md"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
 ]
