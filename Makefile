@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
-PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadscope
+PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 # make gpu installs nothing: without .venv it uses the Python that has torch.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 .PHONY: demo test test-all gpu lint clean

@@ -20,6 +20,27 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+# A file's tests run in one process. The files that take minutes begin first, so that all processes end together.
+LONG_FILES = (
+    "test_processes",
+    "test_caches",
+    "test_experiments",
+    "test_checkpoints",
+    "test_fuzz_compress",
+    "test_gpu_card",
+    "test_generate",
+    "test_replay",
+    "test_convert_hf",
+    "test_triton_kernels",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Sort the tests by LONG_FILES; the order is otherwise that of the files."""
+    order = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
     """The three main scripts as commands, in order: (folder, {script: what it printed}).
