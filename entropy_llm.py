@@ -155,7 +155,7 @@ class MinimalLLM(nn.Module):
         number [B, 1]. W is `AttentionPlan.carry_length` of the window.
         """
         if state is None:
-            state = self._empty_state(ids_BT)
+            state = self.empty_state(ids_BT)
         past_documents_BW, past, last_document_B1 = state
         documents_BT = last_document_B1 + documents_of(ids_BT, BOUNDARY)
         plan = self._plan(documents_BT, past_documents_BW)
@@ -167,15 +167,19 @@ class MinimalLLM(nn.Module):
         new_state = (_last(past_documents_BW, documents_BT), new_past, documents_BT[:, -1:].clone())
         return logits_of(self.head, self.norm(x_BTD)), new_state
 
-    def _empty_state(self, ids_BT):
+    def empty_state(self, ids_BT):
         """The state of `stream` before the first chunk: keys and values in no document, so nothing attends to them."""
         B = ids_BT.shape[0]
         W = AttentionPlan.carry_length(self.config.max_seq_len)
         H = self.config.n_heads
-        nothing_BWHK = self.embedding.weight.new_zeros(B, W, H, self.config.d_model // H)
+        # As later states are, each a tensor of its own and of their dtype, so that torch.compile compiles once.
+        is_cast = torch.is_autocast_enabled(ids_BT.device.type)
+        dtype = torch.get_autocast_dtype(ids_BT.device.type) if is_cast else self.embedding.weight.dtype
+        nothing_BWHK = torch.zeros(B, W, H, self.config.d_model // H, dtype=dtype, device=ids_BT.device)
+        past = [(nothing_BWHK.clone(), nothing_BWHK.clone()) for _ in self.blocks]
         past_documents_BW = torch.full((B, W), -1, dtype=torch.int64, device=ids_BT.device)
         last_document_B1 = torch.zeros(B, 1, dtype=torch.int64, device=ids_BT.device)
-        return past_documents_BW, [(nothing_BWHK, nothing_BWHK)] * len(self.blocks), last_document_B1
+        return past_documents_BW, past, last_document_B1
 
     def _plan(self, documents_BT, past_documents_BW=None):
         config = self.config

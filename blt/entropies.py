@@ -54,6 +54,47 @@ def entropy_of(logits_BTV):
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def entropies_of_chunk(model, ids_BT, state):
+    """Entropies float32 [B, T] of the bytes after a chunk of ids, and the state for the next (`MinimalLLM.stream`)."""
+    logits_BTV, state = model.stream(ids_BT, state)
+    return entropy_of(logits_BTV), state
+
+
+def compiled_entropies(model, shape, precision):
+    """`entropies_of_chunk` under torch.compile, for chunks of this shape; None where that does not work.
+
+    It is tested against the function itself first. Prints what it found.
+    """
+    device = next(model.parameters()).device
+    # Other runs of the process have used up a part of torch's limit of compilations.
+    torch.compiler.reset()
+    compiled = torch.compile(entropies_of_chunk, dynamic=False)
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(0, 256, shape, generator=generator).to(device)
+    begin = time.perf_counter()
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            state = model.empty_state(ids_BT)
+            got, _ = compiled(model, ids_BT, state)
+            want, _ = entropies_of_chunk(model, ids_BT, state)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"entropies: not compiled, torch.compile does not work here ({reason})")
+        return None
+    difference = (got - want).abs().mean().item()
+    # bf16 rounds differently in fused kernels, so the bound is loose; a wrong kernel is far off.
+    if not difference < 0.02:
+        print(f"entropies: not compiled, the compiled model's differ by {difference:.2g} nats")
+        return None
+    print(f"entropies: compiled in {time.perf_counter() - begin:.0f} s")
+    return compiled
+
+
+def is_worth_compiling(device, n_chunks):
+    """Whether a pass of this many chunks takes longer than compiling it would: on CUDA, some 20 seconds."""
+    return device.type == "cuda" and n_chunks >= 200
+
+
 def default_reading(device):
     """(streams, chunk_bytes) for an entropy pass on this torch.device."""
     return READING[detect_machine(str(device))]
@@ -118,6 +159,7 @@ def stream_entropies(
     done=0,
     after_chunk=None,
     shares=None,
+    compiled=None,
 ):
     """Entropies of every position of a `DocumentStream` but its last boundary: N + 1 numbers a document, in its order.
 
@@ -133,6 +175,7 @@ def stream_entropies(
     their entropies are in `out` already. The rest comes out bit for bit as in one call.
     after_chunk: called with the positions of each row that are read, after each chunk.
     shares: the `Shares` to read, perhaps not all of them; None: n_streams equal ones.
+    compiled: `compiled_entropies` for rows of chunk_bytes, to read with. It gives no logits, so there is no `visit`.
     Returns out.
     """
     device = next(model.parameters()).device
@@ -155,11 +198,20 @@ def stream_entropies(
             width = min(chunk_bytes, longest - offset)
             chunk_first = shares.begin + offset
             ids = np.stack([stream.ids(first, first + width) for first in chunk_first])
-            logits, state = model.stream(torch.from_numpy(ids).to(device), state)
+            if compiled is not None and width < chunk_bytes:
+                # The last chunk, too, has the shape that is compiled. No entropy depends on what comes after it.
+                ids = np.pad(ids, ((0, 0), (0, chunk_bytes - width)))
+            ids_BT = torch.from_numpy(ids).to(device)
+            if compiled is None:
+                logits, state = model.stream(ids_BT, state)
+            else:
+                entropies, state = compiled(model, ids_BT, model.empty_state(ids_BT) if state is None else state)
             # What is read again is written already.
             if offset < done:
                 continue
-            entropies = entropy_of(logits).cpu().numpy()
+            if compiled is None:
+                entropies = entropy_of(logits)
+            entropies = entropies.cpu().numpy()
             n_new = 0
             for row, first in enumerate(chunk_first):
                 # The part of this chunk that lies in the row's own share.
@@ -506,6 +558,14 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
     stream = DocumentStream.of_corpus(corpus, np.concatenate((train, validation)))
     total = len(stream) - 1
     shares = Shares.of(model.config, total, n_streams * n_processes()).of_process()
+    device = next(model.parameters()).device
+    compiled = None
+    if is_worth_compiling(device, shares.longest / chunk_bytes):
+        compiled = compiled_entropies(model, (len(shares.first), chunk_bytes), precision)
+    # All processes read in one way, because they go on with one partial folder.
+    (n_without,) = sum_over_processes(compiled is None)
+    if n_without:
+        compiled = None
     # All that the numbers depend on, to the last bit: another value of any gets another folder.
     inputs = {
         "corpus_sha256": corpus.hash,
@@ -516,7 +576,8 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
         "n_streams": n_streams,
         "n_processes": n_processes(),
         "chunk_bytes": chunk_bytes,
-        "device": next(model.parameters()).device.type,
+        "device": device.type,
+        "is_compiled": compiled is not None,
         "torch": torch.__version__,
     }
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
@@ -544,6 +605,7 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
                 done=unfinished.n_read,
                 after_chunk=unfinished.after_chunk,
                 shares=shares,
+                compiled=compiled,
             )
     except (KeyboardInterrupt, SystemExit):
         unfinished.save()

@@ -1,4 +1,4 @@
-"""What test_fake_cuda.py runs in processes of their own: fake_cuda_graphs.py options|second_model|entropy_pass.
+"""What test_fake_cuda.py runs in processes of their own: fake_cuda_graphs.py options|second_model|entropy_pass|...
 
 They believe in a CUDA device that is not there (`../shared/fake_cuda`), trace and lower code for it, and print
 what they found as one line of JSON. Nothing is computed.
@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import blt_model
 import entropy_llm
 from blt import loop
-from blt.entropies import entropy_of
+from blt.entropies import entropies_of_chunk, entropy_of
 from blt.metric import RowLosses
 from blt.training import PatchedDataset
 from entropy_patcher import EntropyPatcher
@@ -123,6 +123,17 @@ def lower(self):
     raise Lowered
 
 
+def lower_only():
+    """Let Inductor make the code of graphs, and do nothing with it."""
+    inductor_config.fx_graph_cache = False
+    inductor_config.shape_padding = False
+    inductor_config.joint_graph_constant_folding = False
+    inductor_graph.GraphLowering.compile_to_module = lower
+    inductor_graph.GraphLowering._compile_to_module = lower
+    joint_graph.lazy_init = lambda *more, **named: None
+    post_grad.lazy_init = lambda *more, **named: None
+
+
 def lowering_backend(codes):
     """A torch.compile backend that lowers both passes for the card; each adds whether it was static to codes."""
 
@@ -155,13 +166,7 @@ def lowering_backend(codes):
 
 def second_model():
     """Two runs in one process whose rows have other numbers of patches: [is backward, is static] of each graph."""
-    inductor_config.fx_graph_cache = False
-    inductor_config.shape_padding = False
-    inductor_config.joint_graph_constant_folding = False
-    inductor_graph.GraphLowering.compile_to_module = lower
-    inductor_graph.GraphLowering._compile_to_module = lower
-    joint_graph.lazy_init = lambda *more, **named: None
-    post_grad.lazy_init = lambda *more, **named: None
+    lower_only()
     codes = []
     backend = lowering_backend(codes)
     torch_compile = torch.compile
@@ -244,6 +249,23 @@ def entropy_pass():
                 entropy_of(logits)
         peaks[streams] = memory.peak
     return peaks
+
+
+def compiled_entropy_pass():
+    """[is backward, is static] of the graphs that two chunks of the medium entropy model are compiled to."""
+    lower_only()
+    codes = []
+    with fake_tensors(), torch.no_grad():
+        fake_cuda.available(False)
+        with torch.device("cuda"):
+            model = entropy_llm.MinimalLLM(entropy_llm.EntropyConfig(**entropy_llm.SIZES["medium"])).eval()
+        fake_cuda.available(True)
+        compiled = torch.compile(entropies_of_chunk, backend=lowering_backend(codes), dynamic=False, fullgraph=True)
+        ids = torch.zeros(256, 2048, dtype=torch.int64, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            _, state = compiled(model, ids, model.empty_state(ids))
+            compiled(model, ids, state)
+    return codes
 
 
 if __name__ == "__main__":

@@ -105,6 +105,10 @@ class TestGraphs:
         assert 1e9 < peaks["64"] < 3.1e9
         assert 4e9 < peaks["256"] < 12.1e9
 
+    def test_the_compiled_entropy_pass_is_one_static_graph(self, tmp_path):
+        """Of the first chunk and of all others."""
+        assert found(tmp_path, "compiled_entropy_pass") == [[False, True]]
+
 
 class TestKernels:
     @pytest.mark.parametrize("size", SHAPES)

@@ -10,9 +10,10 @@ import torch._dynamo
 
 from blt import loop
 from blt.device import autocast
+from blt.entropies import compiled_entropies, stream_entropies
 from blt.metric import RowLosses, leak_gate, target_losses
 from blt.optimizers import clip_gradients, make_optimizers, step_optimizers
-from blt.rows import evaluation_batches
+from blt.rows import DocumentStream, evaluation_batches
 from blt.training import PatchedDataset, TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
@@ -171,6 +172,19 @@ def test_two_runs_of_one_process_with_recompute(tmp_path):
         torch._dynamo.utils.counters.clear()
         train_blt(BLTModel(BLTConfig(**CONFIG, recompute=recompute)).cuda(), data, config)
         assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_entropy_pass(precision):
+    torch.manual_seed(0)
+    model = MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=2, max_seq_len=9)).cuda().eval()
+    stream = DocumentStream.of_documents(documents(20))
+    compiled = compiled_entropies(model, (4, 256), precision)
+    assert compiled is not None
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = stream_entropies(model, stream, 4, 256, precision, compiled=compiled)
+    want = stream_entropies(model, stream, 4, 256, precision)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 if precision == "fp32" else 0.05)
 
 
 def writer():
