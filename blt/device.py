@@ -1,7 +1,12 @@
 """Device, precision, seeds and threads."""
 
+import importlib.util
+import os
 import random
+import shutil
+import sysconfig
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,6 +53,17 @@ def choose_precision(name, device):
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return "bf16"
     return "fp32"
+
+
+def what_triton_lacks():
+    """What Triton needs to compile kernels and this machine does not have, in words; None: nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if "CC" not in os.environ and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "a C compiler (gcc or clang)"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python's headers (the package python3-dev)"
+    return None
 
 
 def autocast(device, precision):

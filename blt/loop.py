@@ -31,7 +31,7 @@ from blt.checkpoints import (
 )
 from blt.checks import check, check_packages, check_positive
 from blt.corpus import DataConfig
-from blt.device import allow_tf32, autocast, choose_precision, restore_matmul_precision, synchronize
+from blt.device import allow_tf32, autocast, choose_precision, restore_matmul_precision, synchronize, what_triton_lacks
 from blt.files import load_weights, state_hash, write_atomically, write_state
 from blt.layers import SelfAttention, without_zeros
 from blt.locks import claim_unless_claimed
@@ -611,6 +611,11 @@ def compile_losses(model, config, train_rows, device, precision):
     """
     is_compiled = config.compile == "yes" or (config.compile == "auto" and device.type == "cuda")
     print_slow_attention(model, device, precision, is_compiled)
+    if device.type == "cuda" and train_rows.patch_slots is not None and what_triton_lacks() is not None:
+        print(
+            f"cross-attention: its kernels need {what_triton_lacks()}; without them it is slower, "
+            "and runs do not repeat to the last bit"
+        )
     row_losses = RowLosses(model)
     if not is_compiled:
         return row_losses

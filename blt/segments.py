@@ -12,17 +12,20 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
+from blt.device import what_triton_lacks
 from blt.kernels import GatherAttention, SegmentAttention, apply_function
 
 # Triton comes with torch's CUDA builds for Linux.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-if HAS_TRITON:
+if importlib.util.find_spec("triton") is not None:
     from blt import triton_kernels
+
+# Found out once: torch.compile does not see through it.
+CAN_COMPILE = what_triton_lacks() is None
 
 
 def runs_triton(device):
     """Whether `triton_kernels` run on this device."""
-    return HAS_TRITON and device.type == "cuda"
+    return CAN_COMPILE and device.type == "cuda"
 
 
 class Segments:

@@ -186,7 +186,7 @@ def second_model():
         batch = data.train_rows.shuffled_batch(0, config.batch_rows, config.seed)
         mode = fake_tensors()
         fake_batch = batch._with_tensors(mode.from_tensor)
-        rows = SimpleNamespace(shuffled_batch=lambda *_, batch=fake_batch: batch)
+        rows = SimpleNamespace(shuffled_batch=lambda *_, batch=fake_batch: batch, patch_slots=slots[-1])
         with mode:
             loop.compile_losses(small_model(), config, rows, torch.device("cuda"), "bf16")
     return {"codes": codes, "slots": slots}

@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers import tiny_blt
 
+import blt.device
 from blt import loop
 from blt.attention import slow_attention
-from blt.device import allow_tf32, choose_device, restore_matmul_precision
+from blt.device import allow_tf32, choose_device, restore_matmul_precision, what_triton_lacks
 from blt.loop import RunConfig, compile_losses
 from blt.metric import add_up
 from blt.optimizers import clip_gradients, make_optimizers, orthogonalize, products_dtype, step_optimizers
@@ -229,6 +230,18 @@ def test_slow_attention_is_named(monkeypatch, capability, head_dim, wanted):
     reason = slow_attention(CUDA, "bf16", head_dim, is_compiled=True)
     assert reason is None if wanted is None else wanted in reason
     assert slow_attention(torch.device("cpu"), "bf16", head_dim, is_compiled=True) is None
+
+
+@pytest.mark.parametrize("lacking", ["triton", "compiler", "headers", None])
+def test_what_triton_lacks(monkeypatch, tmp_path, lacking):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(blt.device.importlib.util, "find_spec", lambda name: None if lacking == "triton" else name)
+    monkeypatch.setattr(blt.device.shutil, "which", lambda name: None if lacking == "compiler" else "/usr/bin/gcc")
+    if lacking != "headers":
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(blt.device.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    named = what_triton_lacks()
+    assert named is None if lacking is None else lacking in named
 
 
 def test_slow_attention_is_printed(monkeypatch, capsys):
