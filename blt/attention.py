@@ -150,8 +150,7 @@ class AttentionPlan:
         device = self.documents.device
         if device.type == "cpu":
             return "bands"
-        # The mask for FlexAttention has no past: streams are read without torch.compile.
-        if not self.past_length and runs_flex_attention(device, self.head_dim):
+        if runs_flex_attention(device, self.head_dim):
             return "flex"
         return "blocks"
 
@@ -235,42 +234,61 @@ class AttentionPlan:
         """
         # Plain names, because torch.compile has to see through this function's closure.
         documents_BT = self.documents
+        documents_BS = documents_BT
+        if self.past_length:
+            documents_BS = torch.cat((self.past_documents, documents_BT), dim=1)
         window = self.window
+        past_length = self.past_length
         T = self.length
+        S = past_length + T
 
         def is_visible(row, head, query, key):
-            is_same_document = documents_BT[row, query] == documents_BT[row, key]
-            return may_attend(query - key, is_same_document, window)
+            is_same_document = documents_BT[row, query] == documents_BS[row, key]
+            return may_attend(query + past_length - key, is_same_document, window)
 
-        n_tiles = -(-T // FLEX_TILE)
-        filled_BT = F.pad(documents_BT, (0, n_tiles * FLEX_TILE - T), value=AFTER_ROW)
-        first_BI = filled_BT[:, ::FLEX_TILE]
-        # Documents are numbered upwards along the row, so the largest number is that of the last one.
-        last_BI = filled_BT.unflatten(1, (n_tiles, FLEX_TILE)).amax(-1)
-        tiles = torch.arange(n_tiles, device=documents_BT.device)
-        tiles_before = tiles[:, None] - tiles
-        # Tile I of queries, tile J of keys: some pair is visible, or every one.
-        shares_document_BIJ = first_BI[:, :, None] <= last_BI[:, None, :]
-        is_seen_BIJ = shares_document_BIJ & (tiles_before >= 0)
-        is_one_document_BIJ = last_BI[:, :, None] == first_BI[:, None, :]
-        is_full_BIJ = is_one_document_BIJ & (tiles_before > 0)
+        # Tile I of queries, tile J of keys. Keys are numbered from the start of the past, and queries like them.
+        queries = _Tiles.of(documents_BT, past_length)
+        keys = _Tiles.of(documents_BS, 0)
+        nearest_IJ = queries.begin[:, None] - (keys.begin + FLEX_TILE - 1)
+        farthest_IJ = queries.begin[:, None] + FLEX_TILE - 1 - keys.begin
+        # Documents are numbered upwards, so two tiles share one if neither ends before the other begins.
+        shares_document_BIJ = queries.first[:, :, None] <= keys.last[:, None, :]
+        shares_document_BIJ = shares_document_BIJ & (keys.first[:, None, :] <= queries.last[:, :, None])
+        is_seen_BIJ = shares_document_BIJ & (farthest_IJ >= 0)
+        is_one_document_BIJ = queries.last[:, :, None] == keys.first[:, None, :]
+        is_one_document_BIJ = is_one_document_BIJ & (queries.first[:, :, None] == keys.last[:, None, :])
+        is_full_BIJ = is_one_document_BIJ & (nearest_IJ >= 0) & queries.is_whole[:, None] & keys.is_whole
         if window is not None:
-            nearest = (tiles_before - 1) * FLEX_TILE + 1
-            farthest = (tiles_before + 1) * FLEX_TILE - 1
-            is_seen_BIJ = is_seen_BIJ & (nearest < window)
-            is_full_BIJ = is_full_BIJ & (farthest < window)
-        if n_tiles * FLEX_TILE > T:
-            # The last tile reaches beyond the row.
-            is_full_BIJ = is_full_BIJ & (tiles < n_tiles - 1)[:, None]
-        is_full_BIJ = is_full_BIJ & is_seen_BIJ
+            is_seen_BIJ = is_seen_BIJ & (nearest_IJ < window)
+            is_full_BIJ = is_full_BIJ & (farthest_IJ < window)
         seen_in_part = _listed_tiles(is_seen_BIJ & ~is_full_BIJ)
         seen_in_full = _listed_tiles(is_full_BIJ)
         tile = (FLEX_TILE, FLEX_TILE)
-        return BlockMask.from_kv_blocks(*seen_in_part, *seen_in_full, tile, is_visible, seq_lengths=(T, T))
+        return BlockMask.from_kv_blocks(*seen_in_part, *seen_in_full, tile, is_visible, seq_lengths=(T, S))
 
     def _by_blocks(self, q_BTHK, k_BSHK, v_BSHK):
         """For all else (older GPUs, code that is not compiled): torch's attention on blocks."""
         return self.blocks.attend(q_BTHK, k_BSHK, v_BSHK)
+
+
+class _Tiles(NamedTuple):
+    """Consecutive tiles of FLEX_TILE positions."""
+
+    begin: torch.Tensor  # [tiles]: the first position
+    first: torch.Tensor  # [B, tiles]: the first position's document
+    last: torch.Tensor  # [B, tiles]: the last position's document
+    is_whole: torch.Tensor  # [tiles]: whether the tile is in the row as a whole
+
+    @classmethod
+    def of(cls, documents_BT, begin):
+        """The tiles of a row of documents, whose first position is `begin`."""
+        T = documents_BT.shape[1]
+        n_tiles = -(-T // FLEX_TILE)
+        filled_BT = F.pad(documents_BT, (0, n_tiles * FLEX_TILE - T), value=AFTER_ROW)
+        # What fills the last tile up has the least number.
+        last_BI = filled_BT.unflatten(1, (n_tiles, FLEX_TILE)).amax(-1)
+        begin_I = torch.arange(n_tiles, device=documents_BT.device) * FLEX_TILE
+        return cls(begin_I + begin, filled_BT[:, ::FLEX_TILE], last_BI, begin_I + FLEX_TILE <= T)
 
 
 def _listed_tiles(is_chosen_BIJ):

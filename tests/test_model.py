@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import blt_model
-from blt.attention import AttentionPlan, BlockAttention, apply_rotary
+from blt.attention import AttentionPlan, BlockAttention, apply_rotary, may_attend
 from blt.flops import block_flops
 from blt.ids import documents_of
 from blt.kernels import SparseLookup
@@ -318,6 +319,7 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
     past_documents = torch.full((1, carry), -1)
     by_bands = []
     by_blocks = []
+    by_flex = []
     for first, last in ((0, 20), (20, 29), (29, 30), (30, 60)):
         chunk_q = q[:, first:last]
         chunk_k = k[:, first:last]
@@ -335,11 +337,42 @@ def test_a_stream_in_chunks_sees_what_the_row_sees(window):
         blocks = BlockAttention(plan.documents, window, past_documents)
         by_blocks.append(blocks.attend(q_rotated, k_rotated, all_v))
 
+        plan.flex_mask = plan._make_flex_mask()
+        by_flex.append(plan._by_flex_attention(q_rotated, k_rotated, all_v))
+
         past_k = all_k[:, last - first :]
         past_v = all_v[:, last - first :]
         past_documents = torch.cat((past_documents, chunk_documents), 1)[:, last - first :]
     torch.testing.assert_close(torch.cat(by_bands, 1), whole, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat(by_blocks, 1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(by_flex, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_the_flex_mask_has_the_tiles_that_torch_finds(case):
+    """torch asks about every pair of positions; ours about the documents of tiles."""
+    random = np.random.default_rng(case)
+    T = int(random.choice([100, 128, 200, 640, 700]))
+    past = int(random.choice([0, 128, 200]))
+    window = [None, 1, 64, 128, 129, 300][case % 6]
+    documents = torch.from_numpy((random.random((2, past + T)) < random.choice([0.001, 0.01, 0.1])).cumsum(1))
+    documents[0, : past // 2] = -1
+    plan = AttentionPlan(documents[:, past:], 16, 100.0, window, documents[:, :past] if past else None)
+    got = plan._make_flex_mask()
+
+    def is_visible(row, head, query, key):
+        is_same_document = documents[row, past + query] == documents[row, key]
+        return may_attend(past + query - key, is_same_document, window)
+
+    want = create_block_mask(is_visible, 2, None, T, past + T, device="cpu")
+    assert got.shape[-2:] == want.shape[-2:]
+    numbers = ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks")
+    for name in numbers if past == 0 else ():
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    # A past may hold positions of no document, which torch sees and which nobody attends to.
+    n_seen = got.kv_num_blocks + got.full_kv_num_blocks
+    assert (n_seen >= want.kv_num_blocks + want.full_kv_num_blocks).all()
+    assert (got.full_kv_num_blocks <= want.full_kv_num_blocks).all()
 
 
 def test_squared_relu_equals_its_definition():
