@@ -254,10 +254,13 @@ class AttentionPlan:
         # Documents are numbered upwards, so two tiles share one if neither ends before the other begins.
         shares_document_BIJ = queries.first[:, :, None] <= keys.last[:, None, :]
         shares_document_BIJ = shares_document_BIJ & (keys.first[:, None, :] <= queries.last[:, :, None])
+        # Some pair may be visible: of one document, and the key not after the query.
         is_seen_BIJ = shares_document_BIJ & (farthest_IJ >= 0)
+        # All pairs are visible: both tiles lie in one document, and all keys are before all queries.
         is_one_document_BIJ = queries.last[:, :, None] == keys.first[:, None, :]
         is_one_document_BIJ = is_one_document_BIJ & (queries.first[:, :, None] == keys.last[:, None, :])
         is_full_BIJ = is_one_document_BIJ & (nearest_IJ >= 0) & queries.is_whole[:, None] & keys.is_whole
+        # And in the window.
         if window is not None:
             is_seen_BIJ = is_seen_BIJ & (nearest_IJ < window)
             is_full_BIJ = is_full_BIJ & (farthest_IJ < window)

@@ -73,6 +73,7 @@ def compiled_entropies(model, shape, precision):
     ids_BT = torch.randint(0, 256, shape, generator=generator).to(device)
     begin = time.perf_counter()
     try:
+        # As `stream_entropies` calls it, or it would be compiled again there.
         with torch.no_grad(), autocast(device, precision):
             state = model.empty_state(ids_BT)
             got, _ = compiled(model, ids_BT, state)

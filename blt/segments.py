@@ -132,6 +132,7 @@ class PatchMap(Segments):
         first_patch_B1 = torch.arange(B, device=ends_BP.device)[:, None] * P
         self.read = (reads_BT + first_patch_B1).flatten()
         if runs_triton(ends_BP.device):
+            # Patches are runs of bytes, of which the kernels take the ends.
             self.begins = first_positions((pooled_into_BT + first_patch_B1).flatten(), B * P)
             # The left-out bytes of a patch are its first ones. What comes before its document is none of it.
             first_of_document_BP = torch.searchsorted(documents_BT, self.documents_BP)

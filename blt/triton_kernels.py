@@ -117,6 +117,7 @@ def _pool_backward(
         share = share / tl.maximum(sharers, 1.0)
     else:
         share = share / tl.maximum(end - first_pooled, 1)
+    # From the left-out bytes on, whose gradient is 0: every byte is in one patch, so all of d_x is written.
     for start in range(begin, end, BYTES):
         n = start + tl.arange(0, BYTES)
         is_inside = (n < end)[:, None] & (channel < D)[None, :]
