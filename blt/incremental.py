@@ -324,7 +324,8 @@ class IncrementalBLT:
     def extend(self, ids_BN, counts_B=None):
         """Read the first counts_B ids of each row (None: all N) in one step.
 
-        Counts must not exceed `step_limits`. Returns logits [B, N, 257], undefined beyond the counts.
+        Counts must not exceed `step_limits`. Returns logits [B, N, 257], undefined beyond the counts. On CUDA
+        the next step overwrites them.
         """
         if counts_B is None:
             counts_B = np.full(self.n_rows, ids_BN.shape[1])

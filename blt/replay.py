@@ -85,7 +85,7 @@ class Recording:
 
     def __init__(self, function, arrays, device):
         self.layout = Layout(arrays)
-        self.host = torch.empty(self.layout.n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.host = np.empty(self.layout.n_bytes, np.uint8)
         self.inputs = torch.empty(self.layout.n_bytes, dtype=torch.uint8, device=device)
         self._write(arrays)
         tensors = self.layout.tensors(self.inputs)
@@ -97,8 +97,9 @@ class Recording:
         return self.outputs
 
     def _write(self, arrays):
-        self.layout.write(arrays, self.host.numpy())
-        self.inputs.copy_(self.host, non_blocking=True)
+        self.layout.write(arrays, self.host)
+        # Not from pinned memory, which the next call could change before it is copied.
+        self.inputs.copy_(torch.from_numpy(self.host))
 
 
 def can_record(device):
