@@ -169,9 +169,9 @@ def training_of(folder):
     }
 
 
-def tests_of(folder):
-    """The line in which pytest counts."""
-    counts = re.findall(r"^\d+ (?:passed|failed|skipped|error).*$", (folder / "gpu_tests.log").read_text(), re.M)
+def tests_of(log):
+    """The line of a log in which pytest counts."""
+    counts = re.findall(r"^\d+ (?:passed|failed|skipped|error).*$", log.read_text(), re.M)
     return {"tests": counts[-1]}
 
 
@@ -199,18 +199,11 @@ def measure(card):
 
     # The tests measure nothing, so they run beside the training.
     updates = 4 if dry else updates_in_time(speed)
-    command = [
-        "-m",
-        "pytest",
-        "-q",
-        "-o",
-        "addopts=",
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests" / "test_gpu.py"),
-    ]
-    tests = card.start("GPU tests", command, 265)
+    pytest = ["-m", "pytest", "-q", "-o", "addopts=", "--noconftest", "-p", "no:cacheprovider"]
+    tests = {
+        name: card.start(name, [*pytest, str(ROOT / "tests" / file)], 265)
+        for name, file in (("GPU tests", "test_gpu.py"), ("tests of equal results", "test_gpu_equal.py"))
+    }
     command = [
         str(ROOT / "llm.py"), "--patch_method", "space", "--output", "training", "--steps", str(updates),
         "--eval_every", str(max(1, updates // 6)), "--sample_bytes", "0" if dry else "200",
@@ -218,7 +211,8 @@ def measure(card):
     ]  # fmt: skip
     training = card.start("llm.py for four minutes", command, TRAIN_SECONDS)
     card.finish(*training, lambda: training_of(card.folder / "training"))
-    card.finish(*tests, lambda: tests_of(card.folder))
+    for name, part_and_process in tests.items():
+        card.finish(*part_and_process, lambda: tests_of(card.folder / f"{slug(name)}.log"))
 
 
 def table(card):

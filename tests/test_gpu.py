@@ -8,12 +8,10 @@ import pytest
 import torch
 import torch._dynamo
 
-from blt import loop
 from blt.device import autocast
-from blt.entropies import compiled_entropies, stream_entropies
-from blt.metric import RowLosses, leak_gate, target_losses
+from blt.metric import RowLosses, leak_gate
 from blt.optimizers import clip_gradients, make_optimizers, step_optimizers
-from blt.rows import DocumentStream, evaluation_batches
+from blt.rows import evaluation_batches
 from blt.training import PatchedDataset, TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
@@ -61,56 +59,6 @@ def test_gpu_equals_cpu():
         gpu = model.cuda()(batch.ids[:, :-1], batch.patch_lengths)
     torch.testing.assert_close(gpu.cpu(), cpu, atol=1e-4, rtol=0)
     assert leak_gate(model, patcher, texts[0]) < 1e-3
-
-
-def test_gradients_equal_a_cpus():
-    """Those of the Triton kernels, too."""
-    torch.manual_seed(0)
-    model = BLTModel(BLTConfig(**CONFIG))
-    patcher = static_patcher()
-    texts = documents(2)
-    (batch,) = evaluation_batches(texts, [patcher.starts(text) for text in texts], 1024)
-    gradients = []
-    for device in ("cpu", "cuda"):
-        nats_BT, _ = target_losses(model.to(device), batch.to(device))
-        gradients.append([gradient.cpu() for gradient in torch.autograd.grad(nats_BT.mean(), model.parameters())])
-    for cpu, gpu in zip(*gradients, strict=True):
-        torch.testing.assert_close(gpu, cpu, atol=1e-4, rtol=1e-3)
-
-
-class Stopped(Exception):
-    """A run that ends in the middle."""
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_runs_repeat(tmp_path, monkeypatch, precision):
-    """Two runs give equal weights to the last bit, and so does a run that was stopped and resumed."""
-
-    def train(name, **changes):
-        torch.manual_seed(0)
-        model = BLTModel(BLTConfig(**CONFIG | dict(ngram_dropout=0.1))).cuda()
-        rows = dict(row_bytes=256, batch_rows=4, steps=12, eval_every=12, checkpoint_minutes=0.0)
-        config = TrainingConfig(**rows, precision=precision, compile="yes", output=str(tmp_path / name), **changes)
-        train_blt(model, training_data(), config)
-        return {name: p.cpu() for name, p in model.state_dict().items()}
-
-    straight = train("one")
-    runs = [train("other")]
-    with monkeypatch.context() as patch:
-        steps = iter(range(100))
-        original = loop.set_learning_rates
-
-        def stop_in_step_6(*arguments):
-            if next(steps) == 6:
-                raise Stopped
-            return original(*arguments)
-
-        patch.setattr(loop, "set_learning_rates", stop_in_step_6)
-        with pytest.raises(Stopped):
-            train("stopped")
-    runs.append(train("stopped", resume=True))
-    for run in runs:
-        assert all(torch.equal(run[name], straight[name]) for name in straight)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -172,19 +120,6 @@ def test_two_runs_of_one_process_with_recompute(tmp_path):
         torch._dynamo.utils.counters.clear()
         train_blt(BLTModel(BLTConfig(**CONFIG, recompute=recompute)).cuda(), data, config)
         assert not torch._dynamo.utils.counters["graph_break"]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_entropy_pass(precision):
-    torch.manual_seed(0)
-    model = MinimalLLM(EntropyConfig(d_model=32, n_heads=2, n_layers=2, max_seq_len=9)).cuda().eval()
-    stream = DocumentStream.of_documents(documents(20))
-    compiled = compiled_entropies(model, (4, 256), precision)
-    assert compiled is not None
-    with torch.compiler.set_stance("fail_on_recompile"):
-        got = stream_entropies(model, stream, 4, 256, precision, compiled=compiled)
-    want = stream_entropies(model, stream, 4, 256, precision)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 if precision == "fp32" else 0.05)
 
 
 def writer():
