@@ -53,10 +53,10 @@ CHUNK = 64
 class Made:
     """A small corpus, an entropy model, and a folder for its caches."""
 
-    def __init__(self, folder, seed=0):
+    def __init__(self, folder, seed=0, n_texts=60):
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        lines = [json.dumps({"text": some_words(30 + 5 * n, seed=seed + n).decode()}) for n in range(60)]
+        lines = [json.dumps({"text": some_words(30 + 5 * n, seed=seed + n).decode()}) for n in range(n_texts)]
         (folder / "text.jsonl").write_text("\n".join(lines))
         self.corpus = open_corpus(str(folder / "text.jsonl"), cache_dir=folder / "stores", val_fraction=0.2)
         self.model = tiny_entropy_model(seed=seed, n_layers=2)
@@ -208,17 +208,31 @@ def damage(made, cache_dir, rng, other):
     return f"{kind} {name}"
 
 
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """A cache of the same corpus by another model: its files have the same sizes."""
-    other = Made(tmp_path_factory.mktemp("other"))
+def by_another_model(folder, n_texts):
+    """A cache of the corpus of `Made` by another model: its files have the same sizes."""
+    other = Made(folder, n_texts=n_texts)
     other.model = tiny_entropy_model(seed=5, n_layers=2)
     other.record.weights_sha256 = "5" * 64
-    other.make(other.folder / "cache")
+    other.make(folder / "cache")
     return other
 
 
-def check_damages(made, whole, other, tmp_path, capsys, numbers):
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return by_another_model(tmp_path_factory.mktemp("other"), 60)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A corpus so small that its cache can be made hundreds of times: its caches by two models, in `folder / "cache"`."""
+    short = Made(tmp_path_factory.mktemp("short"), n_texts=12)
+    short.make(short.folder / "cache")
+    return short, by_another_model(tmp_path_factory.mktemp("short_other"), 12)
+
+
+def check_damages(short, tmp_path, capsys, numbers):
+    made, other = short
+    whole = made.folder / "cache"
     for number in numbers:
         cache_dir = shutil.copytree(whole, tmp_path / str(number))
         what = damage(made, cache_dir, np.random.default_rng(number), other)
@@ -237,13 +251,13 @@ def check_damages(made, whole, other, tmp_path, capsys, numbers):
         shutil.rmtree(cache_dir)
 
 
-def test_damage_is_named_and_repaired(made, whole, other, tmp_path, capsys):
-    check_damages(made, whole, other, tmp_path, capsys, range(16))
+def test_damage_is_named_and_repaired(short, tmp_path, capsys):
+    check_damages(short, tmp_path, capsys, range(16))
 
 
 @pytest.mark.slow
-def test_200_damages_are_named_and_repaired(made, whole, other, tmp_path, capsys):
-    check_damages(made, whole, other, tmp_path, capsys, range(16, 216))
+def test_200_damages_are_named_and_repaired(short, tmp_path, capsys):
+    check_damages(short, tmp_path, capsys, range(16, 216))
 
 
 def test_the_full_check_finds_what_sizes_and_times_do_not_show(made, copy, whole, capsys):
