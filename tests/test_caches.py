@@ -224,7 +224,7 @@ def other(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """A corpus so small that its cache can be made hundreds of times: its caches by two models, in `folder / "cache"`."""
+    """A corpus so small that its cache can be made hundreds of times: by two models, in `folder / "cache"`."""
     short = Made(tmp_path_factory.mktemp("short"), n_texts=12)
     short.make(short.folder / "cache")
     return short, by_another_model(tmp_path_factory.mktemp("short_other"), 12)

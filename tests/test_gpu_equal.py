@@ -47,7 +47,7 @@ def test_runs_repeat(tmp_path, monkeypatch):
     def train(name, **changes):
         torch.manual_seed(0)
         model = BLTModel(BLTConfig(**CONFIG | dict(ngram_dropout=0.1))).cuda()
-        rows = dict(row_bytes=256, batch_rows=4, steps=12, eval_every=12, checkpoint_minutes=0.0)
+        rows = dict(row_bytes=256, batch_rows=4, steps=12, eval_every=12, checkpoint_minutes=1e-6)
         config = TrainingConfig(**rows, precision="bf16", compile="yes", output=str(tmp_path / name), **changes)
         train_blt(model, training_data(), config)
         return {name: p.cpu() for name, p in model.state_dict().items()}
