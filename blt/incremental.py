@@ -44,7 +44,7 @@ from blt.replay import Replayed, can_record, send
 from blt.segments import Segments
 
 MAX_STEP = 128  # ids that a row reads in one step, at most
-# Room for the bytes of an open patch grows by so many at least.
+# Room for the bytes of an open patch grows by at least this many.
 OPEN_COLUMNS = 16
 # The arrays of `LayerCaches.plan` that every `CachedAttentionPlan` has.
 PLAN = ("positions", "slots", "is_visible")

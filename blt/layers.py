@@ -59,12 +59,17 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps, dtype)
 
 
+def trains_on_cuda(x):
+    """Whether x is in a training pass on CUDA, which computes the same as all others in another way."""
+    return x.device.type == "cuda" and torch.is_grad_enabled()
+
+
 def embed(embedding, ids_BT):
     """embedding(ids) [B, T, D]. In training on CUDA its gradient is added up in a fixed order, so runs can be repeated.
 
     torch.compile's own gradient of an embedding has atomic additions, on CUDA thousands to each of few rows.
     """
-    if ids_BT.device.type != "cuda" or not torch.is_grad_enabled():
+    if not trains_on_cuda(ids_BT):
         return embedding(ids_BT)
     # Bags of one id each: their gradients are sorted by id first.
     return F.embedding_bag(ids_BT.reshape(-1, 1), embedding.weight, mode="sum").unflatten(0, ids_BT.shape)
@@ -88,7 +93,7 @@ def products_of(x, *linears):
     One large product is faster there than several small ones, and x is read once. The weights are joined where
     autocast would copy them anyway.
     """
-    if x.device.type != "cuda" or not torch.is_grad_enabled():
+    if not trains_on_cuda(x):
         return [linear(x) for linear in linears]
     weight = torch.cat([linear.weight for linear in linears])
     return F.linear(x, weight).split([linear.out_features for linear in linears], dim=-1)
@@ -162,7 +167,7 @@ class SquaredReLU(nn.Module):
 def logits_of(head, x, cap=0.0):
     """head(x), for cap > 0 as cap * tanh(logits / cap) in fp32: between -cap and cap, almost the same where small."""
     fill = -head.out_features % 8
-    if fill and x.device.type == "cuda" and torch.is_grad_enabled():
+    if fill and trains_on_cuda(x):
         # The fast kernels of a GPU take only whole groups of 8 columns, and 257 is none.
         logits = F.linear(x, F.pad(head.weight, (0, 0, 0, fill)))[..., : head.out_features]
     else:

@@ -118,7 +118,6 @@ class TestKernels:
         printed = generate_code(tmp_path, size, card, ONE_LAYER, EFF="1" if card == "t4" else "")
         assert "FAILED" not in printed
         attention = 0
-        n_kernels = 0
         for part in ("fw", "bw"):
             # First the kernels' names, then what is wrong with them.
             code = (tmp_path / f"code_code_{part}.py").read_text()
@@ -131,12 +130,11 @@ class TestKernels:
                 tmp_path,
                 TOOLS / "compile_kernels.py",
                 str(tmp_path / f"code_code_{part}.py"),
-                "tem|red|atomic",
+                "tem|red|per|atomic",
                 card=card,
                 QUIET="1",
             )
-            n_kernels += int(re.search(r"^kernels (\d+)", compiled, re.M)[1])
+            assert int(re.search(r"^kernels (\d+)", compiled, re.M)[1]) > 3
             assert not re.search("OVER|FAILED|NO BINARY", compiled), compiled[-3000:]
-        assert n_kernels >= 2
         # A T4 has no FlexAttention; others have kernels of it for bytes and for patches.
         assert attention == 0 if card == "t4" else attention >= 2

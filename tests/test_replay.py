@@ -40,7 +40,7 @@ def listed_calls(function):
         outputs = function()
 
     def again():
-        # What stands for the results of the first time.
+        # The new result in place of each result of the first time.
         new_of = {}
 
         def newest(value):
