@@ -191,8 +191,8 @@ def measure(card):
     # Compiling both takes most of it: 186 s on an H200.
     speed = card.bench("llm.py and flat", ["--models", "llm", "--against", "flat", *alone], 200, speed_of)
     # bench.py times the entropy pass beside a model; the smallest takes the least time.
-    tiny = ["--models", "custom", *TINY_MODEL, *TINY_ROWS, "--repeats", "3", "--compile", "no"]
-    card.bench("entropy pass", [*tiny, *(["--streams", "2"] if dry else [])], 45, entropies_of)
+    tiny = ["--models", "custom", *TINY_MODEL, *TINY_ROWS, "--compile", "no", "--repeats"]
+    card.bench("entropy pass", [*tiny, *(["1", "--streams", "1"] if dry else ["3"])], 45, entropies_of)
     new_bytes = ["--new_bytes", "4" if dry else "100", "--repeats", "1" if dry else "3", "--warmup", "1"]
     size = TINY_MODEL if dry else []
     card.bench("generation", ["--generation", "--no_reading", "--models", "llm", *new_bytes, *size], 30, generation_of)

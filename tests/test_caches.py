@@ -16,6 +16,7 @@ from filelock import FileLock
 from helpers import (
     BLT_FLAGS,
     CORPUS_FLAGS,
+    KILLS,
     TINY_ENTROPY,
     error_of,
     output_of,
@@ -409,8 +410,8 @@ def test_killed_passes_go_on(made, whole, stopping, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_50_killed_passes_go_on(made, whole, stopping, tmp_path, monkeypatch):
-    check_kills(made, whole, stopping, tmp_path, monkeypatch, range(4, 54))
+def test_more_killed_passes_go_on(made, whole, stopping, tmp_path, monkeypatch):
+    check_kills(made, whole, stopping, tmp_path, monkeypatch, range(4, 4 + KILLS))
 
 
 @pytest.mark.parametrize("name", ["entropies.f16", "train.npy", "validation.npy", "progress-0.json"])

@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np
 import pytest
 import torch
-from helpers import BLT_FLAGS, ENTROPY_FLAGS, entry_point, error_of, output_of, run_here, some_words, tiny_blt
+from helpers import BLT_FLAGS, ENTROPY_FLAGS, KILLS, entry_point, error_of, output_of, run_here, some_words, tiny_blt
 
 from blt import checkpoints, loop, loss_watch
 from blt.checkpoints import has_checkpoint
@@ -639,9 +639,6 @@ def test_settings_are_finite():
 
 
 # Killed
-
-# BLT_KILLS=50 kills each script that often; without it a sample.
-KILLS = int(os.environ.get("BLT_KILLS", 10))
 
 
 def run_script_here(folder, script, flags):
