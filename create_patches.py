@@ -39,6 +39,7 @@ from blt.patch_rules import (
     RULES,
     PatchConfig,
     calibrate,
+    check_thresholds,
     count_sizes,
     patch_sizes,
     patch_statistics,
@@ -79,7 +80,7 @@ class CreatePatchesConfig(DataConfig):
     bpe_vocab_size: int = 4096  # bpe: tokens to learn
     # output
     cache_dir: str = "patch_cache"  # where entropies, rule and pictures go
-    picture_text: str | None = None  # text to draw; None: the beginning of the first validation document
+    picture_text: str | None = None  # text to draw; None: the beginnings of the first 8 validation documents
 
     # A size changes nothing here; it is accepted so that one --preset serves all three scripts.
     PRESETS = Presets({size: {} for size in SIZE_NAMES}, MACHINES)
@@ -89,8 +90,7 @@ class CreatePatchesConfig(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "streams", "chunk_bytes", "bpe_vocab_size")
-        if self.target_patch_size is not None and self.entropy_threshold is not None:
-            raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
+        check_thresholds(self.method, self.target_patch_size, self.entropy_threshold, self.monotonic_threshold)
         if self.target_patch_size is not None:
             is_size = self.target_patch_size >= 1 and math.isfinite(self.target_patch_size)
             check(self, "target_patch_size", is_size, "1 or more bytes")
@@ -178,7 +178,7 @@ def main(config):
     if not is_main():
         # What is left takes seconds.
         return
-    entropies, document_starts = training_sample(cache)
+    entropies, document_starts = training_sample(cache, len(train))
     distribution = entropy_distribution(entropies)
     print_distribution(distribution, entropies, document_starts)
 
@@ -200,7 +200,7 @@ def main(config):
         f"{statistics['avg_patch_size']:.2f} bytes a patch "
         f"(from {statistics['min_patch_size']} to {statistics['max_patch_size']}) in {seconds:.2f} s"
     )
-    warn_about_sizes(statistics["total_patches"], total_bytes, n_documents, patch_config.entropy_threshold)
+    warn_about_sizes(statistics["total_patches"], total_bytes, n_documents, patch_config)
     facts = {
         "entropy_model_path": config.entropy_model_path,
         "entropy_model_sha256": record.weights_sha256,

@@ -95,7 +95,7 @@ class EntropyRunConfig(RunConfig, EntropyConfig):
     max_bytes: int | None = BY_PRESET  # use at most this many bytes of the training documents; None: all
     output: str = "entropy_model.pth"  # where the weights go
 
-    # Its pass over the text has to fit into the hour, too.
+    # An hour on a CPU includes the pass that computes all entropies, so the model stays nano there.
     PRESETS = Presets(SIZES, MACHINES, size_of_machine={"cpu": "nano", "cpu_hour": "nano"})
 
     def __post_init__(self):

@@ -115,7 +115,8 @@ def keep_entropy_model(path, sha256, folder, overwrite=False):
         raise ValueError(f"{copy} is another entropy model; pass another --output, or --overwrite to replace it")
     if copy.exists() and copy.samefile(path):
         return
-    for source, target in ((path, copy), (record_beside(path), record_beside(copy))):
+    # The record first: if this is stopped in between, weights without one would look like another model.
+    for source, target in ((record_beside(path), record_beside(copy)), (path, copy)):
         write_atomically(target, partial(shutil.copyfile, source))
     # The file may have been replaced since it was opened.
     if load_entropy_model(copy)[1].weights_sha256 != sha256:

@@ -309,6 +309,8 @@ def open_corpus(
         # be slow.
         files=[[file, *state] for file, state in source.states.items()],
     )
+    if source.hub_name is not None:
+        settings["hub"] = source.hub_name
     parts = source.parts
     names = source.name
     origin = source.origin
@@ -336,10 +338,11 @@ def open_corpus(
 class Source:
     """A dataset that was found, before it is read.
 
-    parts: list of ("train", "validation" or "test", generator of (source, bytes)); in place of the word None for one
-        generator whose documents are held out by their hashes.
+    parts: list of ("train", "validation" or "test", generator of (source, bytes)). Or [(None,
+        generator)] for a dataset without parts: `split_off` then holds documents out.
     states: {name of a file: its `file_state`}; empty for a hub dataset.
     origin: where it is from, for messages.
+    hub_name: the hub id that a ready-made dataset is read from; its own name does not tell.
     """
 
     name: str
@@ -347,6 +350,7 @@ class Source:
     parts: list
     states: dict
     origin: str
+    hub_name: str | None = None
 
 
 def find_source(dataset, subset, text_field, max_document_bytes, cache_dir, needs_limit):
@@ -389,16 +393,22 @@ def standard_source(name, where, text_field, max_document_bytes, cache_dir, need
             raise FileNotFoundError(f"the bundled text {path} is missing; restore it with: git checkout {path}")
     else:
         path = standard_file(name, where)
+    hub_name = None
     if path is None:
         repo, subset = hub_id(where, None)
-        source_name = f"{repo}:{subset}" if subset else repo
-        origin = f"{source_name} (Hugging Face hub, streamed)"
+        hub_name = f"{repo}:{subset}" if subset else repo
+        origin = f"{hub_name} (Hugging Face hub, streamed)"
         states = {}
 
         def read():
-            records = hub_records(repo, subset, source_name, all_splits=True)
-            documents = hub_documents(records, text_field, source_name)
-            return b"".join(document for _, document in documents)
+            records = hub_records(repo, subset, hub_name, all_splits=True)
+            text = bytearray()
+            for _, document in hub_documents(records, text_field, hub_name):
+                text += document
+                # It is another text, and may be terabytes.
+                if len(text) > standard.total_bytes:
+                    break
+            return bytes(text)
     else:
         origin = shown(path)
         states = {shown(path.name): file_state(path)}
@@ -418,12 +428,17 @@ def standard_source(name, where, text_field, max_document_bytes, cache_dir, need
                     f"{origin} is not {name}: it has {size} bytes, and {name} has exactly {standard.total_bytes:,}; "
                     f"get the original{' from ' + standard.where if standard.where else ''}"
                 )
+            if standard.md5 not in (None, hashlib.md5(kept[0], usedforsecurity=False).hexdigest()):
+                raise ValueError(
+                    f"{origin} is not {name}: it has the right size but another content (not the MD5 {standard.md5}); "
+                    f"get the original{' from ' + standard.where if standard.where else ''}"
+                )
         text = standard.part(part, kept[0])
         for document in [text] if standard.is_whole else cut_text(io.BytesIO(text), max_document_bytes):
             yield name, document
 
     parts = [(part, documents_of(part)) for part in standard.sizes]
-    return Source(name, None, parts, states, origin)
+    return Source(name, None, parts, states, origin, hub_name)
 
 
 def standard_file(name, where):

@@ -177,11 +177,13 @@ def stream_entropies(
     after_chunk: called with the positions of each row that are read, after each chunk.
     shares: the `Shares` to read, perhaps not all of them; None: n_streams equal ones.
     compiled: `compiled_entropies` for rows of chunk_bytes, to read with. It gives no logits, so there is no `visit`.
-    Returns out.
+    Returns out. Raises ValueError if an entropy is not finite.
     """
     device = next(model.parameters()).device
     total = len(stream) - 1
     out = np.empty(total, dtype=np.float32) if out is None else out
+    if compiled is not None and visit is not None:
+        raise ValueError("a compiled pass gives no logits to visit; pass only one of compiled and visit")
     default_streams, default_chunk = default_reading(device)
     n_streams = default_streams if n_streams is None else n_streams
     chunk_bytes = default_chunk if chunk_bytes is None else chunk_bytes
@@ -220,7 +222,14 @@ def stream_entropies(
                 high = min(first + width, shares.end[row])
                 if low >= high:
                     continue
-                out[low:high] = entropies[row, low - first : high - first]
+                new = entropies[row, low - first : high - first]
+                # NaN is above no threshold: it would give patches as long as the text, without a word.
+                if not np.isfinite(new).all():
+                    raise ValueError(
+                        "the entropy model gives entropies that are not finite; "
+                        f"pass --precision fp32, or train it again: {command('entropy_llm.py')}"
+                    )
+                out[low:high] = new
                 n_new += high - low
                 if visit is not None:
                     visit(int(low), int(high), logits[row, low - first : high - first])
@@ -290,11 +299,6 @@ def entropy_distribution(entropies):
         "max": float(entropies.max()),
         "percentiles": {level: float(value) for level, value in zip(levels, np.percentile(entropies, levels))},
     }
-
-
-# Files that say whether they are whole
-#
-# A hash in the file itself costs nothing to check, and one file cannot be half of a pair.
 
 
 class CacheError(ValueError):
@@ -783,14 +787,7 @@ class UnfinishedPass:
         checksums = []
         spans = zip(self.shares.written(n_read), self.shares.written(self.n_done))
         for (old_end, new_end), checksum in zip(spans, old_checksums):
-            new = self.entropies[old_end:new_end]
-            # NaN is above no threshold: it would give patches as long as the text, without a word.
-            if not np.isfinite(new).all():
-                raise ValueError(
-                    "the entropy model gives entropies that are not finite; "
-                    f"pass --precision fp32, or train it again: {command('entropy_llm.py')}"
-                )
-            checksums.append(zlib.crc32(new, checksum))
+            checksums.append(zlib.crc32(self.entropies[old_end:new_end], checksum))
         self.saved = (self.n_done, checksums)
         state = {"format": FORMAT, "inputs": self.inputs, "n_read": self.n_done, "checksums": checksums}
         write_sealed(self.progress_path, state)
@@ -908,25 +905,27 @@ def training_starts(corpus, train, patch_config, cache=None):
     return is_start
 
 
-def training_sample(cache, positions=SAMPLE_POSITIONS):
-    """(entropies, is_document_start) of the first training documents, about this many positions."""
-    lengths = cache.lengths[: len(cache.train)]
+def training_sample(cache, n_documents, positions=SAMPLE_POSITIONS):
+    """(entropies, is_document_start) of the first of these training documents, about this many positions.
+
+    n_documents: how many training documents are in use. The cache may have more.
+    """
+    lengths = cache.lengths[: min(n_documents, len(cache.train))]
     count = max(1, int(np.searchsorted(np.cumsum(lengths), positions, side="right")))
     return cache.of_documents(0, count), document_starts(lengths[:count])
 
 
-def training_patch_sizes(is_start, corpus, train):
+def training_patch_sizes(is_start, corpus, train, block=1 << 24):
     """How many of the training documents' patches have which size: {bytes: count}. Document ends count as no byte.
 
     Counts, because the sizes themselves would take more memory than the text.
 
-    is_start: what `training_starts` returned.
+    is_start: what `training_starts` returned. block: positions that are read at once.
     """
     lengths = np.diff(corpus.offsets)[train]
     document_ends = np.cumsum(lengths + 1)  # positions in the stream
     counts = Counter()
     unfinished = np.empty(0, np.int64)  # the last start of the block before, whose patch ends in the next block
-    block = 1 << 24
     for begin in range(1, len(is_start), block):
         flags = is_start.read(begin, min(begin + block, len(is_start)))
         first_end = np.searchsorted(document_ends, begin)
@@ -938,6 +937,6 @@ def training_patch_sizes(is_start, corpus, train):
         is_end = np.zeros(len(start_positions), dtype=bool)
         is_end[np.searchsorted(start_positions, ends_here)] = True
         counts.update(count_sizes(np.diff(start_positions)[~is_end[:-1]]))
-        # The last patch of the block ends in the next one.
-        unfinished = start_positions[-1:]
+        # The last patch of the block ends in the next one, unless a document's end has closed it.
+        unfinished = start_positions[-1:][~is_end[-1:]]
     return dict(sorted(counts.items()))

@@ -73,7 +73,7 @@ class DocumentStream:
         return cls(flat, np.cumsum(lengths) - lengths, lengths, vocabulary)
 
     def __len__(self):
-        return int(self.ends[-1]) + 1
+        return (int(self.ends[-1]) if len(self.ends) else 0) + 1
 
     @property
     def total_bytes(self):
@@ -109,7 +109,7 @@ class DocumentStream:
         return ids
 
     def _release(self):
-        """Take the pages of a memory map that were read off this process's memory, from time to time.
+        """From time to time, give the pages of a memory map that were read back to the system.
 
         The system would do so itself when memory gets short. But until then a pass over 100 GB shows as
         100 GB, and a container with a limit may end the process.
@@ -313,9 +313,8 @@ class TrainingRows:
             yield end, np.flatnonzero(self.is_start.read(begin, end)) + begin
 
     def _choose_slots(self):
-        """Patch slots per row: as many as leave less than MAX_PATCH_PADDING of them empty.
+        """Patch slots per row: the largest multiple of 8 of which less than MAX_PATCH_PADDING are empty.
 
-        A multiple of 8, the largest of that kind.
         More slots mean more empty slots; fewer slots mean more rows that end early and pad bytes.
         Example: if all stretches of row_bytes ids have 98 patches, a row needs 98 + 2. Of 104 slots,
         4 / 104 = 3.8% would be empty; of 112, 10.7%. The choice is 104.

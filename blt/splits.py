@@ -21,12 +21,14 @@ class StandardSplit:
     sizes: bytes of each part: {"train": n, "validation": n} and maybe "test".
     path: the bundled file; None if the user says where the text is.
     where: where the user finds it.
+    md5: of the text, as published with it; None: it is not compared.
     is_whole: each part is one document. Otherwise it is cut into pieces, so that a run can take some of it.
     """
 
     sizes: dict
     path: Path | None = None
     where: str = ""
+    md5: str | None = None
     is_whole: bool = False
 
     @property
@@ -47,8 +49,10 @@ LARGE = {"train": 90_000_000, "validation": 5_000_000, "test": 5_000_000}
 STANDARD_SPLITS = {
     # nanoGPT trains on the first int(0.9 * 1,115,394) bytes.
     "shakespeare": StandardSplit({"train": 1_003_854, "validation": 111_540}, SHAKESPEARE_PATH, is_whole=True),
-    "enwik8": StandardSplit(LARGE, where="https://mattmahoney.net/dc/enwik8.zip"),
-    "text8": StandardSplit(LARGE, where="https://mattmahoney.net/dc/text8.zip"),
+    "enwik8": StandardSplit(
+        LARGE, where="https://mattmahoney.net/dc/enwik8.zip", md5="a1fa5ffddb56f4953e226637dabbb36a"
+    ),
+    "text8": StandardSplit(LARGE, where="https://mattmahoney.net/dc/text8.zip", md5="3bea1919949baf155f99411df5fada7e"),
 }
 
 

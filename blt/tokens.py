@@ -135,7 +135,7 @@ class BPEVocabulary(Vocabulary):
 
 
 def _blocks(documents, block_bytes):
-    """Yield lists of neighbouring documents, each as short as block_bytes allows."""
+    """Yield lists of neighbouring documents; a list ends with the one that brings it to block_bytes."""
     block = []
     size = 0
     for document in documents:

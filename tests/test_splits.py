@@ -1,5 +1,6 @@
 """Named splits: a validation text of its own, and ready-made datasets; and how they go through the scripts."""
 
+import hashlib
 import json
 import lzma
 import zipfile
@@ -189,7 +190,7 @@ TEXT = b"".join(b"%d.\n" % number for number in range(1000))[:1000]
 @pytest.fixture
 def small_enwik8(monkeypatch):
     """enwik8 of 1,000 bytes, in the same proportions."""
-    small = replace(STANDARD_SPLITS["enwik8"], sizes=SMALL)
+    small = replace(STANDARD_SPLITS["enwik8"], sizes=SMALL, md5=hashlib.md5(TEXT).hexdigest())
     monkeypatch.setitem(STANDARD_SPLITS, "enwik8", small)
 
 
@@ -244,8 +245,17 @@ def test_a_file_of_another_size_is_not_enwik8(tmp_path, opened):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_file_of_the_right_size_and_another_content_is_not_enwik8(tmp_path, opened, small_enwik8):
+    """text8 and enwik8 have equally many bytes."""
+    (tmp_path / "text8").write_bytes(TEXT[::-1])
+    with pytest.raises(ValueError, match="is not enwik8: it has the right size but another content"):
+        opened(f"enwik8={tmp_path / 'text8'}")
+    assert STANDARD_SPLITS["enwik8"].md5 != STANDARD_SPLITS["text8"].md5
+
+
 @pytest.mark.slow
-def test_enwik8_of_its_real_size(tmp_path, opened):
+def test_enwik8_of_its_real_size(tmp_path, opened, monkeypatch):
+    monkeypatch.setitem(STANDARD_SPLITS, "enwik8", replace(STANDARD_SPLITS["enwik8"], md5=None))
     path = tmp_path / "enwik8"
     path.write_bytes(np.tile(random_bytes(1_000_000), 100).tobytes())
     corpus = opened(f"enwik8={path}")
@@ -285,15 +295,26 @@ def test_enwik8_from_the_hub(opened, small_enwik8, monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda repo, subset: list(pieces))
 
     def load_dataset(repo, subset, split, streaming):
-        assert (repo, subset, streaming) == ("owner/name", "raw", True)
+        assert repo in ("owner/name", "owner/copy") and (subset, streaming) == ("raw", True)
         yield {"text": pieces[split].decode()}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     corpus = opened("enwik8=owner/name:raw")
+    # Another id is another text, whatever the name of the dataset says.
+    assert corpus.folder != opened("enwik8=owner/copy:raw").folder
     assert bytes(corpus.bytes) == TEXT and corpus.documents("test").tolist() == [2]
     pieces["train"] = b"cut"
     with pytest.raises(ValueError, match="owner/name:raw .* is not enwik8: it has 103 bytes"):
         opened("enwik8=owner/name:raw", max_document_bytes=500)
+
+
+def test_a_hub_dataset_that_is_too_large_is_not_read_to_its_end(opened, small_enwik8, monkeypatch):
+    records = iter([(None, b"x" * 600)] * 10)
+    monkeypatch.setattr(blt.corpus, "hub_records", lambda *arguments, **options: None)
+    monkeypatch.setattr(blt.corpus, "hub_documents", lambda *arguments: records)
+    with pytest.raises(ValueError, match="owner/name .* is not enwik8: it has more bytes"):
+        opened("enwik8=owner/name")
+    assert len(list(records)) == 8
 
 
 # ---- In the scripts
