@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from blt.checkpoints import has_checkpoint
 from blt.config import BY_PRESET, Presets, given_fields, next_command, part_of, run_script
 from blt.entropies import make_entropies, open_entropies, read_patches, training_sample
 from blt.files import load_weights, model_hash
@@ -249,7 +250,7 @@ def open_patches(config, context, make=False, start=None):
     needs_threshold = not uses_start and config.entropy_threshold is None
     if needs_threshold and (config.patch_method is not None or make):
         target = DEFAULT_PATCH_SIZE if config.target_patch_size is None else config.target_patch_size
-        patch_config = calibrate(patch_config, target, *training_sample(cache))
+        patch_config = calibrate(patch_config, target, *training_sample(cache, len(context.train)))
     return EntropyPatcher(model, patch_config, precision=cache.manifest["precision"]), cache
 
 
@@ -277,9 +278,7 @@ def named_patches(config):
     """The `PatchConfig` of --patch_method; a threshold in nats that is not given is 1 until it is calibrated."""
     threshold = config.entropy_threshold
     if RULES[config.patch_method].unit == "bytes" and threshold is None:
-        if config.target_patch_size is None:
-            raise ValueError(f"patch_method {config.patch_method} needs --target_patch_size, the bytes in a patch")
-        threshold = config.target_patch_size
+        threshold = DEFAULT_PATCH_SIZE if config.target_patch_size is None else config.target_patch_size
     if threshold is None:
         threshold = 1.0
     return PatchConfig(config.patch_method, threshold, cache_dir=config.patch_cache)
@@ -322,9 +321,9 @@ def origin_of(model, data, config, context, start):
 
     A resumed run takes what it wrote when it began.
     """
-    record_path = Path(config.output) / "model.json"
-    if config.resume and record_path.exists():
-        return RunRecord.load(record_path).init_from
+    # A run that was killed before its first checkpoint begins again, and scores its start again.
+    if config.resume and has_checkpoint(config.output):
+        return RunRecord.load(Path(config.output) / "model.json").init_from
     before = evaluate_together(model, data.validation_batches, context.device, context.precision)
     print(
         f"start: {config.init_from}, val {before['val_bpb']:.4f} bpb over {before['val_bytes']:,} bytes "

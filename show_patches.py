@@ -1,6 +1,7 @@
 """Show how a text is split into patches: a picture, and a page in which the rule and its threshold can be moved.
 
-Reads   a text (--text, --file, or standard input) and entropy_model.pth; with --model also a trained BLT
+Reads   a text (--text, --file, or standard input) and entropy_model.pth; with --model a trained BLT and
+        its own entropy model (entropy_model.pth only if its patches need none)
 Writes  in pictures/: patches.html (one file that opens anywhere, without network) and patches.png
 Run     python show_patches.py --text "Hello, patches." | --file book.txt [--model checkpoints] [--field value ...]
 Time    18 s on 2 CPU cores for 100 kB of text with --model and models of size nano
@@ -24,7 +25,7 @@ from blt.device import autocast, choose_device, choose_precision
 from blt.entropies import TopPredictions, stream_predictions
 from blt.ids import argument_bytes
 from blt.metric import row_logits
-from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, calibrate, causal_methods
+from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, calibrate, causal_methods, check_thresholds
 from blt.pictures import MAX_FIGURE_BYTES, MAX_PAGE_BYTES, draw_entropy_figure, whole_characters, write_patch_page
 from blt.progress import progress_bar
 from blt.rows import evaluation_batches
@@ -42,7 +43,7 @@ class ShowPatchesConfig:
     # models
     entropy_model_path: str | None = None  # trained entropy model; None: entropy_model.pth, or the one of --model
     model: str | None = None  # output folder of llm.py: its rule splits the text, and its predictions are shown too
-    context_bytes: int = 2048  # bytes that the BLT sees at once, in windows half of that apart
+    context_bytes: int | None = None  # bytes that the BLT sees at once, in windows half of that apart; None: a row's
     top_k: int = 5  # most likely bytes to show at each position
     # patches
     method: str | None = None  # the patching method; None: the model's, else global
@@ -64,11 +65,9 @@ class ShowPatchesConfig:
         check_positive(self, "target_patch_size", "picture_bytes")
         check(self, "picture_bytes", self.picture_bytes <= MAX_FIGURE_BYTES, f"at most {MAX_FIGURE_BYTES}")
         check(self, "top_k", 1 <= self.top_k <= 16, "from 1 to 16")
-        check(self, "context_bytes", self.context_bytes >= 2, "2 or more")
+        check(self, "context_bytes", self.context_bytes is None or self.context_bytes >= 2, "2 or more")
         if self.text is not None and self.file is not None:
             raise ValueError("give either text or file, not both")
-        if self.target_patch_size is not None and self.entropy_threshold is not None:
-            raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
         of_rule = ("method", "target_patch_size", "entropy_threshold", "monotonic_threshold")
         of_rule += ("min_patch_size", "max_patch_size")
         changed = [name for name in of_rule if getattr(self, name) != getattr(type(self), name)]
@@ -77,7 +76,8 @@ class ShowPatchesConfig:
                 f"leave out {' and '.join(changed)}: a BLT reads the patches that it was trained with; "
                 "other rules can be tried in the page"
             )
-        self.patch_config()  # its checks, before any work is done
+        config = self.patch_config()  # its checks, before any work is done
+        check_thresholds(config.method, self.target_patch_size, self.entropy_threshold, self.monotonic_threshold)
 
     def patch_config(self):
         """The rule as a `PatchConfig`; without a threshold it has 1, until one is calibrated."""
@@ -106,11 +106,11 @@ def read_text(config):
 
 
 @torch.no_grad()
-def blt_predictions(model, starts, document, k=5, context_bytes=2048, precision="fp32", progress=None):
+def blt_predictions(model, starts, document, context_bytes, k=5, precision="fp32", progress=None):
     """What a BLT predicted for each byte of a document: `TopPredictions`, from windows as in evaluation.
 
-    starts: bool [N + 1], which positions of the document start a patch. Short documents are read
-    whole.
+    starts: bool [N + 1], which positions of the document start a patch.
+    context_bytes: of a window. Shorter documents are read whole.
     """
     device = next(model.parameters()).device
     row_bytes = min(context_bytes, len(document) + 1)
@@ -131,14 +131,14 @@ def blt_predictions(model, starts, document, k=5, context_bytes=2048, precision=
 
 
 def open_models(config, device):
-    """Load what the page needs: (BLT, its EntropyPatcher, entropy model, precision of the entropy model).
+    """Load what the page needs: (BLT, its record, its EntropyPatcher, entropy model, precision of the entropy model).
 
-    Without --model the first two are None.
+    Without --model the first three are None.
     """
-    blt, patcher, entropy_model = None, None, None
+    blt, record, patcher, entropy_model = None, None, None, None
     precision = choose_precision(config.precision, device)
     if config.model is not None:
-        blt, patcher, _ = load_blt(config.model, device)
+        blt, patcher, record = load_blt(config.model, device)
         entropy_model = patcher.entropy_model
         precision = patcher.precision
         if entropy_model is not None and config.entropy_model_path is not None:
@@ -148,7 +148,7 @@ def open_models(config, device):
     if entropy_model is None:
         path = "entropy_model.pth" if config.entropy_model_path is None else config.entropy_model_path
         entropy_model, _ = load_entropy_model(path, device)
-    return blt, patcher, entropy_model, precision
+    return blt, record, patcher, entropy_model, precision
 
 
 def main(config):
@@ -163,7 +163,7 @@ def main(config):
     if len(text) < len(whole):
         print(f"note: the page shows the first {len(text):,} of {len(whole):,} bytes")
 
-    blt, patcher, entropy_model, precision = open_models(config, device)
+    blt, record, patcher, entropy_model, precision = open_models(config, device)
     with progress_bar(len(text), "entropies") as progress:
         entropies, predictions = stream_predictions(entropy_model, document, config.top_k, precision, progress)
     if patcher is None:
@@ -175,10 +175,9 @@ def main(config):
     starts = patcher.starts(document, entropies)
     predicted = {"entropy model": predictions}
     if blt is not None:
+        context_bytes = record.row_bytes() if config.context_bytes is None else config.context_bytes
         with progress_bar(len(text), "BLT") as progress:
-            predicted["BLT"] = blt_predictions(
-                blt, starts, document, config.top_k, config.context_bytes, precision, progress
-            )
+            predicted["BLT"] = blt_predictions(blt, starts, document, context_bytes, config.top_k, precision, progress)
     # The page and the picture have no place for the document's end.
     write_outputs(config, text, entropies[:-1], starts[:-1], patcher.config, predicted)
 

@@ -69,6 +69,8 @@ class PatchRule:
     needs_entropies = True
     is_causal = True  # False: a start depends on later bytes; training, generation and the leak gate refuse it
     depends_on_patch = False  # True: a start depends on where the open patch began; then define next_start
+    compares_entropy = False  # True: the threshold is a level of the entropy, which pictures draw as a line
+    uses_rise = False  # True: the monotonic threshold counts too
 
     def wants_start(self, texts, threshold, rise):
         """Which positions of `Texts` start a patch, minimum and maximum sizes apart: bool [N]."""
@@ -109,6 +111,26 @@ def register(rule_class):
     return rule_class
 
 
+def rule_of(method):
+    """The `PatchRule` of this name. Raises ValueError if there is none."""
+    if method not in RULES:
+        raise ValueError(f"patch method is {method!r}; it must be one of {', '.join(RULES)}")
+    return RULES[method]
+
+
+def check_thresholds(method, target_patch_size, entropy_threshold, monotonic_threshold=0.0):
+    """Raise ValueError for flags that contradict each other or that the method does not use; None: not given."""
+    if target_patch_size is not None and entropy_threshold is not None:
+        raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
+    given = {"target_patch_size": target_patch_size, "entropy_threshold": entropy_threshold}
+    names = [name for name, value in given.items() if value is not None]
+    if names and rule_of(method).unit is None:
+        raise ValueError(f"method {method} has no threshold, its patches are what the text gives; leave out {names[0]}")
+    if monotonic_threshold != 0 and not rule_of(method).uses_rise:
+        users = ", ".join(rule.name for rule in RULES.values() if rule.uses_rise)
+        raise ValueError(f"monotonic_threshold is of method {users}; leave it out with method {method}")
+
+
 def causal_methods():
     """Names of the methods that training and generation accept: all that do not look ahead."""
     return [rule.name for rule in RULES.values() if rule.is_causal]
@@ -123,6 +145,7 @@ class GlobalRule(PatchRule):
 
     name = "global"
     condition = "its entropy is above the threshold"
+    compares_entropy = True
 
     def wants_start(self, texts, threshold, rise):
         # Above, not at: as the released code compares.
@@ -157,6 +180,8 @@ class BothRule(PatchRule):
 
     name = "both"
     condition = "its entropy is above the threshold and has risen by more than the monotonic threshold"
+    compares_entropy = True
+    uses_rise = True
 
     def wants_start(self, texts, threshold, rise):
         return (texts.entropies > threshold) & (entropy_rise(texts.entropies) > rise)
@@ -306,14 +331,14 @@ class PatchConfig:
 
     def entropy_level(self):
         """The threshold in nats where the rule compares the entropy itself with it, to draw as a line; else None."""
-        return self.entropy_threshold if self.method in ("global", "both") else None
+        return self.entropy_threshold if self.rule.compares_entropy else None
 
     def describe(self):
         """In words: "global, threshold 1.335 nats, at most 16 bytes"."""
         words = [self.method]
         if self.rule.unit:
             words.append(f"threshold {self.entropy_threshold:.3f} {self.rule.unit}")
-        if self.method == "both":
+        if self.rule.uses_rise:
             words.append(f"rise {self.monotonic_threshold:.3f} nats")
         if self.min_patch_size > 1:
             words.append(f"at least {self.min_patch_size} bytes")
@@ -365,9 +390,7 @@ def patch_starts(
     document_starts: bool [N], where documents begin when several are concatenated.
     Raises ValueError for an unknown method and for a missing input.
     """
-    if method not in RULES:
-        raise ValueError(f"patch method is {method!r}; it must be one of {', '.join(RULES)}")
-    rule = RULES[method]
+    rule = rule_of(method)
     if rule.needs_entropies and entropies is None:
         raise ValueError(f"method {method!r} needs entropies")
     inputs = [array for array in (entropies, byte_values, token_starts) if array is not None]
@@ -530,7 +553,7 @@ def threshold_for_patch_size(entropies, method, target, document_starts=None, **
     """
     if target < 1:
         raise ValueError(f"target patch size is {target}; it must be at least 1 byte")
-    rule = RULES[method]
+    rule = rule_of(method)
     if rule.unit == "bytes":
         return float(target)
     if rule.unit is None:
@@ -538,6 +561,8 @@ def threshold_for_patch_size(entropies, method, target, document_starts=None, **
     H = np.asarray(entropies, dtype=np.float32)
     if len(H) == 0:
         raise ValueError("there are no entropies to find a threshold for")
+    if not np.isfinite(H).all():
+        raise ValueError("some entropies are not finite; compute them in fp32, or train the entropy model again")
     low, high = rule.threshold_range(H)
     if not math.isfinite(low):
         # A single entropy has no rise, so every threshold gives the same patch.
@@ -611,14 +636,21 @@ def count_sizes(sizes):
     return {int(size): int(count) for size, count in zip(values, counts)}
 
 
-def warn_about_sizes(patches, total_bytes, documents, threshold):
+def warn_about_sizes(patches, total_bytes, documents, patch_config):
     """Warn if nearly every byte is a patch, or nearly a whole document: both waste the latent transformer."""
     size = total_bytes / max(1, patches)
-    advice = f"the threshold ({threshold:.3f}) or use --target_patch_size {DEFAULT_PATCH_SIZE}"
     if size < 1.1:
-        print(f"warning: {size:.2f} bytes a patch: nearly every byte is a patch of its own; raise {advice}")
-    if patches <= 1.1 * documents:
-        print(
-            f"warning: {patches:,} patches in {documents:,} documents: nearly a whole document is one patch; "
-            f"lower {advice}"
+        warning, change = f"{size:.2f} bytes a patch: nearly every byte is a patch of its own", "raise"
+    elif patches <= 1.1 * documents:
+        warning, change = (
+            f"{patches:,} patches in {documents:,} documents: nearly a whole document is one patch",
+            "lower",
         )
+    else:
+        return
+    if patch_config.rule.unit is None:
+        advice = "choose another --method (--patch_method of training scripts)"
+    else:
+        threshold = f"the threshold ({patch_config.entropy_threshold:.3f})"
+        advice = f"{change} {threshold} or use --target_patch_size {DEFAULT_PATCH_SIZE}"
+    print(f"warning: {warning}; {advice}")

@@ -13,7 +13,7 @@ from blt.files import load_weights
 from blt.ids import to_bytes
 from blt.loop import RunConfig, first_row_of, fit
 from blt.metric import leak_gate
-from blt.patch_rules import causal_methods, warn_about_sizes
+from blt.patch_rules import causal_methods, check_thresholds, warn_about_sizes
 from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
 
 
@@ -43,8 +43,8 @@ class TrainingConfig(RunConfig):
                 "entropy_threshold and target_patch_size need --patch_method; "
                 "without it the rule of create_patches.py is used"
             )
-        if self.entropy_threshold is not None and self.target_patch_size is not None:
-            raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
+        if self.patch_method is not None:
+            check_thresholds(self.patch_method, self.target_patch_size, self.entropy_threshold)
         if self.target_patch_size is not None:
             check(self, "target_patch_size", self.target_patch_size >= 1, "1 or more bytes")
         check(self, "sample_bytes", self.sample_bytes >= 0, "0 or more")
@@ -137,7 +137,7 @@ class PatchedDataset:
         # The document's end is a position, but no byte.
         patches = sum(int(is_start[:-1].sum()) for is_start in self.validation_starts)
         total_bytes = sum(len(document) for document in self.validation)
-        warn_about_sizes(patches, total_bytes, len(self.validation), self.patcher.config.entropy_threshold)
+        warn_about_sizes(patches, total_bytes, len(self.validation), self.patcher.config)
         return total_bytes / patches
 
 
