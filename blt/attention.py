@@ -21,7 +21,7 @@ NO_DOCUMENT = -1
 AFTER_ROW = -2
 
 # Widths of a head that FlexAttention's kernels take. Below 16 they do not lower. Wider than these they
-# need more shared memory than a card has: 256 channels take 149 KiB of the 99 KiB of an RTX 4090.
+# need more shared memory than a card has: 256 channels need 149 KiB; an RTX 4090 has 99.
 LEAST_FLEX_CHANNELS = 16
 MOST_FLEX_CHANNELS = 128
 # An H100 (capability 9) and a B200 (10) have 227 KiB. Consumer cards of capability 12 have 99 again.

@@ -60,7 +60,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 def trains_on_cuda(x):
-    """Whether x is in a training pass on CUDA, which computes the same as all others in another way."""
+    """Whether this is a training pass on CUDA.
+
+    Some layers have another form for it, of equal results, that is faster or repeatable there.
+    """
     return x.device.type == "cuda" and torch.is_grad_enabled()
 
 
@@ -90,8 +93,8 @@ def as_stream(x):
 def products_of(x, *linears):
     """The outputs of several `nn.Linear` without bias, of one input: in training on CUDA by one matrix product.
 
-    One large product is faster there than several small ones, and x is read once. The weights are joined where
-    autocast would copy them anyway.
+    One large product is faster there than several small ones, and x is read once. Joining copies the
+    weights, as autocast does; compiled, both are one copy. In fp32 it is an extra one.
     """
     if not trains_on_cuda(x):
         return [linear(x) for linear in linears]
@@ -168,7 +171,7 @@ def logits_of(head, x, cap=0.0):
     """head(x), for cap > 0 as cap * tanh(logits / cap) in fp32: between -cap and cap, almost the same where small."""
     fill = -head.out_features % 8
     if fill and trains_on_cuda(x):
-        # The fast kernels of a GPU take only whole groups of 8 columns, and 257 is none.
+        # The fast kernels of a GPU need a multiple of 8 columns, and a head has 257.
         logits = F.linear(x, F.pad(head.weight, (0, 0, 0, fill)))[..., : head.out_features]
     else:
         logits = head(x)

@@ -1,13 +1,14 @@
 """Patches as segments of a row of bytes: which patch a byte is pooled into, and which patch it reads.
 
 `Segments` pools the bytes of each patch, and attends to them. `PatchMap` is the `Segments` of a row of
-patch lengths, with the patch that each byte may read without seeing the future. `attend_to_patches` is how
-bytes read patches.
+patch lengths, with the patch that each byte may read without seeing the future. `OpenPatches` is that of
+text that is being written. `attend_to_patches` is how bytes read patches.
 
-On CUDA the work is done by `triton_kernels`, elsewhere by `kernels`.
+On CUDA the work of the last three is done by `triton_kernels`, elsewhere by `kernels`.
 """
 
 import importlib.util
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,18 @@ def runs_triton(device):
     return CAN_COMPILE and device.type == "cuda"
 
 
+@contextmanager
+def without_triton():
+    """Inside the block CUDA runs the code for CPUs, to which the kernels are compared."""
+    global CAN_COMPILE
+    before = CAN_COMPILE
+    CAN_COMPILE = False
+    try:
+        yield
+    finally:
+        CAN_COMPILE = before
+
+
 class Segments:
     """The bytes of B rows sorted into the P patches of each row.
 
@@ -36,7 +49,8 @@ class Segments:
     Sums and maxima work on all rows at once: on N = B * T bytes and M = B * (P + 1) slots, which are
     the P patches of row 0, one slot for its left-out bytes, the patches of row 1, and so on.
     pool: int64 [N], the slot of each byte.
-    begins, first: what `triton_kernels` read, where those run and each patch is a run of bytes; else None.
+    begins, first: what `triton_kernels` read, where those run and each patch is a run of bytes; else
+    None. To them M is the B * P patches alone: left-out bytes have no slot, and `first` passes over them.
     """
 
     begins = None
@@ -139,6 +153,23 @@ class PatchMap(Segments):
             first_of_row_B1 = torch.arange(B, device=ends_BP.device)[:, None] * T
             first_of_document_M = (first_of_document_BP + first_of_row_B1).flatten().int()
             self.first = torch.maximum(self.begins[:-1], first_of_document_M)
+
+
+class OpenPatches(Segments):
+    """The patches that a step of generation completes. For forward passes only.
+
+    into_BT: as in `Segments`; it does not decrease along a row, so left-out bytes are the row's last.
+    """
+
+    def __init__(self, into_BT, n_patches):
+        super().__init__(into_BT, n_patches)
+        if runs_triton(into_BT.device):
+            B, T = into_BT.shape
+            row_B1 = torch.arange(B, device=into_BT.device)[:, None]
+            self.begins = first_positions((into_BT + row_B1 * n_patches).flatten(), B * n_patches)
+            # A row's left-out bytes have the number of the next row's first patch, which begins later.
+            first_of_row_M = (row_B1 * T).expand(B, n_patches).flatten().int()
+            self.first = torch.maximum(self.begins[:-1], first_of_row_M)
 
 
 def first_positions(numbers_N, n_numbers):

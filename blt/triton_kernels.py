@@ -7,13 +7,13 @@
 They compute what `kernels.SegmentAttention` and `kernels.GatherAttention` compute, where the formulas are, and what
 `segments.Segments` pools. The bytes of a patch are consecutive, so a kernel gives each patch (and head) to one program,
 which goes along the bytes. Each number is written by one program: there is no atomic addition, so equal inputs
-give equal outputs to the last bit. Sums are in fp32. Inputs are read once and outputs written once; nothing else of
-the length of the text goes through memory.
+give equal outputs to the last bit. Sums are in fp32. Inputs are read once (by the backward pass of the
+maximum, twice) and outputs written once; nothing else of the length of the text goes through memory.
 
 With TRITON_INTERPRET=1 in the environment the kernels run on a CPU, slowly, which is how tests compare them.
 
 Axes: N all bytes of the batch, M all patches of the batch, k vectors of a patch, H heads, K channels of a head. Tiles
-have powers of 2 as sizes, so a k or K that is none is filled up, with zeros.
+have powers of 2 as sizes; a k or K that is no power of 2 is padded with zeros.
 
 begins: int32 [M + 1], the first byte of each patch, and N.
 first: int32 [M], the first byte that is pooled into the patch: those before it, of an older document, are left out.
@@ -25,7 +25,7 @@ import triton.language as tl
 
 # Most patches are shorter than this many bytes, which a program reads at once.
 BYTES_AT_ONCE = 8
-# The numbers of a tile [bytes, k, K] that a warp holds: 64 for each of its 32 threads.
+# A warp holds this many numbers of a tile [bytes, k, K]: 64 in each of its 32 threads, as registers allow.
 NUMBERS_OF_A_WARP = 2048
 
 
@@ -33,26 +33,40 @@ def tile_sizes(k, K):
     """Sizes of an attention's tiles, and the warps of a program: arguments of a launch."""
     k_filled = triton.next_power_of_2(k)
     K_filled = triton.next_power_of_2(K)
+    # Two warps at most, unless two bytes alone need more.
     n_bytes = max(2, min(BYTES_AT_ONCE, 2 * NUMBERS_OF_A_WARP // (k_filled * K_filled)))
     warps = max(1, min(8, n_bytes * k_filled * K_filled // NUMBERS_OF_A_WARP))
     return dict(BYTES=n_bytes, k_FILLED=k_filled, K_FILLED=K_filled, num_warps=warps)
 
 
+def as_rows(x):
+    """x [N, ...] as [N, D] with neighbouring channels, copied only where they are not neighbours."""
+    rows = x.flatten(1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 # ---------------------------------------------------------------------- pooling
+
+
+def pooling_launch(M, D):
+    """(channels of a program, grid): one program for each patch and each group of channels."""
+    width = min(triton.next_power_of_2(D), 512)
+    return width, (M, triton.cdiv(D, width))
 
 
 class MaxOrMean(torch.autograd.Function):
     """The maximum or mean of each patch's bytes, x_ND -> [M, D]; 0 for a patch without bytes.
 
-    Bytes that share a maximum share its gradient equally, as in torch.
+    Bytes that share a maximum share its gradient equally, as in torch. A NaN is left out of a maximum,
+    unlike in torch; it still reaches the loss through the byte's own state.
     """
 
     @staticmethod
     def forward(ctx, x_ND, begins, first, is_max):
+        x_ND = x_ND.contiguous()
         D = x_ND.shape[1]
         out_MD = x_ND.new_empty(first.shape[0], D)
-        width = min(triton.next_power_of_2(D), 512)
-        grid = (first.shape[0], triton.cdiv(D, width))
+        width, grid = pooling_launch(first.shape[0], D)
         _pool[grid](x_ND, out_MD, begins, first, D, IS_MAX=is_max, BYTES=BYTES_AT_ONCE, WIDTH=width, num_warps=2)
         ctx.save_for_backward(x_ND, out_MD, begins, first)
         ctx.is_max = is_max
@@ -63,8 +77,7 @@ class MaxOrMean(torch.autograd.Function):
         x_ND, out_MD, begins, first = ctx.saved_tensors
         D = x_ND.shape[1]
         d_x_ND = torch.empty_like(x_ND)
-        width = min(triton.next_power_of_2(D), 512)
-        grid = (first.shape[0], triton.cdiv(D, width))
+        width, grid = pooling_launch(first.shape[0], D)
         tensors = (x_ND, out_MD, d_out_MD.contiguous(), d_x_ND, begins, first)
         _pool_backward[grid](*tensors, D, IS_MAX=ctx.is_max, BYTES=BYTES_AT_ONCE, WIDTH=width, num_warps=2)
         return d_x_ND, None, None, None
@@ -75,11 +88,11 @@ def _pool(x, out, begins, first, D, IS_MAX: tl.constexpr, BYTES: tl.constexpr, W
     """x [N, D] -> out [M, D]: WIDTH channels of one patch."""
     m = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    begin = tl.load(first + m)
+    first_pooled = tl.load(first + m)
     end = tl.load(begins + m + 1)
     empty = float("-inf") if IS_MAX else 0.0
     pooled = tl.full((WIDTH,), empty, tl.float32)
-    for start in range(begin, end, BYTES):
+    for start in range(first_pooled, end, BYTES):
         n = start + tl.arange(0, BYTES)
         is_inside = (n < end)[:, None] & (channel < D)[None, :]
         tile = tl.load(x + n.to(tl.int64)[:, None] * D + channel[None, :], is_inside, other=empty).to(tl.float32)
@@ -88,9 +101,9 @@ def _pool(x, out, begins, first, D, IS_MAX: tl.constexpr, BYTES: tl.constexpr, W
         else:
             pooled += tl.sum(tile, 0)
     if not IS_MAX:
-        pooled = pooled / tl.maximum(end - begin, 1)
+        pooled = pooled / tl.maximum(end - first_pooled, 1)
     # A patch without bytes.
-    pooled = tl.where(begin < end, pooled, 0.0)
+    pooled = tl.where(first_pooled < end, pooled, 0.0)
     tl.store(out + m * D + channel, pooled.to(out.dtype.element_ty), channel < D)
 
 
@@ -121,13 +134,13 @@ def _pool_backward(
     for start in range(begin, end, BYTES):
         n = start + tl.arange(0, BYTES)
         is_inside = (n < end)[:, None] & (channel < D)[None, :]
-        places = n.to(tl.int64)[:, None] * D + channel[None, :]
+        offsets = n.to(tl.int64)[:, None] * D + channel[None, :]
         has_share = (n >= first_pooled)[:, None] & is_inside
         if IS_MAX:
-            tile = tl.load(x + places, is_inside, other=0.0).to(tl.float32)
+            tile = tl.load(x + offsets, is_inside, other=0.0).to(tl.float32)
             has_share = has_share & (tile == pooled[None, :])
         d_tile = tl.where(has_share, share[None, :], 0.0)
-        tl.store(d_x + places, d_tile.to(d_x.dtype.element_ty), is_inside)
+        tl.store(d_x + offsets, d_tile.to(d_x.dtype.element_ty), is_inside)
 
 
 # ---------------------------------------------------------------------- encoder cross-attention
@@ -143,8 +156,8 @@ class AttentionToBytes(torch.autograd.Function):
     def forward(ctx, q_MkHK, key_NHK, value_NHK, begins, first):
         M, k, H, K = q_MkHK.shape
         q_MkHK = q_MkHK.contiguous()
-        key_ND = key_NHK.flatten(1)
-        value_ND = value_NHK.flatten(1)
+        key_ND = as_rows(key_NHK)
+        value_ND = as_rows(value_NHK)
         out_MkHK = torch.empty_like(q_MkHK, dtype=value_NHK.dtype)
         log_sum_MkH = q_MkHK.new_empty(M, k, H, dtype=torch.float32)
         tensors = (q_MkHK, key_ND, value_ND, out_MkHK, log_sum_MkH, begins, first)
@@ -180,21 +193,21 @@ def _attend_to_bytes(
     h = tl.program_id(1)
     i = tl.arange(0, k_FILLED)
     channel = tl.arange(0, K_FILLED)
-    begin = tl.load(first + m)
+    first_pooled = tl.load(first + m)
     end = tl.load(begins + m + 1)
-    vectors = ((m * k + i) * H + h)[:, None] * K + channel[None, :]
+    vector_offsets = ((m * k + i) * H + h)[:, None] * K + channel[None, :]
     is_vector = (i < k)[:, None] & (channel < K)[None, :]
-    q_tile = tl.load(q + vectors, is_vector, other=0.0).to(tl.float32) * scale
+    q_tile = tl.load(q + vector_offsets, is_vector, other=0.0).to(tl.float32) * scale
     highest = tl.full((k_FILLED,), float("-inf"), tl.float32)
     total = tl.zeros((k_FILLED,), tl.float32)
     attended = tl.zeros((k_FILLED, K_FILLED), tl.float32)
-    for start in range(begin, end, BYTES):
+    for start in range(first_pooled, end, BYTES):
         n = start + tl.arange(0, BYTES)
         is_inside = (n < end)[:, None] & (channel < K)[None, :]
         row = n.to(tl.int64)[:, None]
-        of_head = h * K + channel[None, :]
-        key_tile = tl.load(key + row * key_stride + of_head, is_inside, other=0.0).to(tl.float32)
-        value_tile = tl.load(value + row * value_stride + of_head, is_inside, other=0.0).to(tl.float32)
+        columns = h * K + channel[None, :]
+        key_tile = tl.load(key + row * key_stride + columns, is_inside, other=0.0).to(tl.float32)
+        value_tile = tl.load(value + row * value_stride + columns, is_inside, other=0.0).to(tl.float32)
         scores = tl.sum(q_tile[None, :, :] * key_tile[:, None, :], 2)
         scores = tl.where((n < end)[:, None], scores, float("-inf"))
         # What was added up under a lower score shrinks.
@@ -205,10 +218,10 @@ def _attend_to_bytes(
         attended = attended * shrink[:, None] + tl.sum(weights[:, :, None] * value_tile[:, None, :], 0)
         highest = now_highest
     # A patch without bytes has no weights, and is attended to by nothing.
-    has_bytes = begin < end
+    has_bytes = first_pooled < end
     total = tl.where(has_bytes, total, 1.0)
     highest = tl.where(has_bytes, highest, 0.0)
-    tl.store(out + vectors, (attended / total[:, None]).to(out.dtype.element_ty), is_vector)
+    tl.store(out + vector_offsets, (attended / total[:, None]).to(out.dtype.element_ty), is_vector)
     tl.store(log_sum + (m * k + i) * H + h, highest + tl.log(total), i < k)
 
 
@@ -226,12 +239,12 @@ def _attend_to_bytes_backward(
     begin = tl.load(begins + m)
     first_pooled = tl.load(first + m)
     end = tl.load(begins + m + 1)
-    vectors = ((m * k + i) * H + h)[:, None] * K + channel[None, :]
+    vector_offsets = ((m * k + i) * H + h)[:, None] * K + channel[None, :]
     is_vector = (i < k)[:, None] & (channel < K)[None, :]
-    q_tile = tl.load(q + vectors, is_vector, other=0.0).to(tl.float32) * scale
-    d_out_tile = tl.load(d_out + vectors, is_vector, other=0.0).to(tl.float32)
+    q_tile = tl.load(q + vector_offsets, is_vector, other=0.0).to(tl.float32) * scale
+    d_out_tile = tl.load(d_out + vector_offsets, is_vector, other=0.0).to(tl.float32)
     # The sum over keys of weight * d_weight in the softmax's backward pass is out . d_out.
-    mean = tl.sum(tl.load(out + vectors, is_vector, other=0.0).to(tl.float32) * d_out_tile, 1)
+    mean = tl.sum(tl.load(out + vector_offsets, is_vector, other=0.0).to(tl.float32) * d_out_tile, 1)
     log_total = tl.load(log_sum + (m * k + i) * H + h, i < k, other=0.0)
     d_q_tile = tl.zeros((k_FILLED, K_FILLED), tl.float32)
     for start in range(begin, end, BYTES):
@@ -239,9 +252,9 @@ def _attend_to_bytes_backward(
         is_inside = (n < end)[:, None] & (channel < K)[None, :]
         is_pooled = (n >= first_pooled) & (n < end)
         row = n.to(tl.int64)[:, None]
-        of_head = h * K + channel[None, :]
-        key_tile = tl.load(key + row * key_stride + of_head, is_inside, other=0.0).to(tl.float32)
-        value_tile = tl.load(value + row * value_stride + of_head, is_inside, other=0.0).to(tl.float32)
+        columns = h * K + channel[None, :]
+        key_tile = tl.load(key + row * key_stride + columns, is_inside, other=0.0).to(tl.float32)
+        value_tile = tl.load(value + row * value_stride + columns, is_inside, other=0.0).to(tl.float32)
         scores = tl.sum(q_tile[None, :, :] * key_tile[:, None, :], 2)
         # Left-out bytes have the weight 0, and with it no gradient.
         scores = tl.where(is_pooled[:, None] & (i < k)[None, :], scores, float("-inf"))
@@ -252,10 +265,10 @@ def _attend_to_bytes_backward(
         d_key_tile = tl.sum(d_scores[:, :, None] * q_tile[None, :, :], 1)
         d_value_tile = tl.sum(weights[:, :, None] * d_out_tile[None, :, :], 1)
         d_q_tile += tl.sum(d_scores[:, :, None] * key_tile[:, None, :], 0)
-        written = row * (H * K) + of_head
-        tl.store(d_key + written, d_key_tile.to(d_key.dtype.element_ty), is_inside)
-        tl.store(d_value + written, d_value_tile.to(d_value.dtype.element_ty), is_inside)
-    tl.store(d_q + vectors, (d_q_tile * scale).to(d_q.dtype.element_ty), is_vector)
+        offsets = row * (H * K) + columns
+        tl.store(d_key + offsets, d_key_tile.to(d_key.dtype.element_ty), is_inside)
+        tl.store(d_value + offsets, d_value_tile.to(d_value.dtype.element_ty), is_inside)
+    tl.store(d_q + vector_offsets, (d_q_tile * scale).to(d_q.dtype.element_ty), is_vector)
 
 
 # ---------------------------------------------------------------------- decoder cross-attention
@@ -271,10 +284,10 @@ class AttentionToPatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_NHK, key_MkHK, value_MkHK, begins):
         M, k, H, K = key_MkHK.shape
-        q_ND = q_NHK.flatten(1)
+        q_ND = as_rows(q_NHK)
         # One row a vector: keys and values of one product lie side by side, and need not be copied.
-        key_RD = key_MkHK.flatten(0, 1).flatten(1)
-        value_RD = value_MkHK.flatten(0, 1).flatten(1)
+        key_RD = as_rows(key_MkHK.flatten(0, 1))
+        value_RD = as_rows(value_MkHK.flatten(0, 1))
         out_NHK = q_NHK.new_empty(q_NHK.shape)
         tensors = (q_ND, key_RD, value_RD, out_NHK, begins)
         strides = (q_ND.stride(0), key_RD.stride(0), value_RD.stride(0))
@@ -310,21 +323,21 @@ def _attend_to_patches(
     begin = tl.load(begins + m)
     end = tl.load(begins + m + 1)
     is_vector = (i < k)[:, None] & (channel < K)[None, :]
-    vector = (m * k + i)[:, None]
-    of_head = h * K + channel[None, :]
-    key_tile = tl.load(key + vector * key_stride + of_head, is_vector, other=0.0).to(tl.float32) * scale
-    value_tile = tl.load(value + vector * value_stride + of_head, is_vector, other=0.0).to(tl.float32)
+    number = (m * k + i)[:, None]
+    columns = h * K + channel[None, :]
+    key_tile = tl.load(key + number * key_stride + columns, is_vector, other=0.0).to(tl.float32) * scale
+    value_tile = tl.load(value + number * value_stride + columns, is_vector, other=0.0).to(tl.float32)
     for start in range(begin, end, BYTES):
         n = start + tl.arange(0, BYTES)
         is_inside = (n < end)[:, None] & (channel < K)[None, :]
         row = n.to(tl.int64)[:, None]
-        q_tile = tl.load(q + row * q_stride + of_head, is_inside, other=0.0).to(tl.float32)
+        q_tile = tl.load(q + row * q_stride + columns, is_inside, other=0.0).to(tl.float32)
         scores = tl.sum(q_tile[:, None, :] * key_tile[None, :, :], 2)
         scores = tl.where((i < k)[None, :], scores, float("-inf"))
         weights = tl.exp(scores - tl.max(scores, 1)[:, None])
         weights = weights / tl.sum(weights, 1)[:, None]
         attended = tl.sum(weights[:, :, None] * value_tile[None, :, :], 1)
-        tl.store(out + row * (H * K) + of_head, attended.to(out.dtype.element_ty), is_inside)
+        tl.store(out + row * (H * K) + columns, attended.to(out.dtype.element_ty), is_inside)
 
 
 @triton.jit
@@ -341,10 +354,10 @@ def _attend_to_patches_backward(
     begin = tl.load(begins + m)
     end = tl.load(begins + m + 1)
     is_vector = (i < k)[:, None] & (channel < K)[None, :]
-    vector = (m * k + i)[:, None]
-    of_head = h * K + channel[None, :]
-    key_tile = tl.load(key + vector * key_stride + of_head, is_vector, other=0.0).to(tl.float32) * scale
-    value_tile = tl.load(value + vector * value_stride + of_head, is_vector, other=0.0).to(tl.float32)
+    number = (m * k + i)[:, None]
+    columns = h * K + channel[None, :]
+    key_tile = tl.load(key + number * key_stride + columns, is_vector, other=0.0).to(tl.float32) * scale
+    value_tile = tl.load(value + number * value_stride + columns, is_vector, other=0.0).to(tl.float32)
     d_key_tile = tl.zeros((k_FILLED, K_FILLED), tl.float32)
     d_value_tile = tl.zeros((k_FILLED, K_FILLED), tl.float32)
     for start in range(begin, end, BYTES):
@@ -352,8 +365,8 @@ def _attend_to_patches_backward(
         is_inside = (n < end)[:, None] & (channel < K)[None, :]
         row = n.to(tl.int64)[:, None]
         # Beyond the last byte queries and gradients are zeros, which add nothing.
-        q_tile = tl.load(q + row * q_stride + of_head, is_inside, other=0.0).to(tl.float32)
-        d_out_tile = tl.load(d_out + row * (H * K) + of_head, is_inside, other=0.0).to(tl.float32)
+        q_tile = tl.load(q + row * q_stride + columns, is_inside, other=0.0).to(tl.float32)
+        d_out_tile = tl.load(d_out + row * (H * K) + columns, is_inside, other=0.0).to(tl.float32)
         scores = tl.sum(q_tile[:, None, :] * key_tile[None, :, :], 2)
         scores = tl.where((i < k)[None, :], scores, float("-inf"))
         weights = tl.exp(scores - tl.max(scores, 1)[:, None])
@@ -363,9 +376,9 @@ def _attend_to_patches_backward(
         d_scores = weights * (d_weights - mean[:, None])
         # key_tile holds the scale already.
         d_q_tile = tl.sum(d_scores[:, :, None] * key_tile[None, :, :], 1)
-        tl.store(d_q + row * (H * K) + of_head, d_q_tile.to(d_q.dtype.element_ty), is_inside)
+        tl.store(d_q + row * (H * K) + columns, d_q_tile.to(d_q.dtype.element_ty), is_inside)
         d_key_tile += tl.sum(d_scores[:, :, None] * q_tile[:, None, :], 0)
         d_value_tile += tl.sum(weights[:, :, None] * d_out_tile[:, None, :], 0)
-    written = vector * (H * K) + of_head
-    tl.store(d_key + written, (d_key_tile * scale).to(d_key.dtype.element_ty), is_vector)
-    tl.store(d_value + written, d_value_tile.to(d_value.dtype.element_ty), is_vector)
+    offsets = number * (H * K) + columns
+    tl.store(d_key + offsets, (d_key_tile * scale).to(d_key.dtype.element_ty), is_vector)
+    tl.store(d_value + offsets, d_value_tile.to(d_value.dtype.element_ty), is_vector)

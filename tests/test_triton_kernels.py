@@ -21,9 +21,10 @@ from blt import segments
 from blt.ids import documents_of
 from blt.metric import leak_gate, target_losses
 from blt.rows import evaluation_batches
-from blt.segments import PatchMap, attend_to_patches, first_positions
+from blt.segments import OpenPatches, PatchMap, attend_to_patches, first_positions
 from blt_model import BLTConfig, BLTModel
 from entropy_patcher import EntropyPatcher
+from generate import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,6 +112,66 @@ def test_a_patch_of_500_bytes(kernels):
         mapped = PatchMap(torch.tensor([[1, 500, 100]], device=DEVICE), documents_of(ids, 256))
         attended.append((mapped.attend(q, x, x), attend_to_patches(x, q, q, mapped.read)))
     torch.testing.assert_close(attended[1], attended[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_patches_of_text_that_is_written(kernels):
+    """Left-out bytes at the ends of rows, a patch without bytes, and a row that completes no patch."""
+    into = torch.tensor([[0, 0, 1, 1, 2, 3, 3], [0, 0, 0, 0, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3]], device=DEVICE)
+    x = torch.randn(3, 7, 2, 8, device=DEVICE)
+    q = torch.randn(3, 3, 2, 2, 8, device=DEVICE)
+    found = []
+    for is_on in (False, True):
+        kernels(is_on)
+        patches = OpenPatches(into, 3)
+        assert (patches.begins is not None) == is_on
+        found.append(
+            [patches.attend(q, x, x + 1), *(patches.max_or_mean(x.flatten(2), how) for how in ("max", "mean"))]
+        )
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_text_is_written_with_the_kernels(kernels):
+    torch.manual_seed(0)
+    sizes = dict(encoder_dim=16, global_dim=32, decoder_dim=16, global_layers=1, decoder_layers=1, hash_rows=64)
+    model = BLTModel(BLTConfig(**sizes | dict(window=16))).to(DEVICE)
+    with torch.no_grad():
+        model.head.weight.mul_(4)
+    patcher = EntropyPatcher(None, method="space")
+    texts = []
+    for is_on in (False, True):
+        kernels(is_on)
+        texts.append(generate(model, patcher, [b"the cat sat on", b"a "], 12))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_layouts_that_are_not_rows_of_channels(kernels):
+    mapped = {}
+    for is_on in (False, True):
+        kernels(is_on)
+        mapped[is_on] = patch_map()
+    x = torch.randn(2, 16, 40, device=DEVICE).transpose(1, 2)
+    torch.testing.assert_close(mapped[True].max_or_mean(x, "max"), mapped[False].max_or_mean(x, "max"))
+    q = torch.randn(2, N_PATCHES, 2, 1, 8, device=DEVICE)
+    key, value = torch.randn(2, 40, 1, 8, 2, device=DEVICE).unbind(-1)
+    torch.testing.assert_close(mapped[True].attend(q, key, value), mapped[False].attend(q, key, value))
+    patch_key, patch_value = torch.randn(2, N_PATCHES, 2, 1, 8, 2, device=DEVICE).unbind(-1)
+    read = []
+    for is_on in (False, True):
+        kernels(is_on)
+        read.append(attend_to_patches(key, patch_key, patch_value, mapped[False].read))
+    torch.testing.assert_close(read[1], read[0])
+
+
+def test_the_kernels_can_be_left_out(monkeypatch):
+    monkeypatch.setattr(segments, "CAN_COMPILE", True)
+    cuda = torch.device("cuda")
+    with pytest.raises(KeyError), segments.without_triton():
+        assert not segments.runs_triton(cuda)
+        raise KeyError
+    assert segments.runs_triton(cuda)
 
 
 def test_first_positions():
