@@ -211,7 +211,7 @@ def find_model(name, config):
     """
     script, *presets = name.split(":")
     if name.endswith(".json"):
-        settings = asdict(BLTConfig()) | read_settings(name)
+        settings = read_settings(name)
     elif name == "custom":
         settings = asdict(BLTConfig())
         settings |= {"row_bytes": RunConfig.row_bytes, "batch_rows": RunConfig.batch_rows}
@@ -240,14 +240,18 @@ def find_model(name, config):
 
 
 def read_settings(path):
-    """The settings in the model.json of a training run; those of the model beat those of the run."""
+    """The settings in the model.json of a BLT's training run; those of the model beat those of the run."""
     if not Path(path).exists():
         raise FileNotFoundError(
             f"{path} not found; --models takes {', '.join(SCRIPTS)}, one of them with presets "
             "(llm:small:cpu), custom, or the model.json of a training run"
         )
     record = RunRecord.load(path)
-    return record.settings | record.model_config
+    if record.kind != "blt":
+        raise ValueError(
+            f"{path} is of a model of kind {record.kind!r}; bench.py measures BLTs, and others by --against"
+        )
+    return record.settings | asdict(record.config(BLTConfig))
 
 
 def sample_documents(data_cache):
@@ -1000,21 +1004,26 @@ def model_and_patcher(job, config, device):
 
 
 def write_cached(model, patcher, new_bytes, draft_bytes, prompt):
-    """Continue a prompt with our caches, on one CPU thread. The time of the prompt is left out."""
+    """Continue a prompt with our caches, on one CPU thread.
+
+    The time of the prompt and of the first eighth of the new bytes is left out.
+    """
     device = next(model.parameters()).device
     with threads_for(1):
         greedy = SamplingConfig()
         generator = Generator(model, patcher, [prompt], new_bytes, greedy, draft_bytes=draft_bytes)
         steps = generator.steps()
-        # The first step reads the prompt and chooses a byte, which is then not among those timed.
-        next(steps)
+        # The first step reads the prompt and chooses a byte. In the next ones CUDA graphs are recorded.
+        for _ in range(1 + new_bytes // 8):
+            next(steps, None)
+        n_before = len(generator.samplers[0].final_bytes())
         tick = now(device)
         for _ in steps:
             pass
         seconds = now(device) - tick
     text = generator.samplers[0].final_bytes()
     counts = {"drafted": generator.drafted, "accepted": generator.accepted, "passes": generator.passes}
-    return Continuation(text, seconds / max(1, len(text) - 1), counts if draft_bytes else {})
+    return Continuation(text, seconds / max(1, len(text) - n_before), counts if draft_bytes else {})
 
 
 def write_by_transformers(convert_hf, hf_model, one_thread, prompt):

@@ -405,7 +405,7 @@ def write_file(path, data):
 def load_model(config):
     """(BLT, patcher, record) of --model."""
     model, patcher, record = load_blt(config.model, choose_device(config.device))
-    # In a lower precision, results would depend on the batch: on how many streams are still open.
+    # For `bits_per_byte`, whose patches must be the coder's; the coder itself always computes in fp32.
     patcher.precision = "fp32"
     return model, patcher, record
 

@@ -50,6 +50,8 @@ class GenerateConfig(SamplingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "max_new_bytes")
+        if (self.prompt != [""]) + (self.prompt_file is not None) + self.interactive > 1:
+            raise ValueError("give only one of prompt, prompt_file and interactive")
         # A pass of the BLT reads the byte that was chosen last and the drafts after it.
         check(self, "draft_bytes", 0 <= self.draft_bytes < MAX_STEP, f"from 0 to {MAX_STEP - 1}")
         check(self, "draft_confidence", 0 <= self.draft_confidence <= 1, "from 0 to 1")
@@ -84,18 +86,22 @@ def generate(
     prompts = [to_bytes(p).tobytes() for p in (prompt if is_batch else [prompt])]
     if not prompts:
         return []
+    if max_new_bytes < 1:
+        raise ValueError(f"max_new_bytes is {max_new_bytes}; it must be 1 or more")
+    config = SamplingConfig(**sampling)
     was_training = model.training
     model.eval()
-    config = SamplingConfig(**sampling)
-    generator = Generator(
-        model, patcher, prompts, max_new_bytes, config, precision, cached, draft_bytes, draft_confidence
-    )
-    # With few rows one thread is as fast as several, and leaves the other cores free.
-    with threads_for(len(prompts)):
-        # The samplers collect the text.
-        for _ in generator.steps():
-            pass
-    model.train(was_training)
+    try:
+        generator = Generator(
+            model, patcher, prompts, max_new_bytes, config, precision, cached, draft_bytes, draft_confidence
+        )
+        # With few rows one thread is as fast as several, and leaves the other cores free.
+        with threads_for(len(prompts)):
+            # The samplers collect the text.
+            for _ in generator.steps():
+                pass
+    finally:
+        model.train(was_training)
     texts = [sampler.final_bytes() for sampler in generator.samplers]
     return texts if is_batch else texts[0]
 
@@ -323,6 +329,7 @@ def continue_and_print(model, patcher, prompts, config, context_bytes):
         # The first step reads the prompts; the others add bytes. Their times are reported apart.
         next(steps)
         prompt_seconds = time.perf_counter() - started
+        n_first = new_bytes_of(generator)
         if is_single:
             stream_text(generator.samplers[0], steps)
         else:
@@ -331,7 +338,7 @@ def continue_and_print(model, patcher, prompts, config, context_bytes):
     if not is_single:
         for prompt, sampler in zip(shown_prompts, generator.samplers):
             sys.stdout.write(prompt + sampler.final_bytes().decode(errors="replace") + "\n\n")
-    print_speed(generator, prompt_seconds, time.perf_counter() - started - prompt_seconds)
+    print_speed(generator, n_first, prompt_seconds, time.perf_counter() - started - prompt_seconds)
 
 
 def stream_text(sampler, steps):
@@ -350,14 +357,22 @@ def stream_text(sampler, steps):
     sys.stdout.write(decoder.decode(b"", final=True) + "\n")
 
 
-def print_speed(generator, prompt_seconds, seconds):
-    """Print to stderr, so that the standard output holds the texts only."""
-    new_bytes = sum(len(sampler.final_bytes()) for sampler in generator.samplers)
-    bytes_per_second = new_bytes / max(seconds, 1e-9)
-    line = f"{new_bytes} bytes, {bytes_per_second:.0f} a second after {prompt_seconds:.2f} s for the prompt"
+def new_bytes_of(generator):
+    """How many bytes all texts have got."""
+    return sum(len(sampler.final_bytes()) for sampler in generator.samplers)
+
+
+def print_speed(generator, n_first, prompt_seconds, seconds):
+    """Print to stderr, so that the standard output holds the texts only.
+
+    n_first: new bytes that came with the pass over the prompt, in prompt_seconds.
+    """
+    new_bytes = new_bytes_of(generator)
+    rate = f", {(new_bytes - n_first) / seconds:.0f} a second" if new_bytes > n_first else ""
+    line = f"{new_bytes} bytes{rate} after {prompt_seconds:.2f} s for the prompt"
     if generator.draft_bytes:
         accepted = generator.accepted / max(1, generator.drafted)
-        bytes_per_pass = new_bytes / max(1, generator.passes)
+        bytes_per_pass = (new_bytes - n_first) / max(1, generator.passes)
         line += f" | {accepted:.0%} of {generator.drafted} drafts accepted"
         line += f", {bytes_per_pass:.2f} bytes a pass"
     print(line, file=sys.stderr)

@@ -16,7 +16,7 @@ def choose_device(name="auto"):
     """The torch.device of this name; "auto" is CUDA if there is one, else the CPU.
 
     Raises ValueError for any other name than auto, cpu, cuda, cuda:N and mps, and for a device that
-    this machine does not have.
+    this machine does not have. cuda:N becomes the current device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,6 +32,9 @@ def choose_device(name="auto"):
         raise ValueError(
             f"device is {name!r}, but torch finds {torch.cuda.device_count()} CUDA device(s) here, numbered from cuda:0"
         )
+    if device.type == "cuda" and device.index is not None:
+        # Triton's kernels and CUDA graphs are launched on the current device, wherever their tensors are.
+        torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device is {name!r}, but torch finds no Apple GPU here; use --device cpu")
     return device
@@ -104,8 +107,10 @@ def set_seed(seed):
 def synchronize(device):
     """Wait until the device has finished its work, so that a clock can be read."""
     # A GPU only queues what it is told to do: without waiting, a clock measures the launch.
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 # Below this many rows one CPU thread is as fast as several. Where another program uses a core, it

@@ -41,10 +41,10 @@ from blt.entropies import entropy_of
 from blt.ids import BOUNDARY
 from blt.patch_rules import OnlineStarts
 from blt.replay import Replayed, can_record, send
-from blt.segments import Segments
+from blt.segments import OpenPatches
 
 MAX_STEP = 128  # ids that a row reads in one step, at most
-# Room for the bytes of an open patch grows by at least this many.
+# The least room for the bytes of an open patch. It doubles as the patch grows.
 OPEN_COLUMNS = 16
 # The arrays of `LayerCaches.plan` that every `CachedAttentionPlan` has.
 PLAN = ("positions", "slots", "is_visible")
@@ -72,11 +72,11 @@ class LayerCaches:
         # A layer is allocated at its first use, in the precision of its first keys and values.
         self.layers = [None] * n_layers
 
-    def plan(self, begin_B, N, device, rows=None, in_powers=False):
+    def plan(self, begin_B, N, device, rows=None, round_sizes=False):
         """What a `CachedAttentionPlan` is made of, for N new positions of each row, the first of them at begin_B.
 
         rows: int array, the rows that take part (begin_B is about these); None: all rows.
-        in_powers: without a window, attend to a power of 2 of slots, so that few different shapes occur.
+        round_sizes: without a window, attend to a power of 2 of slots, so that few different shapes occur.
         Returns a dict of arrays: positions [B, N], slots [B * N * H], is_visible [B, 1, N, S], and rows if given.
         """
         # NumPy instead of torch here: these are many operations on few numbers.
@@ -85,8 +85,8 @@ class LayerCaches:
         if self.window is None:
             # A cache that grows is used from slot 0 to the newest position; a ring is used as a whole.
             n_used = int(begin_B.max()) + N
-            if in_powers:
-                n_used = 1 << max(6, (n_used - 1).bit_length())
+            if round_sizes:
+                n_used = rounded_up(n_used, 64)
             self._grow_to(n_used)
         self._make_angles(int(positions_BN.max()), device)
         row_numbers = np.arange(len(begin_B)) if rows is None else rows
@@ -130,7 +130,8 @@ class LayerCaches:
     def _make_angles(self, newest, device):
         """Make or double the table of rotary angles, `rotary_cos_sin` [positions, 1, K / 2, 2], up to this position."""
         if self.cos_sin is None or newest >= len(self.cos_sin):
-            n_positions = 1 << max(8, newest.bit_length())
+            # Enough for most rows: a table that has moved makes recorded steps be recorded again.
+            n_positions = rounded_up(newest + 1, 4096)
             positions_T = torch.arange(n_positions, device=device)
             self.cos_sin = rotary_cos_sin(positions_T, self.head_dim, self.theta)
 
@@ -206,6 +207,11 @@ def take(tensors, names, part=None):
     return [tensors[name if part is None else f"{part} {name}"] for name in names]
 
 
+def rounded_up(n, least):
+    """The smallest power of 2, of `least` and above, that is n or more. least: a power of 2."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
 def is_counted(counts_B, N):
     """bool [B, N]: the first counts_B of N columns. Counts 2 and 0 of 3 give [1, 1, 0] and [0, 0, 0]."""
     return np.arange(N) < counts_B[:, None]
@@ -253,9 +259,9 @@ class IncrementalBLT:
         self.precision = precision
         self.rule = OnlineStarts(patcher.config, n_rows)
         # In fp32 only: autocast keeps copies of weights, which a recording would not find again.
-        self.is_recorded = precision == "fp32" and can_record(self.device)
-        self.entropy_pass = Replayed(self._entropy_pass, self.device, self._buffers)
-        self.blt_pass = Replayed(self._blt_pass, self.device, self._buffers)
+        self.may_record = precision == "fp32" and can_record(self.device)
+        self.entropy_pass = Replayed(self.device)
+        self.blt_pass = Replayed(self.device)
         self.caches = {}
         for part in ("encoder", "global", "decoder"):
             self.caches[part] = caches_of_stack(config, part, n_rows)
@@ -389,8 +395,10 @@ class IncrementalBLT:
         """Of the byte after each id: logits [B, N, 256], and entropies [B, N] in nats as a NumPy array."""
         begin_B = self.document_length + self.n_ahead
         plan = self.caches["entropy"].plan(begin_B, ids_BN.shape[1], self.device)
+        arrays = {"ids": ids_BN} | plan
+        buffers = self.caches["entropy"].buffers()
         with autocast(self.device, self.precision):
-            logits_BNV, entropies_BN = self.entropy_pass({"ids": ids_BN} | plan, self._is_frequent(ids_BN))
+            logits_BNV, entropies_BN = self.entropy_pass(self._entropy_pass, arrays, buffers, self._records(ids_BN))
         return logits_BNV, entropies_BN.cpu().numpy()
 
     def _entropy_pass(self, tensors):
@@ -399,15 +407,15 @@ class IncrementalBLT:
         logits_BNV = self.entropy_model.read(tensors["ids"], plan, self._layer_numbers("entropy"))
         return logits_BNV, entropy_of(logits_BNV)
 
-    def _is_frequent(self, ids_BN):
+    def _records(self, ids_BN):
         """Whether a step of this shape is worth recording: that of text being written, a byte of each row."""
-        return self.is_recorded and ids_BN.shape[1] == 1
+        return self.may_record and ids_BN.shape[1] == 1
 
-    def _buffers(self):
-        """The tensors that the passes read and write beside their arguments."""
+    def _blt_buffers(self):
+        """The tensors that `_blt_pass` reads and writes beside its arguments."""
         tensors = [self.newest_latent_BG, self.recent_ids, *self.open_states]
-        for caches in self.caches.values():
-            tensors += caches.buffers()
+        for part in ("encoder", "global", "decoder"):
+            tensors += self.caches[part].buffers()
         return tensors
 
     def _layer_numbers(self, part):
@@ -434,7 +442,7 @@ class IncrementalBLT:
     def _read_with_blt(self, ids_BN, is_end_BN):
         """One pass of the BLT over new ids: logits [B, N, 257] and the `Step`."""
         B, N = ids_BN.shape
-        is_recorded = self._is_frequent(ids_BN)
+        record = self._records(ids_BN)
         arrays = {"ids": ids_BN}
         for part in ("encoder", "decoder"):
             arrays |= named(part, self.caches[part].plan(self.row_length, N, self.device))
@@ -448,17 +456,17 @@ class IncrementalBLT:
         if P > 0:
             # Rows that complete no patch stay out of the latent transformer, the most expensive part. A recording
             # has all rows in it: they cost a GPU nothing, and other numbers of rows would be other recordings.
-            rows = np.arange(B) if is_recorded else np.flatnonzero(n_complete_B)
+            rows = np.arange(B) if record else np.flatnonzero(n_complete_B)
             # With all rows, None instead of their numbers saves a copy of the cached keys and values.
             chosen = None if len(rows) == B else rows
-            arrays["patch_of_column"] = self._patches_of_open_states(is_end_BN, rows, P, is_recorded)
-            plan = self.caches["global"].plan(self.n_patches[rows], P, self.device, chosen, is_recorded)
+            arrays["patch_of_column"] = self._patches_of_open_states(is_end_BN, rows, P, record)
+            plan = self.caches["global"].plan(self.n_patches[rows], P, self.device, chosen, record)
             arrays |= named("global", plan)
         # Patch 0 of the latents is the newest one before the step. So an id reads the patch whose number
         # is the count of patch ends up to it. An id that ends a patch reads that very patch.
         newest_patch_BN = np.cumsum(is_end_BN, axis=1)
         arrays["read"] = (newest_patch_BN + np.arange(B)[:, None] * (1 + P)).flatten()
-        logits_BNV, ids_on_device_BN, latents_BPG = self.blt_pass(arrays, is_recorded)
+        logits_BNV, ids_on_device_BN, latents_BPG = self.blt_pass(self._blt_pass, arrays, self._blt_buffers(), record)
         return logits_BNV, Step(ids_BN, ids_on_device_BN, is_end_BN, latents_BPG)
 
     def _blt_pass(self, tensors):
@@ -494,7 +502,7 @@ class IncrementalBLT:
         n_columns = patch_of_column_RC.shape[1]
         P = tensors["global positions"].shape[1]
         open_states = [kept_BCD[index, :n_columns] for kept_BCD in self.open_states]
-        vectors_BPkD = self.model.encoder.patch_vectors(open_states, Segments(patch_of_column_RC, P))
+        vectors_BPkD = self.model.encoder.patch_vectors(open_states, OpenPatches(patch_of_column_RC, P))
         plan = CachedAttentionPlan(self.caches["global"], *take(tensors, PLAN, "global"), rows)
         new_BPG = self.model.latent(vectors_BPkD, plan, self._layer_numbers("global"))
         empty_BPG = old_B1G.new_zeros(self.n_rows, P, new_BPG.shape[2])
@@ -505,28 +513,28 @@ class IncrementalBLT:
     def _open_slots(self, N):
         """Where the states of N new bytes go, behind those of the open patches: int64 [B * N] of B * capacity."""
         n_needed = int(self.open_length.max()) + N
-        capacity = self.open_states[0].shape[1]
-        if n_needed > capacity:
-            # At least twice the room: the patch will grow further, and growing copies.
-            n_more = max(capacity, -(-n_needed // OPEN_COLUMNS) * OPEN_COLUMNS - capacity)
+        old_capacity = self.open_states[0].shape[1]
+        # It doubles: the patch will grow further, and growing copies.
+        capacity = max(old_capacity, rounded_up(n_needed, OPEN_COLUMNS))
+        if capacity > old_capacity:
+            n_more = capacity - old_capacity
             self.open_states = [F.pad(kept_BCD, (0, 0, 0, n_more)) for kept_BCD in self.open_states]
-            capacity += n_more
         columns_BN = self.open_length[:, None] + np.arange(N)
         return (np.arange(self.n_rows)[:, None] * capacity + columns_BN).flatten()
 
-    def _patches_of_open_states(self, is_end_BN, rows, P, in_steps=False):
+    def _patches_of_open_states(self, is_end_BN, rows, P, round_sizes=False):
         """The patch of the step, 0 to P - 1, that each open state belongs to; P: to none that is complete.
 
         Returns int64 [rows, columns], with enough columns for the complete patches of every row.
         Example: an open patch of 2 bytes, then 4 new ids, of which 1 and 2 end patches: 0 0 0 0 1.
-        in_steps: a multiple of OPEN_COLUMNS, so that few different shapes occur.
+        round_sizes: a power of 2 of columns, so that few different shapes occur.
         """
         N = is_end_BN.shape[1]
         is_end_RN = is_end_BN[rows]
         open_length_R1 = self.open_length[rows, None]
         n_columns = int((self.open_length[rows] + last_true(is_end_RN)).max()) + 1
-        if in_steps:
-            n_columns = -(-n_columns // OPEN_COLUMNS) * OPEN_COLUMNS
+        if round_sizes:
+            n_columns = rounded_up(n_columns, OPEN_COLUMNS)
         # The first columns are bytes of earlier steps (below 0 here), the others are ids of this step.
         new_id_RC = np.arange(n_columns) - open_length_R1
         patch_of_id_RN = np.cumsum(is_end_RN, axis=1) - is_end_RN

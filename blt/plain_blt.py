@@ -7,7 +7,7 @@ what a step costs when `forward` loops in Python.
 
 Nothing is shared with the fast code: rotary embedding, hash, pooling, both cross-attentions and the
 separation of documents are written here a second time. Only the weights are the model's.
-`block_weights` and `cross_weights` are the only places that know where they are.
+`block_weights` and `cross_weights` say where those of a layer and of a cross-attention are.
 """
 
 import math

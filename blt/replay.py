@@ -1,11 +1,13 @@
 """Functions of arrays on a device; on CUDA recorded as CUDA graphs, so that a call is one launch instead of hundreds.
 
 A step of generation is some 500 operations on a few numbers each. A GPU computes each of them faster than Python can
-ask for it, so a step takes as long as the asking. A CUDA graph is asked for once.
+ask for it, so a step takes as long as the asking. A CUDA graph holds all of them, and is one launch.
 
     send(arrays, device)    NumPy arrays to a device, by one copy
-    Replayed(function)      calls of function(tensors), recorded once for each set of shapes
+    Replayed(device)        calls of function(tensors), recorded once for each set of shapes
 """
+
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,25 +17,25 @@ ALIGNMENT = 16
 
 
 class Layout:
-    """Where arrays lie in one buffer of bytes. Equal for arrays of equal names, shapes and dtypes."""
+    """Where arrays lie in one buffer of bytes. It depends on their names, shapes and dtypes only."""
 
     def __init__(self, arrays):
-        self.places = []
+        self.spans = []
         self.n_bytes = 0
         for name, array in arrays.items():
-            self.places.append((name, self.n_bytes, array.shape, array.dtype))
+            self.spans.append((name, self.n_bytes, array.shape, array.dtype))
             self.n_bytes += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
 
     def write(self, arrays, buffer):
         """Copy the arrays into a uint8 NumPy array of n_bytes."""
-        for name, begin, shape, dtype in self.places:
+        for name, begin, shape, dtype in self.spans:
             array = arrays[name]
             buffer[begin : begin + array.nbytes].view(dtype).reshape(shape)[...] = array
 
     def tensors(self, buffer):
         """{name: view} of a uint8 tensor of n_bytes."""
         views = {}
-        for name, begin, shape, dtype in self.places:
+        for name, begin, shape, dtype in self.spans:
             torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
             n_bytes = int(np.prod(shape)) * dtype.itemsize
             views[name] = buffer[begin : begin + n_bytes].view(torch_dtype).view(shape)
@@ -51,32 +53,41 @@ def send(arrays, device):
 
 
 class Replayed:
-    """function(tensors), called with arrays. Where `can_record` says so, its operations are recorded and replayed.
+    """Calls of functions of arrays, whose operations are recorded and replayed where that is worth it.
 
-    The function must do the same operations for equal shapes of its arrays and equal addresses of whatever else it
-    reads or writes: the tensors that buffers() returns. It may change these in place, but its second call with the
-    same arrays must change nothing more. Its outputs are overwritten by the next call with equal shapes.
+    A function must do the same operations for equal shapes of its arrays and equal addresses of whatever
+    else it reads or writes: `buffers`, and the model's weights, which must stay where they are. It may
+    change buffers in place. Recording calls it several times with the same arrays, so a second call must
+    change nothing more. The outputs of a replay are overwritten by the next call with equal shapes.
     """
 
-    def __init__(self, function, device, buffers):
-        self.function = function
+    def __init__(self, device):
         self.device = device
-        self.buffers = buffers
         self.addresses = None
+        self.seen = set()
         self.recordings = {}
 
-    def __call__(self, arrays, record=True):
-        """What the function returns. record: whether calls like this one are frequent enough to be recorded."""
-        if not record or not can_record(self.device):
-            return self.function(send(arrays, self.device))
-        addresses = [tensor.data_ptr() for tensor in self.buffers()]
+    def __call__(self, function, arrays, buffers, record):
+        """What function(tensors of the arrays) returns.
+
+        function: the same in every call. It is not kept: it may belong to the owner of this object.
+        buffers: the tensors that it reads or writes beside its arrays.
+        record: whether calls like this one are frequent enough to be recorded, the second time they occur.
+        """
+        if not record:
+            return function(send(arrays, self.device))
+        addresses = [(tensor.data_ptr(), tensor.shape) for tensor in buffers]
         if addresses != self.addresses:
             # A cache has grown, and lies somewhere else now.
-            self.recordings = {}
+            self.recordings, self.seen = {}, set()
             self.addresses = addresses
         key = tuple((name, array.shape, array.dtype) for name, array in arrays.items())
+        if key not in self.seen:
+            # Some shapes occur once only. The first call also allocates what has been missing.
+            self.seen.add(key)
+            return function(send(arrays, self.device))
         if key not in self.recordings:
-            self.recordings[key] = Recording(self.function, arrays, self.device)
+            self.recordings[key] = Recording(function, arrays, self.device)
         return self.recordings[key](arrays)
 
 
@@ -89,7 +100,7 @@ class Recording:
         self.inputs = torch.empty(self.layout.n_bytes, dtype=torch.uint8, device=device)
         self._write(arrays)
         tensors = self.layout.tensors(self.inputs)
-        self.replay, self.outputs = record_calls(lambda: function(tensors))
+        self.replay, self.outputs = record_calls(lambda: function(tensors), device)
 
     def __call__(self, arrays):
         self._write(arrays)
@@ -98,7 +109,7 @@ class Recording:
 
     def _write(self, arrays):
         self.layout.write(arrays, self.host)
-        # Not from pinned memory, which the next call could change before it is copied.
+        # From ordinary memory: the copy is done when copy_ returns, so the next call may change `host`.
         self.inputs.copy_(torch.from_numpy(self.host))
 
 
@@ -107,16 +118,24 @@ def can_record(device):
     return device.type == "cuda"
 
 
-def record_calls(function):
+@cache
+def side_stream(device):
+    """The stream on which a device's recordings are made. One only: torch keeps a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
+def record_calls(function, device):
     """Record the operations of function() as a CUDA graph: a function that does them again, and function's outputs."""
-    # The first calls choose kernels and compile those of Triton, which a recording must not do.
-    side_stream = torch.cuda.Stream()
-    side_stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side_stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side_stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
+    # Streams and graphs are those of the current device, wherever the tensors are.
+    with torch.cuda.device(device):
+        stream = side_stream(device)
+        # The first calls choose kernels and compile those of Triton, which a recording must not do.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = function()
     return graph.replay, outputs

@@ -281,8 +281,11 @@ def test_devices_that_are_there(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert choose_device("mps") == torch.device("mps")
-    assert choose_device("cuda:1") == torch.device("cuda:1")
+    # What Triton and CUDA graphs launch, they launch on the current device.
+    assert choose_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
     with pytest.raises(ValueError, match="2 CUDA device"):
         choose_device("cuda:2")
 

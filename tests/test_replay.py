@@ -5,6 +5,8 @@ order, with what the first time read and wrote: like a CUDA graph, this notices 
 since, but what is in the recording's inputs.
 """
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ class ListOfOperations(TorchDispatchMode):
         return result
 
 
-def listed_calls(function):
+def listed_calls(function, device):
     """In place of `replay.record_calls`, on a CPU."""
     for _ in range(2):
         function()
@@ -67,8 +69,7 @@ def recorded(monkeypatch):
             super().__init__(function, arrays, device)
 
     def switch_on():
-        for module in (incremental, replay):
-            monkeypatch.setattr(module, "can_record", lambda device: True)
+        monkeypatch.setattr(incremental, "can_record", lambda device: True)
         monkeypatch.setattr(replay, "record_calls", listed_calls)
         monkeypatch.setattr(replay, "Recording", Counted)
         return made
@@ -156,9 +157,23 @@ def test_recordings_are_made_again_when_a_cache_has_moved(recorded):
         cache[0][: tensors["x"].shape[0]] = tensors["x"]
         return cache[0].sum()[None]
 
-    call = Replayed(add, torch.device("cpu"), lambda: cache)
-    assert [float(call({"x": np.float32(x)})) for x in ([1, 2], [3, 4], [5], [6])] == [3, 7, 9, 10]
+    replayed = Replayed(torch.device("cpu"))
+
+    def call(*x):
+        return float(replayed(add, {"x": np.float32(x)}, cache, record=True))
+
+    # A shape is recorded the second time that it occurs.
+    assert [call(1, 2), call(3, 4), call(5, 6), call(5), call(6)] == [3, 7, 11, 11, 12]
     assert len(made) == 2
     cache[0] = torch.zeros(4)
-    assert float(call({"x": np.float32([1])})) == 1
-    assert len(made) == 3 and len(call.recordings) == 1
+    assert [call(1), call(2)] == [1, 2]
+    assert len(made) == 3 and len(replayed.recordings) == 1
+
+
+def test_a_reader_is_freed_with_its_last_name():
+    """Without waiting for Python's search for cycles, which does not see a GPU's memory."""
+    reader = IncrementalBLT(model_of(), patcher_of("global"))
+    reader.prefill([np.array([256])])
+    gone = weakref.ref(reader)
+    del reader
+    assert gone() is None
