@@ -64,6 +64,7 @@ PARTS = {
     "seconds": float,
     "validation_sha256": str,
     "lowest_loss": (float, NONE),
+    "precision": (str, NONE),
 }
 
 HASH_LABEL = b"\nsha256 "
@@ -123,7 +124,8 @@ def load_checkpoint(path, model, optimizers, scaler, config, depends_on):
         scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["random"])
         if checkpoint["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(checkpoint["random_cuda"])
+            # The run may have had more cards.
+            torch.cuda.set_rng_state_all(checkpoint["random_cuda"][: torch.cuda.device_count()])
     # torch raises many types for a state that does not fit.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -178,8 +180,9 @@ def _read_whole(path):
         raise ValueError(str(error).splitlines()[0]) from None
     if not isinstance(checkpoint, dict):
         raise ValueError("it is no checkpoint of this version")
-    # Checkpoints of before have no lowest loss.
+    # Earlier versions saved neither.
     checkpoint.setdefault("lowest_loss", None)
+    checkpoint.setdefault("precision", None)
     for name, kind in PARTS.items():
         if name not in checkpoint or not isinstance(checkpoint[name], kind):
             raise ValueError(f"it is no checkpoint of this version: its {name} is missing or of another type")
@@ -303,9 +306,8 @@ def has_checkpoint(folder):
 def check_resumable(folder, config, *files):
     """Raise FileNotFoundError if config.resume asks for a run that is not there.
 
-    A folder without any weights is one: a run was killed in it before its first checkpoint, and
-    begins again. Weights without a checkpoint are not, and neither are such files beside the folder:
-    nobody asked to replace them.
+    A folder without weights counts: its run was killed before its first checkpoint and starts again.
+    Weights without a checkpoint, in the folder or beside it, do not: --resume must not replace them.
     """
     folder = Path(folder)
     if not config.resume or has_checkpoint(folder):

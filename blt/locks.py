@@ -1,4 +1,4 @@
-"""Locks that keep two processes out of one output folder."""
+"""Locks that keep a second process out of an output folder in use."""
 
 import os
 from contextlib import contextmanager

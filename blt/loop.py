@@ -1,5 +1,6 @@
 """The training loop, its checkpoints and its metrics. Every model of the project is trained by `fit`."""
 
+import gc
 import hashlib
 import json
 import math
@@ -42,6 +43,7 @@ from blt.processes import (
     average_sparse_gradients,
     from_main,
     gather,
+    gradient_exchange,
     is_main,
     main_first,
     n_processes,
@@ -49,10 +51,10 @@ from blt.processes import (
     process_number,
     seed_step,
     sum_over_processes,
-    unsynchronized,
     wait_for_all,
 )
 from blt.progress import progress_bar
+from blt.segments import without_triton
 from blt.sharding import local, sharded
 
 # A training text that is read more often than this gets these rates, unless others are given.
@@ -68,7 +70,7 @@ class RunConfig(DataConfig):
     row_bytes: int = 4096  # ids in a row: what a model sees at once in training and evaluation
     batch_rows: int = 8  # rows in one forward and backward pass; several processes share them
     accumulate: int = 1  # passes whose gradients are summed into one update
-    shard: bool = False  # with torchrun: share out the weights too, for a model that does not fit a card
+    shard: bool = False  # with torchrun: share out weights, gradients and optimizer states among the processes
     steps: int = 5000  # updates
     epochs: float | None = None  # read the training text this many times, instead of making a number of updates
     # optimization
@@ -89,7 +91,7 @@ class RunConfig(DataConfig):
     # output
     eval_every: int = 250  # updates between evaluations
     log_every: int = 10  # updates between log lines
-    checkpoint_minutes: float = 10.0  # also write last.pt when it is this old, beside at each evaluation
+    checkpoint_minutes: float = 10.0  # write last.pt at each evaluation, and whenever it is older than this
     resume: bool = False  # go on from the last checkpoint in the output folder
     overwrite: bool = False  # replace an earlier run in the output folder instead of keeping it beside
     tensorboard: bool = False  # also write TensorBoard scalars (pip install tensorboard)
@@ -167,31 +169,31 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     if depends_on is None:
         depends_on = first_row_of(train_rows, config.seed)
-    kept = Kept(out_dir, trained, optimizers, scaler, config, depends_on, validation_batches, precision)
+    checkpointer = Checkpointer(out_dir, trained, optimizers, scaler, config, depends_on, validation_batches, precision)
     if is_resumed:
-        kept.load()
+        checkpointer.load()
     elif config.resume:
         print(f"note: {out_dir} has no checkpoint yet; the run begins at its first step")
-    start = kept.state["step"]
-    if start == config.steps and not kept.lacks_evaluation():
+    start = checkpointer.state["step"]
+    if start == config.steps and not checkpointer.lacks_evaluation():
         # The step is the last one and was scored.
         print(f"nothing was left to do: {out_dir / 'last.pt'} is at step {start} of {config.steps}")
         model.to(device)
-        return kept.result()
+        return checkpointer.result()
     trained.train()
     row_losses = compile_losses(trained, config, train_rows, device, precision)
     if n_processes() > 1 and not config.shard:
         # Not the other way round: torch would cut the compiled graph into pieces.
         row_losses = parallel(row_losses)
-    watch = LossWatch(config.spike, kept.state["lowest_loss"], scaler.is_enabled())
+    watch = LossWatch(config.spike, checkpointer.state["lowest_loss"], scaler.is_enabled())
 
     with (
         begun_run(out_dir, config, is_resumed, result_files, begin),
-        closing(Progress(out_dir, config, kept.state)) as progress,
+        closing(Progress(out_dir, config, checkpointer.state)) as progress,
         StopSignals() as stop,
     ):
-        if kept.lacks_evaluation():
-            kept.evaluate(start, progress, stop)
+        if checkpointer.lacks_evaluation():
+            checkpointer.evaluate(start, progress, stop)
         for step, batches in batches_of_steps(train_rows, config, start, device):
             learning_rate = set_learning_rates(optimizers, learning_rate_scale(step, config))
             # The loss is a mean over all scored targets of the update, so passes with more padding
@@ -203,12 +205,12 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
             loss_nats = torch.zeros((), device=device)
             row_nats = []
             for number, batch in enumerate(batches):
-                with unsynchronized(row_losses, is_last=number == len(batches) - 1):
+                with gradient_exchange(row_losses, is_last=number == len(batches) - 1):
                     with autocast(device, precision):
                         # The forward pass.
                         nats_BT = row_losses(*batch.to(device).for_losses())
                         loss = nats_BT.sum() / targets
-                    # The update wants the sum of the processes' gradients, and gets their mean.
+                    # DDP and FSDP average gradients over processes; the update needs their sum.
                     backward(trained, loss * n_processes(), scaler)
                 loss_nats += loss.detach()
                 row_nats.append(nats_BT.detach().mean(1))
@@ -216,32 +218,34 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
             gradient_norm = clip_gradients(trained, optimizers, scaler, config.clip)
             step_optimizers(optimizers, scaler, gradient_norm)
 
-            # What follows is the record of the step: log lines, evaluations, checkpoints. Only here
-            # does the CPU wait for the device.
+            # What follows is the record of the step: log lines, evaluations, checkpoints. With dense
+            # tables and bf16 or fp32 the CPU waits for the device only here.
             done = step + 1
             evaluate_now = done % config.eval_every == 0 or done == config.steps
-            is_stopping, is_due = sum_over_processes(stop.signal is not None, kept.is_due())
+            is_stopping, is_due = sum_over_processes(stop.signal is not None, checkpointer.is_due())
             save_now = is_stopping or is_due
             progress.count(n_bytes)
             loss_nats, row_nats = losses_of_update(loss_nats, row_nats)
             watch.add(done, loss_nats, gradient_norm, row_nats)
             if done % config.log_every == 0 or evaluate_now or save_now or watch.is_full():
-                kept.check_losses(watch, train_rows)
+                checkpointer.check_losses(watch, train_rows)
             if done % config.log_every == 0 or evaluate_now:
                 progress.log(done, loss_nats, gradient_norm, learning_rate)
             if evaluate_now:
-                kept.evaluate(done, progress, stop)
+                checkpointer.evaluate(done, progress, stop)
             elif save_now:
                 with progress.paused():
-                    kept.save(done, progress)
+                    checkpointer.save(done, progress)
             if is_stopping:
                 stop.leave(out_dir / "last.pt", done)
         # best.pt is there for all.
         wait_for_all()
-    result = kept.result()
+    result = checkpointer.result()
     if config.shard:
         # The sharded copy gives way to the model itself, which waited on the CPU.
-        del kept, trained, row_losses, optimizers
+        del checkpointer, trained, row_losses, optimizers
+        # Its layers and PyTorch's hooks refer to each other.
+        gc.collect()
         model.to(device)
     return result
 
@@ -283,12 +287,12 @@ def begun_run(out_dir, config, is_resumed, result_files, begin):
         yield
 
 
-class Kept:
-    """What a run keeps: its state, checkpoints and best weights. Nothing that is not finite is kept.
+class Checkpointer:
+    """A run's state, checkpoints and best weights, and its evaluations. Nothing that is not finite is saved.
 
     `state` holds step, best (the best evaluation), best_sha256 (of its weights), last (the last
-    evaluation), evaluated (its step), bytes and seconds of training, depends_on, and
-    validation_sha256, the text of the evaluations.
+    evaluation), evaluated (its step), bytes and seconds of training, lowest_loss (see `LossWatch`),
+    precision, depends_on, and validation_sha256, the text of the evaluations.
     """
 
     def __init__(self, out_dir, model, optimizers, scaler, config, depends_on, validation_batches, precision):
@@ -311,6 +315,7 @@ class Kept:
             bytes=0,
             seconds=0.0,
             lowest_loss=None,
+            precision=precision,
             depends_on=depends_on,
             validation_sha256=hash_of_batches(validation_batches),
         )
@@ -324,6 +329,13 @@ class Kept:
         with main_first():
             self.state = load_checkpoint(last_pt, *arguments)
         self.saved_steps = (self.state["step"], 0)
+        # "auto" may be another precision on another machine.
+        if self.state["precision"] not in (None, self.precision):
+            print(
+                f"note: precision was {self.state['precision']} and is {self.precision} here; "
+                f"the steps from {self.state['step'] + 1} on follow it"
+            )
+        self.state["precision"] = self.precision
         is_other_text = self.state["validation_sha256"] != text
         self.state["validation_sha256"] = text
         if self.state["best"] is None:
@@ -331,7 +343,7 @@ class Kept:
         best_pt = self.out_dir / "best.pt"
         reason = "the validation text is another one" if is_other_text else None
         # The weights to go on from are in the model; they give way to the best ones for a moment.
-        trained = {name: value.clone() for name, value in self.model.state_dict().items()}
+        trained = [local(p).detach().clone() for p in self.model.parameters()]
         try:
             sha256 = state_hash(load_weights(best_pt, self.model))
             if reason is None and sha256 != self.state["best_sha256"]:
@@ -344,13 +356,15 @@ class Kept:
         except ValueError:
             print(f"note: {best_pt} is missing or damaged; the best weights are chosen among those from here on")
             self.state["best"] = None
-        self.model.load_state_dict(trained)
+        with torch.no_grad():
+            for p, value in zip(self.model.parameters(), trained):
+                local(p).copy_(value)
         if is_other_text:
             self.state["evaluated"] = min(self.state["evaluated"], self.state["step"] - 1)
 
-    def _score(self):
+    def _score(self, before_batch=None):
         device = next(self.model.parameters()).device
-        return evaluate_together(self.model, self.validation_batches, device, self.precision)
+        return evaluate_together(self.model, self.validation_batches, device, self.precision, before_batch)
 
     def lacks_evaluation(self):
         """Whether the checkpoint is of a step whose evaluation was cut off, or has no best weights at the end."""
@@ -379,7 +393,10 @@ class Kept:
         self._stop(f"{what} is {value} at step {done}, and nothing of it was saved", done)
 
     def _stop(self, reason, step):
-        """Raise ValueError for what began at a step, and say how to go on from a state before it."""
+        """Raise ValueError for what began at a step, and say how to go on from a state before it.
+
+        A last.pt that was saved after that step is moved aside, so that a resumed run takes previous.pt.
+        """
         last_pt = self.out_dir / "last.pt"
         previous_pt = self.out_dir / "previous.pt"
         saved, saved_before = self.saved_steps
@@ -398,7 +415,7 @@ class Kept:
         with progress.paused():
             try:
                 with stop.at_once():
-                    result = self._score()
+                    result = self._score(stop.check)
             except Interrupted:
                 # The step is finished and its evaluation is not: a resumed run does it first.
                 self.save(done, progress)
@@ -470,6 +487,11 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM in a place where the work can be thrown away."""
 
 
+# Seconds within which a second signal counts as the first one's echo, with several processes: whoever
+# signals all processes of a job also signals torchrun, which signals its processes.
+ECHO_SECONDS = 5.0
+
+
 class StopSignals:
     """Ctrl-C and SIGTERM, held back until a step is done. A second one stops at once.
 
@@ -478,6 +500,7 @@ class StopSignals:
 
     def __init__(self):
         self.signal = None
+        self.received_at = None
         self.is_at_once = False
         self.handlers = {}
 
@@ -494,26 +517,39 @@ class StopSignals:
 
     def _receive(self, number, frame):
         if self.signal is not None:
+            if n_processes() > 1 and time.monotonic() - self.received_at < ECHO_SECONDS:
+                return
             raise KeyboardInterrupt
         self.signal = number
-        # An evaluation may take longer than the seconds between SIGTERM and SIGKILL.
-        if self.is_at_once:
+        self.received_at = time.monotonic()
+        # An evaluation may take longer than the seconds between SIGTERM and SIGKILL. Several processes
+        # stop it together, in `check`.
+        if self.is_at_once and n_processes() == 1:
             raise Interrupted
-        print("\nstopping after this step; again: at once", file=sys.stderr)
+        if is_main():
+            print("\nstopping after this step; again: at once", file=sys.stderr)
 
     @contextmanager
     def at_once(self):
-        """Raise Interrupted from inside this block when a signal comes."""
+        """Raise Interrupted inside this block when a signal comes; with several processes, in `check`."""
         self.is_at_once = True
         try:
-            if self.signal is not None:
+            if self.signal is not None and n_processes() == 1:
                 raise Interrupted
             yield
         finally:
             self.is_at_once = False
 
+    def check(self):
+        """Raise Interrupted in all processes if any has got a signal. All must call it."""
+        (is_stopping,) = sum_over_processes(self.signal is not None)
+        if is_stopping:
+            raise Interrupted
+
     def leave(self, path, done):
         """End the process as the signal asks, and say how to go on."""
+        # The main process may still be writing; torchrun ends all soon after the first has left.
+        wait_for_all()
         if is_main():
             print(
                 f"\nstopped after step {done}, saved in {path}; go on with the same command and --resume",
@@ -544,7 +580,9 @@ def batches_of_steps(train_rows, config, start, device):
 
 def check_processes(config):
     """Raise ValueError if a run cannot be that of as many processes as there are."""
-    share_of_update(config)
+    passes, rows = share_of_update(config)
+    if n_processes() > 1:
+        print(f"{n_processes()} processes: each makes passes of {rows} rows, {passes} an update")
     if config.shard and n_processes() == 1:
         raise ValueError("shard shares a model out among processes: start the script with torchrun, or leave it out")
 
@@ -610,7 +648,10 @@ def compile_losses(model, config, train_rows, device, precision):
     the leak gate has tested the eager model only.
     """
     is_compiled = config.compile == "yes" or (config.compile == "auto" and device.type == "cuda")
-    print_slow_attention(model, device, precision, is_compiled)
+    leaves_layers_out = config.shard and getattr(config, "recompute", False)
+    if is_compiled and leaves_layers_out:
+        print("note: with both --shard and --recompute torch.compile leaves the layers out, which is slower")
+    print_slow_attention(model, device, precision, is_compiled and not leaves_layers_out)
     if device.type == "cuda" and train_rows.patch_slots is not None and what_triton_lacks() is not None:
         print(
             f"cross-attention: its kernels need {what_triton_lacks()}; without them it is slower, "
@@ -638,9 +679,10 @@ def compile_losses(model, config, train_rows, device, precision):
         synchronize(device)
         print(f"compiled in {time.perf_counter() - begin:.0f} s")
         if has_dropout:
-            # Two passes drop different channels, so there is nothing to compare.
+            print("compiled and eager losses are not compared: two passes with dropout differ")
             return compiled
-        with torch.no_grad(), autocast(device, precision):
+        # With the code for CPUs: of Triton's kernels the compiled pass and the leak gate use the same.
+        with torch.no_grad(), autocast(device, precision), without_triton():
             eager_nats, _ = target_losses(model, batch)
     difference = (eager_nats - compiled_nats).abs().mean().item()
     # bf16 rounds differently in fused kernels, so the bound is loose; a wrong kernel is far off. The
@@ -681,7 +723,7 @@ def print_slow_attention(model, device, precision, is_compiled):
 class Progress:
     """Log lines, progress bar, metrics and time of a run. The time of evaluations is not training time.
 
-    state: `Kept.state` of the run's first step, or of the checkpoint.
+    state: `Checkpointer.state` of the run's first step, or of the checkpoint.
     """
 
     def __init__(self, out_dir, config, state):

@@ -119,13 +119,24 @@ def evaluate(model, batches, device, precision="fp32"):
     return rates(add_up(score_batches(model, batches, device, precision)))
 
 
-def evaluate_together(model, batches, device, precision="fp32"):
-    """`evaluate`, with the batches shared out among the processes: all must call it."""
+def evaluate_together(model, batches, device, precision="fp32", before_batch=None):
+    """`evaluate`, with the batches shared out among the processes: all must call it.
+
+    before_batch: a function that is called before each batch, as often in every process. It may
+    raise, in all of them, to stop the evaluation.
+    """
+
+    def watched(some_batches):
+        for batch in some_batches:
+            if before_batch is not None:
+                before_batch()
+            yield batch
+
     own = batches[process_number() :: n_processes()]
-    totals = add_up(score_batches(model, own, device, precision))
+    totals = add_up(score_batches(model, watched(own), device, precision))
     # Every process runs as often, because a sharded model gathers its weights from all of them.
     missing = math.ceil(len(batches) / n_processes()) - len(own)
-    add_up(score_batches(model, batches[:missing], device, precision))
+    add_up(score_batches(model, watched(batches[:missing]), device, precision))
     return rates(dict(zip(totals, sum_over_processes(*totals.values()))))
 
 

@@ -79,8 +79,8 @@ class GroupedMuon(torch.optim.Muon):
                 if p.grad is not None:
                     by_shape.setdefault((p.shape, p.device), []).append(p)
             for (shape, _), params in by_shape.items():
-                # A bound on the stack bounds the memory of an update.
-                n_together = max(1, MUON_STACK // shape.numel())
+                # A bound on the stack bounds the memory of an update. Each process gets a matrix at least.
+                n_together = max(n_processes(), MUON_STACK // shape.numel())
                 for first in range(0, len(params), n_together):
                     self._update(params[first : first + n_together], group)
 

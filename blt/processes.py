@@ -4,8 +4,8 @@
 
 Each process has the whole model and a share of the rows of every update (`loop.share_of_update`). PyTorch's
 DistributedDataParallel adds up their gradients (`parallel`), so all make the same update. The main process, number 0,
-prints and writes; the others keep quiet. Started by `python`, a process is alone and main, and nothing here does
-anything.
+prints and writes; the others keep quiet. Without torchrun there is one process, the main one, and these
+functions change nothing.
 
 What processes tell each other in Python numbers goes over gloo, beside the GPUs: it waits for no device. All of them
 must call the functions below in the same order.
@@ -22,8 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-# The others may have to wait while the main process builds a corpus or computes entropies. torchrun notices a
-# process that has died, so no short limit is needed for that.
+# The others may have to wait while the main process builds a corpus or computes entropies. Within one
+# machine torchrun ends all processes when one has died; if a whole machine is lost, the others wait in vain.
 LONGEST_WAIT = timedelta(days=7)
 
 
@@ -49,9 +49,9 @@ def is_main():
 
 @contextmanager
 def joined(config):
-    """Join the processes that torchrun has started beside this one while the block runs, and end with all of them.
+    """Join the processes that torchrun has started beside this one; after the block, end the process.
 
-    Alone, a process goes on after the block.
+    Without torchrun the program goes on after the block.
     config: a script's config. One with RUNS_TOGETHER can be of several processes.
     Raises ValueError if this script or this device cannot be shared.
     """
@@ -102,7 +102,7 @@ def main_first():
 
 
 def sum_over_processes(*numbers):
-    """The sums over all processes of Python numbers, each of its own type: a tuple. Of bools it is whether any is."""
+    """Add up each Python number over all processes: a tuple of the same types; of bools, whether any is True."""
     if n_processes() == 1:
         return numbers
     # float64 holds every count below 9e15 exactly.
@@ -127,9 +127,9 @@ def gather(x):
     """The tensors of all processes, of equal shape, in the order of their numbers: [processes, *x.shape]."""
     if n_processes() == 1:
         return x[None]
-    pieces = [torch.empty_like(x) for _ in range(n_processes())]
-    dist.all_gather(pieces, x.contiguous())
-    return torch.stack(pieces)
+    whole = x.new_empty(n_processes(), *x.shape)
+    dist.all_gather(list(whole.unbind(0)), x.contiguous())
+    return whole
 
 
 def sparse_weights(model):
@@ -150,17 +150,20 @@ def parallel(model):
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sparse_weights(model))
     is_on_gpu = next(model.parameters()).device.type == "cuda"
     devices = [torch.cuda.current_device()] if is_on_gpu else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # The buffers are constants, equal in all processes.
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def unsynchronized(parallel_model, is_last):
-    """The context of a pass: only in the last one of an update do the processes of `parallel` exchange gradients."""
-    # A sharded model adds up in each pass: it has no room for whole gradients.
+def gradient_exchange(parallel_model, is_last):
+    """The context of one pass. Gradients are exchanged in the last pass of an update only.
+
+    A sharded model exchanges them in every pass, because it has no room for whole gradients.
+    """
     return parallel_model.no_sync() if hasattr(parallel_model, "no_sync") and not is_last else nullcontext()
 
 
 def average_sparse_gradients(model):
-    """Give every process the mean of all processes' gradients where these are sparse and coalesced."""
+    """Replace each sparse gradient by its mean over all processes. It must be coalesced."""
     if n_processes() == 1:
         return
     for p in model.parameters():
@@ -169,7 +172,7 @@ def average_sparse_gradients(model):
 
 
 def _average_sparse(gradient):
-    """The mean over the processes of sparse gradients [rows, D] that list other rows in each: coalesced."""
+    """The mean over processes of sparse gradients [rows, D], coalesced. Each may list different rows."""
     rows = gradient._indices()[0]
     counts = gather(torch.tensor(len(rows))).tolist()
     missing = max(counts) - len(rows)

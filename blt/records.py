@@ -3,8 +3,8 @@
     checkpoints/best.pt, checkpoints/model.json        a BLT or a baseline, in its output folder
     entropy_model.pth, entropy_model.json              an entropy model
 
-`RunRecord` is what the JSON holds. `save_model` and `load_model` are the only code that writes
-and reads such pairs.
+`RunRecord` is what the JSON holds. `save_model` writes a finished pair and `load_model` reads one. During a
+run the loop writes best.pt, and the record beside it has no hash yet.
 """
 
 import dataclasses

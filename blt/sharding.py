@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 8 llm_large.py --shard yes
 
 Each process holds an equal part of the rows of every matrix, with its gradient and the optimizer's state. Before a
-layer runs, PyTorch's fully_shard gathers its weights from all processes, and lets go of them afterwards. A state dict
-is the whole model's all the same, so a checkpoint does not show how many processes have made it; all of them must ask
-for it.
+layer runs, PyTorch's fully_shard gathers its weights from all processes, and lets go of them afterwards.
+`state_dict()` returns whole weights, so a checkpoint does not depend on the number of processes. It gathers
+them: all processes must call it, and the main one gets the weights.
 """
 
 import copy
@@ -15,7 +15,7 @@ import warnings
 import torch.nn as nn
 import torch.nn.functional as F
 
-from blt.processes import gather, n_processes, process_number, sparse_weights
+from blt.processes import gather, is_main, n_processes, process_number, sparse_weights
 
 
 def local(x):
@@ -81,7 +81,11 @@ def all_rows(x_NrC, rows):
 
 
 def _whole(x):
-    return x.full_tensor().cpu() if is_sharded(x) else x
+    """A whole tensor on the CPU, in the main process only: a machine has no room for one in each."""
+    if not is_sharded(x):
+        return x
+    whole = x.full_tensor()
+    return whole.cpu() if is_main() else None
 
 
 def _part(whole, like):
