@@ -13,6 +13,7 @@ import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from blt.flops import TRAINING, blt_flops, transformer_flops
 from blt.ids import BYTES
 from blt.loop import RunConfig, choose_dropout, fit, read_metrics
 from blt.metric import ppmd_after_training
+from blt.ngrams import HashEmbedding, embed_ngrams
 from blt.patch_rules import DEFAULT_PATCH_SIZE, PatchConfig, calibrate
 from blt.records import RunRecord
 from blt.runs import claim_output, start_run
@@ -227,13 +229,6 @@ def forward_flops(config, kind, bytes_per_patch=None, bytes_per_token=None):
     return sum(transformer_flops(*sizes).values()) / bytes_per_id
 
 
-class Settings:
-    """Saved settings with attribute access."""
-
-    def __init__(self, values):
-        self.__dict__.update(values)
-
-
 def trained_bytes(result):
     return result["bytes_per_second"] * result["train_seconds"]
 
@@ -244,7 +239,7 @@ def read_training(folders):
     result = record.result
     if result is None:
         raise ValueError(f"{folders[-1]} has no result")
-    settings = Settings(record.settings)
+    settings = SimpleNamespace(**record.settings)
     metrics = {name: result[name] for name in ("val_bpb", "val_loss", "val_accuracy", "val_bytes", "train_seconds")}
     metrics["perplexity"] = math.exp(result["val_loss"])
     metrics["steps"] = settings.steps
@@ -275,15 +270,19 @@ def read_training(folders):
 def entropy_costs(folders, text_bytes):
     """FLOPs and seconds of an entropy model: its training, and its pass over the training text."""
     entropy = RunRecord.load(folders[0] / "entropy_model.json")
-    settings = Settings(entropy.settings)
+    settings = SimpleNamespace(**entropy.settings)
     forward = forward_flops(settings, "entropy")
     of_pass = json.loads((folders[1] / "step.json").read_text())
     # The entropies of the longest run serve the shorter ones as well; each pays for its own text.
     cached_bytes = int(of_pass["command"][of_pass["command"].index("--max_bytes") + 1])
+    # Without the script's start, pictures and page, as all other seconds are.
+    log = (folders[1] / "log.txt").read_text(errors="replace")
+    said = re.findall(r"^entropies: [\d,]+ numbers in ([\d.]+) s", log, re.M)
+    seconds = float(said[-1]) if said else of_pass["seconds"]
     return {
         "entropy_bpb": entropy.result["val_bpb"],
         "entropy_flops": TRAINING * forward * trained_bytes(entropy.result) + forward * text_bytes,
-        "entropy_seconds": entropy.result["train_seconds"] + of_pass["seconds"] * text_bytes / cached_bytes,
+        "entropy_seconds": entropy.result["train_seconds"] + seconds * text_bytes / cached_bytes,
     }
 
 
@@ -417,7 +416,7 @@ class TwoModelPatcher(EntropyPatcher):
         return [self.combine(of_document, axis=0) for of_document in zip(*of_models)]
 
 
-COMBINATIONS = {"mean": np.mean, "min": np.min, "max": np.max}
+COMBINE = {"mean": np.mean, "min": np.min, "max": np.max}
 
 
 def patched(settings, config):
@@ -435,7 +434,7 @@ def patched(settings, config):
             patcher, vocabulary_size = oracle_patcher(training, run.validation, settings["target"], Path(config.output))
         else:
             models = [load_entropy_model(settings[name], run.device)[0] for name in ("first", "second")]
-            make = (models, COMBINATIONS[settings["kind"]])
+            make = (models, COMBINE[settings["kind"]])
             patcher = TwoModelPatcher(*make, PatchConfig("global", 1.0), run.precision)
         starts = patch_near(patcher, training, settings["target"])
         rows = training_rows(training, starts, BYTES, of_llm.row_bytes)
@@ -478,12 +477,22 @@ def oracle_patcher(documents, held_out, target, folder):
 
 
 def use_adamw():
-    """From here on the training loop of this process has AdamW for every parameter."""
+    """From here on this process trains with AdamW for every parameter; layers' matrices have weight decay."""
 
     def adamw_for_all(model, of_run):
-        return [
-            torch.optim.AdamW(model.parameters(), lr=of_run.lr, betas=(0.9, 0.95), weight_decay=of_run.weight_decay)
+        for module in model.modules():
+            if isinstance(module, HashEmbedding):
+                # AdamW takes no sparse gradients.
+                module.tables.sparse = False
+                module.embed = embed_ngrams
+        # As with Muon: no decay for embeddings, tables, norms and the head.
+        linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.head]
+        decayed = {id(linear.weight) for linear in linears}
+        groups = [
+            {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": of_run.weight_decay},
+            {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
         ]
+        return [torch.optim.AdamW(groups, lr=of_run.lr, betas=(0.9, 0.95))]
 
     # The loop takes its optimizers from here. A process of --part computes nothing else.
     blt.loop.make_optimizers = adamw_for_all

@@ -6,6 +6,7 @@ Markdown below the table. experiments.py has the list of all studies, each with 
 
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 from blt.checks import check_packages
 from blt.flops import TRAINING
@@ -21,7 +22,6 @@ from blt.studies import (
     paired_difference,
 )
 from experiment_steps import (
-    Settings,
     forward_flops,
     read_domain,
     read_noises,
@@ -102,10 +102,14 @@ PATCH_SIZES = (3, 5, 7, 10, 12)
 THRESHOLDS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 
 
-def both_budgets(bench, name, labels, make, reference_flops, cached=2.0):
+# The text that a study at equal FLOPs has entropies of, in texts of the multiple 1: small models read five.
+TEXTS = 6.0
+
+
+def both_budgets(bench, name, labels, make, reference_flops):
     """Two runs: with the bytes of the multiple 1, and with the FLOPs of the reference. make(**changes): its steps."""
     first = f"{name} bytes"
-    by_flops = scaled(bench, 1, [first], lambda own: min(cached, reference_flops / own["train_flops"]), 1.0)
+    by_flops = scaled(bench, 1, [first], lambda own: min(TEXTS, reference_flops / own["train_flops"]), 1.0)
     return [
         Run(first, labels | {"equal": "bytes"}, make(), read_training),
         Run(f"{name} FLOPs", labels | {"equal": "FLOPs"}, make(**by_flops), read_training),
@@ -123,7 +127,7 @@ def patch_size(bench):
         for size in PATCH_SIZES:
 
             def make(method=method, size=size, **changes):
-                return bench.blt(cached=2.0, patch_method=method, target_patch_size=float(size), **changes)
+                return bench.blt(cached=TEXTS, patch_method=method, target_patch_size=float(size), **changes)
 
             labels = {"patches": "entropy" if method == "global" else method, "size": size}
             runs += both_budgets(bench, f"{method} {size}", labels, make, reference_flops(bench))
@@ -135,7 +139,7 @@ def threshold(bench):
     for level in THRESHOLDS:
 
         def make(level=level, **changes):
-            return bench.blt(cached=2.0, entropy_threshold=level, **changes)
+            return bench.blt(cached=TEXTS, entropy_threshold=level, **changes)
 
         runs += both_budgets(bench, f"threshold {level}", {"threshold (nats)": level}, make, reference_flops(bench))
     return runs
@@ -146,7 +150,7 @@ def model_size(bench):
     for size in ("tiny", "small", "medium"):
 
         def make(size=size, **changes):
-            return bench.blt(size=size, cached=2.0, **changes)
+            return bench.blt(size=size, cached=TEXTS, **changes)
 
         config = bench.llm_config(size)
         labels = {"size": size, "latent": f"{config.global_layers} x {config.global_dim}"}
@@ -191,7 +195,7 @@ def entropy_model(bench):
         "a quarter of the updates": dict(steps=steps // 4),
         "4 times the updates": dict(steps=steps * 4),
         "a tenth of the text": dict(multiple=0.1),
-        "10 times the text": dict(multiple=10.0),
+        "10 times the text and the updates": dict(multiple=10.0, steps=10 * steps),
         "other text (Python code)": dict(dataset=Made(code), max_bytes=2_000_000),
     }
     runs = []
@@ -397,7 +401,7 @@ def grown(config, patch):
 
     def cost(shape):
         sizes = asdict(config) | dict(zip(("global_dim", "global_layers"), shape))
-        return abs(forward_flops(Settings(sizes), "blt", patch) - target)
+        return abs(forward_flops(SimpleNamespace(**sizes), "blt", patch) - target)
 
     shapes = [(64 * n, layers) for n in range(2, 33) for layers in range(1, 33) if 32 <= 64 * n / layers <= 128]
     return min(shapes, key=cost)
@@ -485,16 +489,18 @@ def summarize_map(groups):
                 cells[1] = "-"
             rows.append([labels["size"], labels["row"], labels["budget"], labels["patch"], *cells])
     return [
-        "BLT minus flat byte transformer with tables, bits per byte; below zero patches pay. Equal bytes are about "
-        "equal FLOPs without the entropy model, since the latent transformer grows with patches of 8 and 12 bytes; the "
-        "table above has the FLOPs. In the last column the flat model gets the entropy model's FLOPs too. Space "
+        "BLT minus flat byte transformer with tables, bits per byte; below zero patches pay. In rows of 2 kB equal "
+        "bytes are about equal FLOPs without the entropy model, since the latent transformer grows with patches of 8 "
+        "and 12 bytes; in longer rows the BLT costs more (the table above has the FLOPs). In the last column the "
+        "flat model gets the entropy model's FLOPs too. Space "
         "patches need no entropy model.",
         "",
         *markdown_table(["size", "row bytes", "budget", "bytes a patch", "equal bytes", "equal FLOPs"], rows),
     ]
 
 
-# Values beside the default, each tried alone. A rate is a multiple of the default's, all else the value itself.
+# Values beside the default, each tried alone. Rates and OWN_CHOICES are multiples of the default; all else
+# is the value itself.
 CHOICES = {
     "lr": (0.5, 2.0),
     "adam_lr": (0.5, 2.0),
@@ -505,9 +511,9 @@ CHOICES = {
 }
 # One more setting of each model's own.
 OWN_CHOICES = {
-    "space": ("window", (64, 256)),
-    "flat": ("window", (192, 512)),
-    "bpe": ("vocab_size", (2048, 8192)),
+    "space": ("window", (0.5, 2.0)),
+    "flat": ("window", (0.6, 1.6)),
+    "bpe": ("vocab_size", (0.5, 2.0)),
 }
 # Two seeds differ by about as much. A smaller gain does not move a setting.
 GAIN = 0.005
@@ -527,11 +533,14 @@ def sweep(bench):
             runs.append(Run(f"{model} {name}", {"model": WORDS[model], "change": shown}, steps, read_training))
 
         defaults = {name: getattr(config, name) for name in CHOICES}
-        defaults[own] = getattr(config if model == "space" else TemplateConfig(model=model, device="cpu"), own)
+        presets = [bench.budget.size, bench.budget.machine]
+        of_model = config if model == "space" else TemplateConfig(model=model, preset=presets, device="cpu")
+        defaults[own] = getattr(of_model, own)
         choices = {
             name: [round(defaults[name] * value, 6) if name.endswith("lr") else value for value in values]
-            for name, values in (CHOICES | {own: own_values}).items()
+            for name, values in CHOICES.items()
         }
+        choices[own] = [round(defaults[own] * value) for value in own_values]
         add("defaults", "none")
         for name, values in choices.items():
             for value in values:

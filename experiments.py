@@ -41,7 +41,7 @@ from blt.ids import BOUNDARY
 from blt.layers import init_weights
 from blt.loop import RunConfig, fit
 from blt.metric import leak_gate
-from blt.patch_rules import PatchConfig, calibrate
+from blt.patch_rules import PatchConfig
 from blt.rows import make_batch
 from blt.studies import (
     Column,
@@ -60,7 +60,7 @@ from blt.studies import (
 )
 from blt.tasks import starts_of
 from blt_model import BLTConfig, BLTModel, LocalDecoder
-from compress import compress, decompress
+from compress import HEADER, compress, decompress
 from entropy_patcher import EntropyPatcher
 from evaluate import NOISES
 from experiment_steps import (
@@ -69,6 +69,7 @@ from experiment_steps import (
     Bench,
     Part,
     expected_seconds,
+    patch_near,
     read_part,
     read_training,
     result_of,
@@ -89,7 +90,7 @@ FIRST_SEED = 1337
 # 3. overlap: windows overlap by half and are split at random, so validation text was trained on.
 
 MISTAKES = ("own patch", "padding", "overlap")
-COMBINATIONS = {"none": (), **{mistake: (mistake,) for mistake in MISTAKES}, "all three": MISTAKES}
+MISTAKE_SETS = {"none": (), **{mistake: (mistake,) for mistake in MISTAKES}, "all three": MISTAKES}
 LEAK_ROW = 100  # bytes
 LEAK_PATCHES = 15  # patches
 LEAK_RATES = (0.0001, 0.0003, 0.001, 0.003)  # of AdamW
@@ -201,14 +202,12 @@ def leak_patcher(settings, corpus, device):
     model, _ = load_entropy_model(settings["entropy_model"], device)
     patcher = EntropyPatcher(model, PatchConfig("global", 1.0))
     documents = [np.array(corpus.document(n)) for n in corpus.documents("train", settings["text_bytes"])]
-    entropies = patcher.entropies_with_end(documents)
-    document_starts = np.concatenate([np.arange(len(of_document)) == 0 for of_document in entropies])
-    patcher.config = calibrate(patcher.config, size, np.concatenate(entropies), document_starts)
+    patch_near(patcher, documents, size)
     return patcher
 
 
 def leak(settings, config):
-    """Train one model of the study leak; result.json has what it claims, and what compress.py says to it."""
+    """Train one model of the study leak; result.json has what it claims, and what compress.py pays."""
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     corpus = open_corpus(settings["dataset"], cache_dir="data_cache")
@@ -246,7 +245,7 @@ def leak(settings, config):
     result = fit(model, of_run, rows, validation.batches(64), config.output)
     load_weights(Path(config.output) / "best.pt", model)
     mean_patch = len(held_out) / sum(int(starts[:-1].sum()) for starts in starts_of(patcher, [held_out]))
-    coded = say_compress(model, model_config, patcher, held_out[: settings["coded_bytes"]], mean_patch)
+    coded = coded_cost(model, model_config, patcher, held_out[: settings["coded_bytes"]], mean_patch)
     # The weights are removed with the checkpoints; nothing that is left describes a model.
     result_of(
         config,
@@ -261,8 +260,8 @@ def leak(settings, config):
     )
 
 
-def say_compress(model, model_config, patcher, text, mean_patch):
-    """What compress.py makes of held-out text with a model's weights: the file's bits per byte, and its losses in nats.
+def coded_cost(model, model_config, patcher, text, mean_patch):
+    """What compress.py pays for held-out text with a model's weights: bits per byte, and losses in nats.
 
     compress.py reads byte by byte: a byte that is still to be decoded is in no patch that can be read. The weights are
     those that were trained, in a BLT without the mistakes.
@@ -310,7 +309,7 @@ def leak_runs(bench):
     chosen_rate = Measured(tuple(rates), nearest, LEAK_RATES[1])
 
     def add(table, setting, patch, width, layers, published, entropy=None):
-        for name, mistakes in COMBINATIONS.items():
+        for name, mistakes in MISTAKE_SETS.items():
             settings = settings_of(mistakes, patch, width, layers, chosen_rate)
             if entropy is not None:
                 settings["entropy_model"] = Made(entropy)
@@ -327,7 +326,7 @@ def leak_runs(bench):
     # Published "with optimal patch settings": a threshold of 0.5 nats.
     for name, (width, layers, loss) in PUBLISHED_MODELS.items():
         add("model size", name, PUBLISHED_THRESHOLDS[0.5][0], width, layers, loss, bench.entropy())
-    # Ours: the same widths, text and number of bytes read, in llm.py.
+    # Ours: the same widths and text in llm.py. Its rows are full, those above are padded: it reads more.
     sizes = dict(encoder_dim=192, decoder_dim=192, decoder_layers=2, global_dim=384, global_layers=6)
     steps = max(1, round(300 * 48 * LEAK_ROW / update_bytes(bench.llm_config())))
     text = bench.part(
@@ -346,8 +345,10 @@ def read_ours(folders):
     """Metrics of a BLT of llm.py, and of the file that compress.py wrote with it."""
     text, trained, coded = folders
     n_bytes = (text / "held_out.txt").stat().st_size
-    bpb = 8 * (coded / "held_out.blt").stat().st_size / n_bytes
-    return read_training([trained]) | {"file_bpb": bpb, "coded_loss": bpb * math.log(2)}
+    n_coded = (coded / "held_out.blt").stat().st_size
+    # The losses of the study's own models are without a file's header too.
+    coded_bpb = 8 * (n_coded - HEADER.size) / n_bytes
+    return read_training([trained]) | {"file_bpb": 8 * n_coded / n_bytes, "coded_loss": coded_bpb * math.log(2)}
 
 
 def summarize_leak(groups):
@@ -360,7 +361,7 @@ def summarize_leak(groups):
         ("model size", PUBLISHED_MODELS),
     ):
         for setting in settings:
-            loss = {name: by_name.get(f"{table} {setting} {name}") for name in COMBINATIONS}
+            loss = {name: by_name.get(f"{table} {setting} {name}") for name in MISTAKE_SETS}
             loss = {name: None if group is None else group.mean("val_loss") for name, group in loss.items()}
             if None in (loss["none"], loss["all three"]):
                 continue
@@ -380,8 +381,8 @@ def summarize_leak(groups):
         "What these numbers are. A loss with the mistake own patch is that of a model which was shown the byte that it "
         "must predict; the leak gate refuses it. One with the mistake padding is an average with zeros that are known "
         "beforehand. One with the mistake overlap is partly of text that was trained on. coded is what compress.py "
-        "pays for held-out text with the same weights, where a byte that is still to be decoded cannot be read: this "
-        "file can be restored, and it is the only one of the two numbers that anybody could use.",
+        "pays for held-out text with the same weights, where a byte that is still to be decoded cannot be read. Only "
+        "coded is the size of a file that can be restored.",
     ]
 
 
@@ -430,7 +431,7 @@ STUDIES = {
             "How large should patches be? Averages of 3 to 12 bytes, of a fixed size and by entropy, at equal bytes "
             "and at the training FLOPs of the default BLT.",
             studies.patch_size,
-            [*QUALITY, UNIT, FLOPS],
+            [*QUALITY, UNIT, FLOPS, ALL_FLOPS],
             ("bytes_a_unit", "val_bpb", ("patches", "equal")),
         ),
         Study(
@@ -714,11 +715,11 @@ def print_commands(planned):
 
 def repeat_command(study, config):
     """The command that makes a study again or goes on with it."""
-    flags = {name: getattr(config, name) for name in ("budget", "seeds", "only", "jobs", "dataset", "device", "work")}
-    flags |= {"cute_folder": config.cute_folder, "corpus_folder": config.corpus_folder}
+    names = ("budget", "seeds", "only", "jobs", "dataset", "device", "work", "records", "cute_folder", "corpus_folder")
+    flags = {name: getattr(config, name) for name in names}
     default = ExperimentsConfig(name=[study.name])
     given = {name: value for name, value in flags.items() if value != getattr(default, name)}
-    return command("experiments.py", **given).replace("experiments.py", f"experiments.py {study.name}", 1)
+    return command("experiments.py", study.name, **given)
 
 
 def shown_as_given(config):

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 
-def command(script, **flags):
+def command(script, *words, **flags):
     """A shell command that runs a script of this project, quoted where the shell needs it.
 
-    flags: a list gives several words. Example: command("generate.py", model="my model") is
-    `python generate.py --model 'my model'`.
+    words: what comes before the flags. flags: a list gives several words. Example: command("generate.py",
+    model="my model") is `python generate.py --model 'my model'`.
     """
-    words = ["python", script_path(script)]
+    words = ["python", script_path(script), *words]
     for name, value in flags.items():
         values = value if isinstance(value, (list, tuple)) else [value]
         words += [f"--{name}", *map(str, values)]

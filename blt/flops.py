@@ -10,9 +10,10 @@ model FLOPs utilisation.
 
 What counts: matrix products, at 2 FLOPs per multiply-add, of real bytes and patches. Embedding
 lookups (bytes and n-grams) are 0 FLOPs, as in the paper. Norms, rotary embedding, softmax,
-activations and pooling are left out, also as in the paper. Attention counts the positions that the
-mathematics needs, not those that a blocked mask computes and discards. Padding counts 0. Training
-is 3 times the forward pass: for each product of the forward pass, the backward pass has two.
+activations and pooling are left out, also as in the paper. Attention counts what causal masks and windows
+leave, not what a blocked mask computes and discards; a row counts as one document, though attention ends
+with each (docs/results.md says what that is worth). Padding counts 0. Training is 3 times the forward
+pass: for each product of the forward pass, the backward pass has two.
 """
 
 import re

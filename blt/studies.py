@@ -38,6 +38,7 @@ except ImportError:
 import torch
 
 from blt.checkpoints import has_checkpoint
+from blt.device import choose_precision
 from blt.files import git_commit, write_atomically, write_json
 
 # Seconds that a script has to save its last finished update after Ctrl-C, before it is asked again.
@@ -274,6 +275,8 @@ class Workshop:
             self.echo(f"  {'resumes' if can_resume else 'runs'} {folder.relative_to(self.folder)}")
             began = time.time()
             try:
+                # What an earlier attempt has written to the log is not this one's error.
+                log_begin = log_size(folder)
                 status = self._call([sys.executable, self.root / f"{step.script}.py", *words], folder, lock)
             except BaseException:
                 facts |= {"state": "stopped", "seconds": facts["seconds"] + time.time() - began}
@@ -281,7 +284,7 @@ class Workshop:
                 raise
             facts["seconds"] += time.time() - began
             if status != 0:
-                reason = last_error(folder / "log.txt") or f"{step.script}.py ended with status {status}"
+                reason = last_error(folder / "log.txt", log_begin) or f"{step.script}.py ended with status {status}"
                 write_json(folder / "step.json", facts | {"state": "failed", "status": status, "error": reason})
                 self.failed[folder] = reason
                 raise StepFailed(reason)
@@ -361,9 +364,16 @@ def remove_tree(folder, keep):
             path.unlink()
 
 
-def last_error(log):
-    """The line in which a script said what is wrong, or the last line that it printed."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def log_size(folder):
+    """Bytes of a step's log."""
+    log = folder / "log.txt"
+    return log.stat().st_size if log.exists() else 0
+
+
+def last_error(log, begin=0):
+    """The line in which a script said what is wrong, or its last line, after `begin` bytes of its log."""
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\b\w*error\b:?", line, re.IGNORECASE)]
     return (errors or lines or [""])[-1].strip()
 
@@ -381,6 +391,9 @@ def read_json(path, default):
 def machine():
     """What a time depends on, in words."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    if not torch.cuda.is_available() and choose_precision("auto", torch.device("cpu")) != "bf16":
+        # Another speed, which names such as "AMD EPYC" do not tell.
+        device += " without bf16"
     return f"{device}, {os.cpu_count()} cores, torch {torch.__version__}, {platform.system()}"
 
 
@@ -405,6 +418,7 @@ class Outcome:
     error: str = ""
     commands: list = field(default_factory=list)
     commits: list = field(default_factory=list)
+    machines: list = field(default_factory=list)
 
 
 def safe_name(name):
@@ -462,6 +476,7 @@ class StudyRuns:
         outcome.state = "finished"
         outcome.metrics = saved["metrics"]
         outcome.commits = saved["commits"]
+        outcome.machines = saved.get("machines", [])
 
     def run(self, outcome):
         """Make the steps of a run, and read its metrics. A failure is in the outcome."""
@@ -483,13 +498,16 @@ class StudyRuns:
             outcome.error = str(error) if isinstance(error, StepFailed) else f"{type(error).__name__}: {error}"
             return
         outcome.state = "finished"
-        outcome.commits = sorted({self.workshop.state(step, results)["commit"] for step in steps})
+        states = [self.workshop.state(step, results) for step in steps]
+        outcome.commits = sorted({state["commit"] for state in states})
+        outcome.machines = sorted({state["machine"] for state in states})
         saved = {
             "run": outcome.run.name,
             "seed": outcome.seed,
             "labels": outcome.run.labels,
             "commands": outcome.commands,
             "commits": outcome.commits,
+            "machines": outcome.machines,
             "metrics": outcome.metrics,
         }
         write_json(self.result_path(outcome), saved)
@@ -606,6 +624,10 @@ class Group:
         found = {outcome.seed: outcome.metrics.get(metric) for outcome in self.finished}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def machines(self):
+        """{seed: the machines that the run was made on}."""
+        return {outcome.seed: outcome.machines for outcome in self.finished}
+
     def mean(self, metric):
         """The mean over seeds, or None."""
         return mean_and_deviation(list(self.values(metric).values()))[0]
@@ -624,7 +646,8 @@ def mean_and_deviation(values):
 def paired_difference(first, second, metric="val_bpb"):
     """(mean of first minus second over the seeds that both have, its standard error, seeds); None for what is missing.
 
-    Pairs by seed, because runs with the same seed read the same rows in the same order.
+    Pairs by seed: runs of one row layout then read the same rows in the same order; for others pairing
+    does no harm.
     """
     ours = first.values(metric)
     theirs = second.values(metric)
@@ -646,21 +669,41 @@ def curve_difference_cell(group, curve, cost, metric="val_bpb"):
     """A group minus a curve at equal cost, paired by seed, as `difference_cell`.
 
     curve: `Group`s of one model at several budgets. It is read at what the group's run of the same seed costs:
-    straight over the logarithm of the cost from point to point, and beyond its ends as at its ends. Seeds for which
-    it has one point only are left out.
+    linear in the logarithm of the cost from point to point, and a little beyond its ends as at its
+    ends. Seeds for which it has one point only, or none near that cost, are left out; in seconds also
+    runs of other machines.
     """
     ours, costs = group.values(metric), group.values(cost)
-    of_curve = [(point.values(cost), point.values(metric)) for point in curve]
+    of_curve = [(point.values(cost), point.values(metric), point.machines()) for point in curve]
+    machines = group.machines()
     differences = []
     for seed in ours:
-        points = sorted((at[seed], of[seed]) for at, of in of_curve if seed in at and seed in of)
-        if len(points) > 1 and seed in costs:
-            differences.append(ours[seed] - read_curve_at(points, costs[seed]))
+        points = sorted(
+            (at[seed], of[seed])
+            for at, of, on in of_curve
+            if seed in at and seed in of and ("seconds" not in cost or on[seed] == machines[seed])
+        )
+        there = read_curve_at(points, costs[seed]) if seed in costs else None
+        if there is not None:
+            differences.append(ours[seed] - there)
     return error_cell(*mean_and_error(differences))
 
 
+# Points of a curve must differ by this factor of the cost: a corpus that is too small for the larger
+# budgets gives equal runs. And a curve is read at most this far beyond its ends.
+LEAST_STEP = 1.05
+MOST_BEYOND = 2.0
+
+
 def read_curve_at(points, x):
-    """The value at x of two or more points (x, y) in order: straight over log x, beyond the ends as at the ends."""
+    """The value at x of points (x, y) in order: linear in log x, beyond the ends as at the ends.
+
+    None: too few points, or x is too far beyond.
+    """
+    is_new = [True] + [right[0] >= LEAST_STEP * left[0] for left, right in zip(points, points[1:])]
+    points = [point for point, new in zip(points, is_new) if new]
+    if len(points) < 2 or not points[0][0] / MOST_BEYOND <= x <= points[-1][0] * MOST_BEYOND:
+        return None
     right = next((number for number in range(1, len(points) - 1) if points[number][0] >= x), len(points) - 1)
     (x_left, y_left), (x_right, y_right) = points[right - 1], points[right]
     return y_left + (y_right - y_left) * math.log(x / x_left) / math.log(x_right / x_left)
@@ -752,7 +795,7 @@ def continue_in(runs, name):
 
 
 def read_record(folder, study, budget):
-    """(seeds, {(run name, seed): commands, metrics and commits}) of the finished runs in a record.
+    """(seeds, {(run name, seed): commands, metrics, commits and machines}) of the finished runs in a record.
 
     Raises ValueError if the folder holds no record, a damaged one, or one of another study or budget.
     """
@@ -769,6 +812,8 @@ def read_record(folder, study, budget):
             (run["run"], run["seed"]): {
                 "commands": run["commands"],
                 "commits": run["commits"],
+                # Earlier records name one machine for all.
+                "machines": run.get("machines", [settings.get("machine")]),
                 "metrics": metrics_of[run["run"], run["seed"]],
             }
             for run in settings["runs"]
@@ -808,13 +853,14 @@ def write_record(runs, records, budget, repeat, basis, shown):
     groups = groups_of(runs.outcomes)
     seeds = list(dict.fromkeys(outcome.seed for outcome in runs.outcomes))
     commits = sorted({commit for outcome in runs.outcomes for commit in outcome.commits})
+    machines = sorted({name for outcome in runs.outcomes for name in outcome.machines}) or [machine()]
     settings = {
         "study": study.name,
         "budget": budget,
         "command": repeat,
         "seeds": seeds,
         "commits": commits,
-        "machine": machine(),
+        "machines": machines,
         "runs_at_a_time": runs.workshop.jobs,
         "expected_time_is_from": basis,
         "runs": [
@@ -824,6 +870,7 @@ def write_record(runs, records, budget, repeat, basis, shown):
                 "state": outcome.state,
                 **({"error": shown(outcome.error)} if outcome.error else {}),
                 "commits": outcome.commits,
+                "machines": outcome.machines,
                 "commands": shown_commands(outcome, shown),
             }
             for outcome in runs.outcomes
@@ -856,7 +903,7 @@ def write_record(runs, records, budget, repeat, basis, shown):
         table += ["", *study.summary(groups)]
     write_text(folder / "table.md", "\n".join(table) + "\n")
     has_picture = draw(folder / "plot.png", study, groups)
-    write_text(folder / "README.md", readme(study, status, seeds, commits, repeat, failures, has_picture))
+    write_text(folder / "README.md", readme(study, status, seeds, commits, machines, repeat, failures, has_picture))
     return folder
 
 
@@ -865,12 +912,13 @@ def write_text(path, text):
     write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
-def readme(study, status, seeds, commits, repeat, failures, has_picture):
+def readme(study, status, seeds, commits, machines, repeat, failures, has_picture):
     """README.md of a record."""
     paragraphs = [f"# {study.name}", status, study.question]
-    facts = f"Seeds {', '.join(map(str, seeds))}. Machine: {machine()}. Commit: {', '.join(commits) or 'none yet'}."
-    if len(commits) > 1:
-        facts += " The runs are of several commits; settings.json says which run is of which."
+    facts = f"Seeds {', '.join(map(str, seeds))}. Machine: {'; '.join(machines)}. "
+    facts += f"Commit: {', '.join(commits) or 'none yet'}."
+    if len(commits) > 1 or len(machines) > 1:
+        facts += " settings.json says which run is of which commit and machine."
     paragraphs += [facts, "To repeat it, or to go on where it stopped:", f"    {repeat}"]
     paragraphs.append(
         "[table.md](table.md) has the numbers, [settings.json](settings.json) every command and its commit, "
