@@ -854,14 +854,19 @@ def print_summary(folder, dtype, patch_config, has_patcher):
     return size
 
 
-def print_check(folder, hf_folder):
+def print_check(config, folder, hf_folder):
     """Print how far both models agree. Returns the largest difference of logits."""
     difference, n_starts, n_differing = compare(folder, hf_folder)
     print(f"check: logits differ by at most {difference:.1e} over {len(CHECK_TEXT)} bytes, same patches, in fp32")
     if n_differing:
+        if config.patches_of is not None:
+            reason = f"our rule is that of {config.patches_of}"
+        else:
+            reason = "the patcher of transformers takes entropies over 260 classes, ours over 256"
+            reason += "" if config.dtype == "keep" else f", and its weights are rounded to {config.dtype}"
         print(
-            f"check: {n_differing} of {n_starts} patches begin elsewhere: the patcher of transformers "
-            "takes entropies over 260 classes, ours over 256 (docs/transformers.md)"
+            f"check: {n_differing} patch starts are in one of the two only (ours has {n_starts}): "
+            f"{reason} (docs/transformers.md)"
         )
     elif n_starts:
         print(f"check: all {n_starts} patches begin at the same bytes")
@@ -898,7 +903,7 @@ def main(config):
         next_step = f"{continue_text}, or {command('train_blt.py', init_from=config.output)}"
     size = print_summary(folder, *summary)
     if config.check == "yes" or (config.check == "auto" and size <= CHECKED_SIZE):
-        difference = print_check(folder, hf_folder)
+        difference = print_check(config, folder, hf_folder)
         # Only a kept dtype must agree: another one rounds the weights. `not ... <` is also true of NaN.
         if config.dtype == "keep" and not difference < LARGEST_DIFFERENCE:
             raise ValueError(

@@ -357,7 +357,7 @@ def draw_comparison(path, rows, title=None):
     """Draw bits per byte beside average patch size, one line a patching method, the best on top.
 
     rows: dicts {"method": str, "avg_patch_size": bytes, "val_bpb": bits per byte} and optionally
-    "ci", the half-width of the confidence interval of val_bpb, drawn as an error bar. There are two
+    "std", the standard deviation of val_bpb over the seeds, drawn as an error bar. There are two
     panels and no scatter plot, because methods compared at one average patch size would hide each
     other.
     """
@@ -373,16 +373,16 @@ def draw_comparison(path, rows, title=None):
     rows = sorted(rows, key=lambda row: row["val_bpb"], reverse=True)
     y = np.arange(len(rows))
     bpb = np.array([row["val_bpb"] for row in rows], dtype=np.float64)
-    ci = np.array([row.get("ci") or 0.0 for row in rows])
+    std = np.array([row.get("std") or 0.0 for row in rows])
     size = np.array([row["avg_patch_size"] for row in rows], dtype=np.float64)
 
     figure = _new_figure(figsize=(9, 1.3 + 0.38 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _bare(left, right)
-    left.errorbar(bpb, y, xerr=ci if ci.any() else None, fmt="o", color=BLUE, ecolor=GREY, capsize=3)
+    left.errorbar(bpb, y, xerr=std if std.any() else None, fmt="o", color=BLUE, ecolor=GREY, capsize=3)
     right.barh(y, size, color=BLUE, alpha=0.5, height=0.55)
-    low = (bpb - ci).min()
-    high = (bpb + ci).max()
+    low = (bpb - std).min()
+    high = (bpb + std).max()
     # A single method has no range.
     room = (high - low) or 0.1 * abs(high) or 0.1
     # The numbers are written to the right of the dots and bars.
@@ -390,9 +390,9 @@ def draw_comparison(path, rows, title=None):
     right.set_xlim(0, size.max() * 1.25)
     for line in y:
         number = f" {bpb[line]:.4f}"
-        if ci[line]:
-            number += f" ± {ci[line]:.4f}"
-        left.text(bpb[line] + ci[line] + 0.015 * room, line, number, va="center", fontsize=8)
+        if std[line]:
+            number += f" ± {std[line]:.4f}"
+        left.text(bpb[line] + std[line] + 0.015 * room, line, number, va="center", fontsize=8)
         right.text(size[line], line, f" {size[line]:.2f}", va="center", fontsize=8)
     left.set_yticks(y, [str(row["method"]) for row in rows], parse_math=False)
     left.set_ylim(-0.6, len(rows) - 0.4)

@@ -200,7 +200,7 @@ def test_curves_that_fit_are_not_clipped_and_nans_are_counted(tmp_path, drawn):
 def test_comparison_sorts_and_labels(tmp_path, drawn):
     rows = [
         {"method": "static", "avg_patch_size": 4.0, "val_bpb": 2.5},
-        {"method": "global", "avg_patch_size": 4.5, "val_bpb": 2.25, "ci": 0.125},
+        {"method": "global", "avg_patch_size": 4.5, "val_bpb": 2.25, "std": 0.125},
     ]
     pictures.draw_comparison(tmp_path / "compare.png", rows, "title")
     assert png_size(tmp_path / "compare.png") == (1350, round(150 * 2.06))

@@ -179,7 +179,7 @@ def copy_entropy_model(folder, target):
 def check_workflow(folder, printed, seeds):
     rows = json.loads((folder / "workflow" / "comparison.json").read_text())
     assert {row["method"] for row in rows} == {"global", "static"}
-    assert all(len(row["val_bpb_of_each_seed"]) == seeds and ("ci" in row) == (seeds > 1) for row in rows)
+    assert all(len(row["val_bpb_of_each_seed"]) == seeds and ("std" in row) == (seeds > 1) for row in rows)
     assert all(2 < row["avg_patch_size"] < 9 and 0 < row["val_bpb"] < 8 for row in rows)
     assert is_png(folder / "workflow" / "comparison.png") and "| global |" in printed
 
