@@ -402,6 +402,13 @@ def test_gentler_and_longer_runs_go_on_with_a_note(stopped, capsys):
     assert rates[7] == 0.005 and rates[8] == pytest.approx(0.001) and max(rates) == 14
 
 
+def test_another_precision_is_noted(stopped, capsys, monkeypatch):
+    """As where `--precision auto` is another one on another machine."""
+    monkeypatch.setattr(loop, "choose_precision", lambda name, device: "bf16")
+    train(stopped, resume=True)
+    assert "note: precision was fp32 and is bf16 here; the steps from 8 on follow it" in capsys.readouterr().out
+
+
 def test_a_moved_folder_goes_on(stopped, straight, tmp_path):
     moved = tmp_path / "elsewhere" / "moved"
     moved.parent.mkdir()

@@ -31,7 +31,7 @@ from helpers import (
 import experiment_steps
 import experiment_studies
 import experiments
-from blt import tasks
+from blt import studies, tasks
 from blt.config import parse_config
 from blt.corpus import is_own_output
 from blt.files import write_json
@@ -1049,6 +1049,30 @@ def test_the_rate_is_chosen_by_one_published_figure(studies_config):
     workshop = Workshop(studies_config().work, ROOT)
     assert workshop.flags_of(step, results)["settings"]["lr"] == 0.001
     assert runs["patch size 3 all three"].published == {"published loss": "0.49"}
+
+
+def test_an_error_of_an_earlier_attempt_is_not_reported(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("error: repaired since\n")
+    begin = studies.log_size(tmp_path)
+    assert begin == log.stat().st_size and studies.log_size(tmp_path / "none") == 0
+    with log.open("a") as file:
+        file.write("step 1\nstep 2\n")
+    assert studies.last_error(log, begin) == "step 2" and studies.last_error(log) == "error: repaired since"
+
+
+def test_seconds_of_two_machines_are_not_compared():
+    def group(name, value, seconds, machines):
+        made = group_of(name, {"model": name}, val_bpb=[value], all_seconds=[seconds], all_flops=[seconds])
+        for outcome in made.outcomes:
+            outcome.machines = machines
+        return made
+
+    curve = [group("flat", 2.0, 1.0, ["fast"]), group("flat", 1.8, 4.0, ["fast"])]
+    for machines, cell in ((["fast"], "+0.1000 (1)"), (["slow"], "-")):
+        blt = group("blt", 2.0, 2.0, machines)
+        assert studies.curve_difference_cell(blt, curve, "all_seconds") == cell
+        assert studies.curve_difference_cell(blt, curve, "all_flops") == "+0.1000 (1)"
 
 
 # The whole

@@ -208,8 +208,25 @@ def test_bad_settings_get_errors():
     ):
         with pytest.raises(ValueError, match=name):
             generate(model, patcher, b"", 3, **{name: value})
-    with pytest.raises(ValueError, match="max_new_bytes"):
-        GenerateConfig(max_new_bytes=0)
+    for make in (lambda: GenerateConfig(max_new_bytes=0), lambda: generate(model, patcher, b"", 0)):
+        with pytest.raises(ValueError, match="max_new_bytes is 0"):
+            make()
+    for flags in (dict(prompt=["a"], prompt_file="b"), dict(prompt=["a"], interactive=True)):
+        with pytest.raises(ValueError, match="only one of prompt, prompt_file and interactive"):
+            GenerateConfig(**flags)
+
+
+def test_an_error_leaves_the_model_in_its_mode():
+    model = model_of().train()
+    with pytest.raises(ValueError, match="drafts come from the entropy model"):
+        generate(model, patcher_of("space"), b"", 3, draft_bytes=2)
+    assert model.training
+
+
+def test_a_single_byte_has_no_speed(folder):
+    """It comes with the pass over the prompt."""
+    _, _, errors = run_here(folder[0], "generate", "--prompt", "a", "--max_new_bytes", 1, "--temperature", 0)
+    assert "1 bytes after" in errors and "a second" not in errors
 
 
 @pytest.fixture(scope="module")

@@ -121,6 +121,8 @@ def check_case(number, model, tokenizer_path):
     assert cached.read(1, len(stream)).tolist() == np.concatenate(is_start).tolist()
     sizes = training_patch_sizes(cached, corpus, numbers)
     assert sum(size * count for size, count in sizes.items()) == len(corpus.bytes)
+    # Wherever a block of positions ends, also at a document's end.
+    assert training_patch_sizes(cached, corpus, numbers, block=int(rng.integers(1, 9))) == sizes
     assert (
         patch_starts(
             flat,

@@ -1,5 +1,7 @@
 """Patching rules by hand, against plain loops and against their online forms; entropies; EntropyPatcher's contract."""
 
+import copy
+import math
 import time
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blt import patch_rules
-from blt.entropies import entropy_of, stream_entropies
+from blt.entropies import entropy_of, stream_entropies, training_sample
 from blt.patch_rules import (
     RULES,
     OnlineStarts,
@@ -19,11 +21,15 @@ from blt.patch_rules import (
     patch_sizes,
     patch_starts,
     threshold_for_patch_size,
+    warn_about_sizes,
 )
 from blt.pictures import PAGE, page_methods
 from blt.rows import DocumentStream
 from blt.tokens import train_tokenizer
+from blt.training import TrainingConfig
+from create_patches import CreatePatchesConfig
 from entropy_patcher import EntropyPatcher, analyze_entropy_distribution
+from show_patches import ShowPatchesConfig
 
 # The worked example of the released code: "Daenerys T. is in", the last number is about what follows the text.
 DAENERYS = np.array(
@@ -228,6 +234,61 @@ def test_threshold_errors():
         threshold_for_patch_size(np.ones(10), "global", 0.5)
     with pytest.raises(ValueError, match="no threshold"):
         threshold_for_patch_size(np.ones(10), "space", 4)
+    with pytest.raises(ValueError, match="it must be one of global, monotonic"):
+        threshold_for_patch_size(np.ones(10), "nope", 4)
+    with pytest.raises(ValueError, match="not finite"):
+        threshold_for_patch_size(np.float32([1, np.nan, 2, 3]), "global", 2)
+
+
+@pytest.mark.parametrize(
+    "method, flags, words",
+    [
+        ("space", dict(target_patch_size=6.0), "space has no threshold.*leave out target_patch_size"),
+        ("bpe", dict(entropy_threshold=2.0), "bpe has no threshold.*leave out entropy_threshold"),
+        ("monotonic", dict(monotonic_threshold=1.0), "of method both; leave it out with method monotonic"),
+        ("global", dict(target_patch_size=4.0, entropy_threshold=2.0), "not both"),
+    ],
+)
+def test_flags_that_a_method_does_not_use_are_refused(method, flags, words):
+    """None may be dropped without a word: by create_patches.py, show_patches.py or a training script."""
+    configs = [lambda: CreatePatchesConfig(method=method, **flags)]
+    if RULES[method].is_causal:
+        configs.append(lambda: ShowPatchesConfig(method=method, **flags))
+        if "monotonic_threshold" not in flags:
+            configs.append(lambda: TrainingConfig(patch_method=method, **flags))
+    for make in configs:
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
+def test_advice_about_sizes_fits_the_method(capsys):
+    warn_about_sizes(100, 100, 10, PatchConfig("space"))
+    warn_about_sizes(100, 100, 10, PatchConfig("global", 1.5))
+    space, of_global = capsys.readouterr().out.splitlines()
+    assert "choose another --method" in space and "threshold" not in space
+    assert "raise the threshold (1.500) or use --target_patch_size 4.5" in of_global
+
+
+def test_a_threshold_is_of_the_documents_in_use():
+    """A cache may have more documents, from a run that asked for more."""
+
+    class Cache:
+        train = np.arange(3)
+        lengths = np.array([4, 4, 4, 9])
+        of_documents = staticmethod(lambda first, end: np.arange(4 * end, dtype=np.float32))
+
+    entropies, is_start = training_sample(Cache(), 2)
+    assert len(entropies) == 8 and is_start.tolist() == [True, False, False, False] * 2
+    # The fourth document is validation.
+    assert len(training_sample(Cache(), 5)[0]) == 12
+
+
+def test_entropies_that_are_not_finite_are_refused(entropy_model):
+    model = copy.deepcopy(entropy_model)
+    with torch.no_grad():
+        model.head.weight[3] = math.nan
+    with pytest.raises(ValueError, match="not finite.*--precision fp32"):
+        EntropyPatcher(model, threshold=1.0).create_patches(b"some text")
 
 
 # Entropies and EntropyPatcher

@@ -191,6 +191,50 @@ def test_sigterm_saves_the_step_and_the_run_goes_on(runs, tmp_path):
     assert_same_run(folder / "checkpoints", tmp_path / "straight" / "checkpoints", within=0)
 
 
+STOPPED_EVALUATION = """
+import signal, sys
+from types import SimpleNamespace
+import torch
+from blt.loop import Interrupted, StopSignals
+from blt.metric import evaluate_together
+from blt.processes import joined, process_number, sum_over_processes
+from blt.rows import evaluation_batches
+import blt.metric
+
+with joined(SimpleNamespace(RUNS_TOGETHER=True, device="cpu")):
+    stop = StopSignals()
+    seen = []
+
+    def before_batch():
+        seen.append(1)
+        # The signal reaches one process alone, in the middle of its share.
+        if process_number() == 1 and len(seen) == 2:
+            stop._receive(signal.SIGTERM, None)
+        stop.check()
+
+    blt.metric.score_batches = lambda model, batches, *rest: (None for _ in batches)
+    blt.metric.add_up = lambda scored: [None for _ in scored] and {"nats": 0.0}
+    with stop.at_once():
+        try:
+            evaluate_together(None, list(range(7)), "cpu", before_batch=before_batch)
+        except Interrupted:
+            # Both are at the same place: what they tell each other next belongs together.
+            (total,) = sum_over_processes(len(seen))
+            print(f"stopped, {total} batches begun", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_the_evaluation_of_all(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED_EVALUATION)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "stopped.py")], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout == "stopped, 4 batches begun\n", done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_all_steps_of_the_pipeline_run_together(tmp_path):
     """Entropy model, entropies, patches and BLT; the entropies are those of one process, and so are the patches."""
