@@ -23,16 +23,8 @@ from blt.checks import check, check_packages, check_positive
 from blt.config import BY_PRESET, SIZE_NAMES, Presets, next_command, print_header, run_script
 from blt.corpus import DataConfig
 from blt.device import choose_device, choose_precision
-from blt.entropies import (
-    READING,
-    entropy_distribution,
-    make_entropies,
-    stream_predictions,
-    training_patch_sizes,
-    training_sample,
-    training_starts,
-    write_patches,
-)
+from blt.entropies import READING, entropy_distribution, stream_predictions
+from blt.entropy_cache import make_entropies
 from blt.ids import argument_bytes
 from blt.patch_rules import (
     DEFAULT_PATCH_SIZE,
@@ -48,6 +40,7 @@ from blt.patch_rules import (
 )
 from blt.processes import is_main, main_first
 from blt.tokens import bpe_starts, train_tokenizer
+from blt.training_patches import training_patch_sizes, training_sample, training_starts, write_patches
 from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_entropy_model
 

@@ -35,7 +35,7 @@ from blt.commands import command
 from blt.config import print_table, run_script
 from blt.corpus import open_corpus
 from blt.device import choose_device
-from blt.entropies import sigterm_raises
+from blt.entropy_cache import sigterm_raises
 from blt.files import load_weights
 from blt.ids import BOUNDARY
 from blt.layers import init_weights

@@ -22,7 +22,7 @@ from typing import Literal
 
 from blt.checkpoints import has_checkpoint
 from blt.config import BY_PRESET, Presets, given_fields, next_command, part_of, run_script
-from blt.entropies import make_entropies, open_entropies, read_patches, training_sample
+from blt.entropy_cache import make_entropies, open_entropies
 from blt.files import load_weights, model_hash
 from blt.ids import argument_bytes
 from blt.layers import zero_outputs
@@ -33,6 +33,7 @@ from blt.processes import is_main
 from blt.records import RunRecord, read_record, record_beside
 from blt.runs import claim_output, finish_run, print_model, start_run
 from blt.training import PatchedDataset, TrainingConfig, entropy_command, patches_command, train_blt
+from blt.training_patches import read_patches, training_sample
 from blt_model import BLTConfig, BLTModel, uninitialized
 from entropy_patcher import EntropyPatcher
 from generate import generate

@@ -8,13 +8,13 @@ import numpy as np
 from blt.checks import check
 from blt.config import SHARED_FIELDS, SIZE_NAMES, next_command
 from blt.device import MACHINE_NAMES
-from blt.entropies import training_starts
 from blt.files import load_weights
 from blt.ids import to_bytes
 from blt.loop import RunConfig, first_row_of, fit
 from blt.metric import leak_gate
 from blt.patch_rules import causal_methods, check_thresholds, warn_about_sizes
 from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
+from blt.training_patches import training_starts
 
 
 @dataclass
@@ -108,7 +108,7 @@ class PatchedDataset:
         """Patch a corpus by its cached entropies.
 
         config: `TrainingConfig`.
-        cache: `entropies.EntropyCache`; None for methods without entropies.
+        cache: `entropy_cache.EntropyCache`; None for methods without entropies.
         Raises ValueError if the cache does not cover the documents that the config wants.
         """
         train = corpus.documents("train", config.max_bytes)

@@ -144,7 +144,7 @@ def big(tmp_path_factory):
 ROWS = """
 import sys, numpy as np
 from blt.corpus import open_corpus
-from blt.entropies import training_starts
+from blt.training_patches import training_starts
 from blt.patch_rules import PatchConfig
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
 corpus = open_corpus("in", val_fraction=0.01)

@@ -25,26 +25,24 @@ from helpers import (
     tiny_entropy_model,
 )
 
-from blt import entropies
+import blt.entropies
+from blt import entropy_cache
 from blt.corpus import open_corpus
-from blt.entropies import (
+from blt.entropies import READING, default_reading, stream_entropies
+from blt.entropy_cache import (
     CACHE_FILES,
-    READING,
     CacheError,
     EntropyCache,
     cache_folder,
-    default_reading,
     make_entropies,
     open_entropies,
-    read_patches,
     reserve,
     sha256_of_file,
-    stream_entropies,
-    write_patches,
 )
 from blt.patch_rules import PatchConfig
 from blt.records import RunRecord
 from blt.rows import DocumentStream
+from blt.training_patches import read_patches, write_patches
 from entropy_patcher import EntropyPatcher
 
 STREAMS = 3
@@ -125,7 +123,7 @@ def test_a_cache_is_what_one_pass_gives(made, whole):
 @pytest.mark.slow
 def test_a_compiled_pass_gives_the_same_numbers(made, whole, tmp_path, monkeypatch, capsys):
     """By one graph for all chunks, the first and the last of other lengths included."""
-    monkeypatch.setattr(entropies, "is_worth_compiling", lambda *arguments: True)
+    monkeypatch.setattr(entropy_cache, "is_worth_compiling", lambda *arguments: True)
     torch._dynamo.utils.counters.clear()
     cache = made.make(tmp_path)
     assert "entropies: compiled in" in capsys.readouterr().out
@@ -146,7 +144,7 @@ def test_a_pass_that_cannot_be_compiled_goes_without(made, whole, tmp_path, monk
         return compiled
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(entropies, "is_worth_compiling", lambda *arguments: True)
+    monkeypatch.setattr(entropy_cache, "is_worth_compiling", lambda *arguments: True)
     made.make(tmp_path)
     assert "entropies: not compiled" in capsys.readouterr().out
     assert numbers_of(made, tmp_path) == numbers_of(made, whole)
@@ -168,7 +166,7 @@ def test_a_copied_cache_is_hashed_once(made, whole, tmp_path, monkeypatch):
         hashed.append(path.name)
         return sha256_of_file(path)
 
-    monkeypatch.setattr(entropies, "sha256_of_file", counting)
+    monkeypatch.setattr(entropy_cache, "sha256_of_file", counting)
     made.open(folder)
     assert sorted(hashed) == sorted(CACHE_FILES)
     made.open(folder)
@@ -387,7 +385,7 @@ def test_sigterm_saves_too(made, whole, stopping, tmp_path):
 
 def check_kills(made, whole, stopping, tmp_path, monkeypatch, seeds):
     """SIGKILL at random instants until a process finishes: the cache is that of one pass."""
-    monkeypatch.setattr(entropies, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(entropy_cache, "SAVE_SECONDS", 0.0)
     for seed in seeds:
         rng = np.random.default_rng(seed)
         cache_dir = tmp_path / str(seed)
@@ -453,7 +451,7 @@ def test_killed_before_the_last_rename(made, whole, stopping, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(entropies.Path, "rename", killed)
+        patch.setattr(entropy_cache.Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             made.make(tmp_path)
     rest = stopping(None)
@@ -542,7 +540,7 @@ def test_a_process_with_a_file_limit_gets_one_clear_line(made, tmp_path):
 
 def test_a_disk_that_fills_up_loses_no_progress(made, whole, stopping, tmp_path, monkeypatch):
     stopping(40, OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(entropies, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(entropy_cache, "SAVE_SECONDS", 0.0)
     with pytest.raises(OSError, match="run the same command"):
         made.make(tmp_path)
     stopping(None)
@@ -653,7 +651,7 @@ def test_the_state_of_a_stream_keeps_no_more_than_it_shows(made):
 
 def test_reading_is_chosen_by_device(monkeypatch):
     assert default_reading(torch.device("cpu")) == (4, 1024)
-    monkeypatch.setattr(entropies, "detect_machine", lambda name: {"cuda:0": "h100", "cuda:1": "colab_t4"}[name])
+    monkeypatch.setattr(blt.entropies, "detect_machine", lambda name: {"cuda:0": "h100", "cuda:1": "colab_t4"}[name])
     assert default_reading(torch.device("cuda:0")) == READING["h100"] == (256, 2048)
     assert default_reading(torch.device("cuda:1")) == READING["colab_t4"]
 

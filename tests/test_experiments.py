@@ -210,7 +210,7 @@ def test_what_is_stopped_goes_on(workshop):
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from blt.entropies import sigterm_raises
+from blt.entropy_cache import sigterm_raises
 from blt.studies import Run, Step, Study, StudyRuns, Workshop
 def run(value):
     step = Step("fake", {{"value": value, "seed": 1, "sleep": 60}}, checkpoints="output")

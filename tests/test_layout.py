@@ -15,8 +15,8 @@ LEVELS = [
     {"checkpoints", "config", "kernels", "patch_rules", "progress", "records", "sharding", "splits"},
     {"attention", "corpus", "loss_watch", "ngrams", "optimizers", "pictures", "replay", "segments"},
     {"layers", "plain_blt", "ppmd", "rows", "studies"},
-    {"entropies", "flops", "metric", "sampling", "tokens"},
-    {"incremental", "loop"},
+    {"entropies", "flops", "metric", "sampling", "tokens", "training_patches"},
+    {"entropy_cache", "incremental", "loop"},
     {"runs", "tasks", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from helpers import tiny_entropy_model
 
-from blt.entropies import document_starts, stream_entropies, training_patch_sizes, training_starts
+from blt.entropies import stream_entropies
 from blt.ids import BOUNDARY
 from blt.patch_rules import RULES, PatchConfig, causal_methods, patch_sizes, patch_starts
 from blt.rows import BitArray, DocumentStream, TrainingRows, evaluation_batches
 from blt.tokens import train_tokenizer
+from blt.training_patches import document_starts, training_patch_sizes, training_starts
 from entropy_patcher import EntropyPatcher
 
 # What the documents of a case are made of: all bytes, few of them, text, and what decoders stumble over.

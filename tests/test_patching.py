@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blt import patch_rules
-from blt.entropies import entropy_of, stream_entropies, training_sample
+from blt.entropies import entropy_of, stream_entropies
 from blt.patch_rules import (
     RULES,
     OnlineStarts,
@@ -27,6 +27,7 @@ from blt.pictures import PAGE, page_methods
 from blt.rows import DocumentStream
 from blt.tokens import train_tokenizer
 from blt.training import TrainingConfig
+from blt.training_patches import training_sample
 from create_patches import CreatePatchesConfig
 from entropy_patcher import EntropyPatcher, analyze_entropy_distribution
 from show_patches import ShowPatchesConfig

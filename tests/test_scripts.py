@@ -31,9 +31,10 @@ from helpers import (
 
 from blt.config import field_comments
 from blt.corpus import open_corpus
-from blt.entropies import open_entropies, training_patch_sizes, training_starts
+from blt.entropy_cache import open_entropies
 from blt.patch_rules import PatchConfig, count_sizes, patch_sizes
 from blt.records import RunRecord
+from blt.training_patches import training_patch_sizes, training_starts
 from entropy_llm import EntropyRunConfig
 from entropy_patcher import EntropyPatcher
 from save_entropy_model import load_entropy_model
