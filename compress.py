@@ -43,7 +43,7 @@ import torch
 from blt.checks import check, check_output, check_packages, check_positive
 from blt.commands import command
 from blt.config import run_script
-from blt.device import choose_device, threads_for
+from blt.device import choose_device, threads_for, what_triton_lacks
 from blt.files import model_hash, write_atomically
 from blt.ids import BOUNDARY
 from blt.incremental import IncrementalBLT
@@ -404,7 +404,11 @@ def write_file(path, data):
 
 def load_model(config):
     """(BLT, patcher, record) of --model."""
-    model, patcher, record = load_blt(config.model, choose_device(config.device))
+    device = choose_device(config.device)
+    if device.type == "cuda" and what_triton_lacks() is not None:
+        # Without the kernels a GPU sums a patch's bytes in an order that is open.
+        raise ValueError(f"on CUDA compress.py needs {what_triton_lacks()}; install it, or pass --device cpu")
+    model, patcher, record = load_blt(config.model, device)
     # For `bits_per_byte`, whose patches must be the coder's; the coder itself always computes in fp32.
     patcher.precision = "fp32"
     return model, patcher, record

@@ -181,29 +181,40 @@ class Workshop:
 
         results: {run name: metrics} of the finished runs with the same seed.
         """
-        is_estimate = False
-
-        def value_of(value):
-            nonlocal is_estimate
-            if isinstance(value, Made):
-                return str(self.path_of(value.step, results).relative_to(self.folder))
-            if isinstance(value, Measured):
-                if all(name in results for name in value.runs):
-                    return value.of(*(results[name] for name in value.runs))
-                is_estimate = True
-                return value.estimate
-            if isinstance(value, dict):
-                return {name: value_of(item) for name, item in value.items()}
-            return value
-
+        flags, is_estimate = self._filled(step, results, self.folder)
         words = []
-        for name, value in step.flags.items():
-            value = value_of(value)
+        for name, value in flags.items():
             if isinstance(value, dict):
                 value = json.dumps(value, sort_keys=True)
             items = value if isinstance(value, (list, tuple)) else [value]
             words += [f"--{name}", *map(str, items)]
         return words, is_estimate
+
+    def _filled(self, step, results, relative_to=None):
+        """({name: value} of a step, with what is measured or made filled in; whether that holds an estimate).
+
+        relative_to: a folder for paths to be relative to.
+        """
+        has_estimate = False
+
+        def value_of(value):
+            nonlocal has_estimate
+            if isinstance(value, Made):
+                # The step that makes it may itself depend on an estimate.
+                has_estimate |= self.resolve(value.step, results)[1]
+                path = self.path_of(value.step, results)
+                return str(path if relative_to is None else path.relative_to(relative_to))
+            if isinstance(value, Measured):
+                if all(name in results for name in value.runs):
+                    return value.of(*(results[name] for name in value.runs))
+                has_estimate = True
+                return value.estimate
+            if isinstance(value, dict):
+                return {name: value_of(item) for name, item in value.items()}
+            return value
+
+        flags = {name: value_of(value) for name, value in step.flags.items()}
+        return flags, has_estimate
 
     def step_folder(self, step, results):
         """The folder of a step, named by its script and by a hash of its command."""
@@ -217,16 +228,7 @@ class Workshop:
 
     def flags_of(self, step, results):
         """{name: value} of a step, with what is measured or made filled in: for its script's config class."""
-
-        def value_of(value):
-            if isinstance(value, Made):
-                return str(self.path_of(value.step, results))
-            if isinstance(value, Measured):
-                known = all(name in results for name in value.runs)
-                return value.of(*(results[name] for name in value.runs)) if known else value.estimate
-            return {name: value_of(item) for name, item in value.items()} if isinstance(value, dict) else value
-
-        return {name: value_of(value) for name, value in step.flags.items()}
+        return self._filled(step, results)[0]
 
     def command(self, step, results):
         """The whole command as a list of words, beginning with the script."""

@@ -250,3 +250,11 @@ def test_a_mistake_is_one_line(folder):
     (folder / "broken.blt").write_bytes(b"BLT3" + bytes(50))
     line = error_of(folder, "compress", "--decompress", "broken.blt", "--output", "x")
     assert "it is damaged" in line
+
+
+def test_a_gpu_without_the_kernels_is_refused(monkeypatch):
+    """Its sums over a patch's bytes would have no fixed order: what it writes might not be restored."""
+    monkeypatch.setattr("compress.choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("compress.what_triton_lacks", lambda: "the package triton")
+    with pytest.raises(ValueError, match="needs the package triton; install it, or pass --device cpu"):
+        compress.load_model(CompressConfig(file="x"))
