@@ -132,11 +132,11 @@ def markdown_table(rows, seeds):
         )
     found = rows[0]["baselines"]
     if found["ppmd"] is None:
-        lines.append(f"| PPMd: {ppmd.INSTALL} | | | | |")
+        lines.append(f"| PPMd: {ppmd.INSTALL} | | | | | |")
     else:
-        lines.append(f"| {ppmd.label(found['ppmd'])} | | {found['ppmd']['bpb']:.4f} | no seed | |")
+        lines.append(f"| {ppmd.label(found['ppmd'])} | | {found['ppmd']['bpb']:.4f} | no seed | | |")
     for name, bpb in found["untrained"].items():
-        lines.append(f"| {name}, untrained | | {bpb:.4f} | no seed | |")
+        lines.append(f"| {name}, untrained | | {bpb:.4f} | no seed | | |")
     return "\n".join(lines) + "\n"
 
 

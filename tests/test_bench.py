@@ -387,8 +387,12 @@ def test_models_by_name(folder):
     path = folder / "model.json"
     settings = {"row_bytes": 99, "batch_rows": 3, **asdict(TINY)}
     corpus = {"dataset": "sample", "sha256": None}
-    RunRecord("blt", {"global_dim": 64}, settings, corpus).save(path)
+    RunRecord("blt", asdict(TINY) | {"global_dim": 64}, settings, corpus).save(path)
     assert find_model(str(path), BenchConfig()) == (replace(TINY, global_dim=64), 99, 3)
+    # A baseline's record would give a BLT of default sizes.
+    RunRecord("flat", {"dim": 64}, settings, corpus).save(path)
+    with pytest.raises(ValueError, match="of kind 'flat'; bench.py measures BLTs"):
+        find_model(str(path), BenchConfig())
 
 
 def test_mistakes_are_named():

@@ -529,7 +529,7 @@ def models(tmp_path_factory):
     torch.nn.init.normal_(entropy_model.head.weight, std=0.5)
     torch.nn.init.normal_(blt.head.weight, std=0.5)
     threshold = threshold_for_patch_size(EntropyPatcher(entropy_model).entropies(MIXED), "global", 3)
-    write_blt(folder / "checkpoints", blt, PatchConfig("global", threshold), entropy_model)
+    write_blt(folder / "checkpoints", blt, PatchConfig("global", threshold), entropy_model, row_bytes=64)
     return folder
 
 

@@ -157,11 +157,11 @@ def test_the_footer_names_what_each_compressor_has_read():
 
 
 def test_the_table_of_the_workflow_has_the_compressors():
-    row = {"method": "space", "avg_patch_size": 5.0, "val_bpb": 2.0, "bytes_per_second": 1e4}
+    row = {"method": "space", "avg_patch_size": 5.0, "val_bpb": 2.0, "bytes_per_second": 1e4, "trained_bytes": 10**6}
     table = markdown_table([row | {"baselines": FOUND}], 1).splitlines()
-    assert table[3] == "| PPMd order 12, 256 MB, after the same training text | | 1.8891 | no seed | |"
-    assert table[4] == "| gzip -9, untrained | | 3.2531 | no seed | |"
-    assert markdown_table([row | {"baselines": WITHOUT}], 1).splitlines()[3] == "| PPMd: pip install pyppmd | | | | |"
+    assert table[3] == "| PPMd order 12, 256 MB, after the same training text | | 1.8891 | no seed | | |"
+    assert table[4] == "| gzip -9, untrained | | 3.2531 | no seed | | |"
+    assert markdown_table([row | {"baselines": WITHOUT}], 1).splitlines()[3] == "| PPMd: pip install pyppmd | | | | | |"
 
 
 def test_without_the_package_the_number_is_not_left_out_silently(corpus, monkeypatch):

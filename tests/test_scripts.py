@@ -253,7 +253,7 @@ def folder_of_mistakes(pipeline, tmp_path_factory):
         ("llm", "--max_bytes 5000000", "python create_patches.py"),
         ("llm", "--entropy_model_path none.pth --patch_method global", "python entropy_llm.py"),
         ("llm", "--patch_cache none", "python create_patches.py"),
-        ("llm", "--patch_method static", "--target_patch_size"),
+        ("llm", "--patch_method space --target_patch_size 6", "leave out target_patch_size"),
         ("llm", "--device abacus", "device is 'abacus'"),
         ("llm_large", "--global_dim 33 --preset cpu", "33"),
         ("complete_entropy_workflow", "--epochs 1", "use --steps instead of --epochs"),
