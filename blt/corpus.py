@@ -275,7 +275,7 @@ def open_corpus(
     dataset = os.fspath(dataset)
     cache_dir = Path(cache_dir).expanduser()
     needs_limit = max_bytes is None and max_documents is None
-    reading = dict(
+    options = dict(
         text_field=text_field, max_document_bytes=max_document_bytes, cache_dir=cache_dir, needs_limit=needs_limit
     )
     standard = standard_split(dataset)
@@ -283,10 +283,11 @@ def open_corpus(
     if standard is not None:
         if not needs_limit:
             raise ValueError(f"{standard[0]} is stored as a whole; leave out --corpus_bytes, and use --max_bytes")
-        source = standard_source(*standard, **reading)
-        subset = source.subset
+        if subset is not None:
+            raise ValueError(f"subset is {subset!r}, but {standard[0]} has none; leave it out")
+        source = standard_source(*standard, **options)
     else:
-        source = find_source(dataset, subset, **reading)
+        source = find_source(dataset, subset, **options)
     if val_dataset is not None:
         val_dataset = os.fspath(val_dataset)
         for name in (dataset, val_dataset):
@@ -294,7 +295,7 @@ def open_corpus(
                 raise ValueError(
                     f"{name} has a validation text of its own; leave out --val_dataset, or name other texts"
                 )
-        validation = find_source(val_dataset, None, **reading)
+        validation = find_source(val_dataset, None, **options)
 
     settings = dict(
         format=FORMAT,
@@ -414,7 +415,9 @@ def standard_source(name, where, text_field, max_document_bytes, cache_dir, need
         states = {shown(path.name): file_state(path)}
 
         def read():
-            return read_whole(path, states, standard.total_bytes)
+            # One byte more is enough to know that it is another text.
+            with reading(path, states[shown(path.name)]), open_plain(path) as stream:
+                return stream.read(standard.total_bytes + 1)
 
     # All parts are of one text, which is read once.
     kept = []
@@ -461,17 +464,6 @@ def standard_file(name, where):
     # It is a hub id or a path that is not there, which ends with an error.
     local_path(where)
     return None
-
-
-def read_whole(path, states, limit):
-    """The bytes of a file, plain or compressed, up to one more than `limit`. Errors are those of `read_files`."""
-
-    def read(name, path, text_field, max_document_bytes):
-        with open_plain(path) as stream:
-            yield name, stream.read(limit + 1)
-
-    ((_, content),) = read_files({shown(path.name): path}, None, None, states, read)
-    return content
 
 
 def open_plain(path):
@@ -794,24 +786,34 @@ def is_yaml_card(file):
 # ---- Reading documents from files
 
 
-def read_files(files, text_field, max_document_bytes, states, read=None):
+def read_files(files, text_field, max_document_bytes, states):
     """Yield (source, bytes) of each document of {name: path}.
 
-    read: reads one of them; None: `read_file`. Text files are not decoded, so invalid UTF-8 survives unchanged.
+    Text files are not decoded, so invalid UTF-8 survives unchanged.
     states: {name: what `file_state` said before}. The store's key stands for these states.
-    Raises ValueError naming the file that cannot be read, or that has changed meanwhile.
+    Raises the errors of `reading`.
     """
     for name, path in files.items():
-        try:
-            yield from (read or read_file)(name, path, text_field, max_document_bytes)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
-            # Not the file's fault: there is no room for what is decompressed.
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(error.errno, f"no room in {tempfile.gettempdir()} (or set TMPDIR)") from error
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-            raise ValueError(f"cannot read {shown(path)}: {reason}; is the file damaged or unreadable?") from error
-        if file_state(path) != states[name]:
-            raise ValueError(f"{shown(path)} was changed while it was read; run again when nothing writes to it")
+        with reading(path, states[name]):
+            yield from read_file(name, path, text_field, max_document_bytes)
+
+
+@contextlib.contextmanager
+def reading(path, state):
+    """Read a file in this block.
+
+    Raises ValueError naming the file if it cannot be read, or if it is no longer as when `file_state` gave `state`.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        # Not the file's fault: there is no room for what is decompressed.
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, f"no room in {tempfile.gettempdir()} (or set TMPDIR)") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise ValueError(f"cannot read {shown(path)}: {reason}; is the file damaged or unreadable?") from error
+    if file_state(path) != state:
+        raise ValueError(f"{shown(path)} was changed while it was read; run again when nothing writes to it")
 
 
 def read_file(name, path, text_field, max_document_bytes):
