@@ -10,11 +10,13 @@ from test_gpu import CONFIG, documents, static_patcher, training_data
 
 from blt import loop
 from blt.entropies import compiled_entropies, stream_entropies
+from blt.incremental import IncrementalBLT
 from blt.metric import target_losses
 from blt.rows import DocumentStream, evaluation_batches
 from blt.training import TrainingConfig, train_blt
 from blt_model import BLTConfig, BLTModel
 from entropy_llm import EntropyConfig, MinimalLLM
+from entropy_patcher import EntropyPatcher
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,3 +83,20 @@ def test_a_compiled_entropy_pass():
         got = stream_entropies(model, stream, 4, 256, compiled=compiled)
     want = stream_entropies(model, stream, 4, 256)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+def test_steps_through_texts_repeat():
+    """With several streams and long patches: compress.py decodes with the very probabilities that it coded with."""
+    torch.manual_seed(0)
+    model = BLTModel(BLTConfig(**CONFIG)).cuda().eval()
+    patcher = EntropyPatcher(None, threshold=20, method="static")
+    texts_BT = np.stack(documents(8))[:, :90].astype(np.int64)
+
+    def read():
+        reader = IncrementalBLT(model, patcher, 8)
+        logits = [reader.prefill([np.array([256])] * 8)]
+        # The next step may overwrite what one has returned.
+        logits += [reader.extend(texts_BT[:, t : t + 1])[:, 0].clone() for t in range(texts_BT.shape[1])]
+        return torch.stack(logits)
+
+    assert torch.equal(read(), read())
