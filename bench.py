@@ -1012,18 +1012,15 @@ def write_cached(model, patcher, new_bytes, draft_bytes, prompt):
     with threads_for(1):
         greedy = SamplingConfig()
         generator = Generator(model, patcher, [prompt], new_bytes, greedy, draft_bytes=draft_bytes)
-        steps = generator.steps()
-        # The first step reads the prompt and chooses a byte. In the next ones CUDA graphs are recorded.
-        for _ in range(1 + new_bytes // 8):
-            next(steps, None)
-        n_before = len(generator.samplers[0].final_bytes())
-        tick = now(device)
-        for _ in steps:
-            pass
-        seconds = now(device) - tick
-    text = generator.samplers[0].final_bytes()
+        sampler = generator.samplers[0]
+        # (seconds, bytes) after each step, of which the first reads the prompt and chooses a byte.
+        clock = [(now(device), len(sampler.final_bytes())) for _ in generator.steps()]
+    # In the first steps CUDA graphs are recorded. A text that ends early is timed from its first byte on.
+    begin, n_before = next((tick for tick in clock[:-1] if tick[1] > new_bytes // 8), clock[0])
+    end, n_bytes = clock[-1]
+    text = sampler.final_bytes()
     counts = {"drafted": generator.drafted, "accepted": generator.accepted, "passes": generator.passes}
-    return Continuation(text, seconds / max(1, len(text) - n_before), counts if draft_bytes else {})
+    return Continuation(text, (end - begin) / max(1, n_bytes - n_before), counts if draft_bytes else {})
 
 
 def write_by_transformers(convert_hf, hf_model, one_thread, prompt):

@@ -1,4 +1,4 @@
-"""Everything from end to end, with a comparison: one BLT for each patching method, on the same bytes.
+"""Everything from end to end, with a comparison: one BLT for each patching method, on the same text.
 
 Reads   a corpus and entropy_model.pth (trained here first with --train_entropy)
 Writes  workflow/: comparison.json, comparison.png, comparison.md, and for each method its checkpoints and pictures

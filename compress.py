@@ -299,6 +299,14 @@ def machine_fingerprint(model, patcher, n_streams, context_bytes):
     return digest.digest()[:4], words
 
 
+def check_device(model):
+    """Raise ValueError if the model's device may compute other probabilities when a file is restored."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and what_triton_lacks() is not None:
+        # Without the kernels a GPU sums a patch's bytes in an order that is open.
+        raise ValueError(f"on CUDA this needs {what_triton_lacks()}; install it, or use --device cpu")
+
+
 def compress(data, model, patcher, n_streams, context_bytes, progress=None):
     """Compress bytes. Returns the compressed file's bytes, and the bits by the model's probabilities.
 
@@ -308,6 +316,7 @@ def compress(data, model, patcher, n_streams, context_bytes, progress=None):
     n_streams: streams that are coded side by side; one a byte at most.
     context_bytes: ids in a row of the model, see `IncrementalBLT`.
     """
+    check_device(model)
     n_streams = stream_count(len(data), n_streams)
     # The bytes are coded in any case: only that shows whether their code is smaller.
     with threads_for(n_streams):
@@ -336,6 +345,7 @@ def decompress(compressed, model, patcher, progress=None):
         if progress is not None:
             progress.update(len(data))
     else:
+        check_device(model)
         data = decode_file(header, content, model, patcher, progress)
     if zlib.crc32(data) != header.checksum:
         raise ValueError(
@@ -404,11 +414,7 @@ def write_file(path, data):
 
 def load_model(config):
     """(BLT, patcher, record) of --model."""
-    device = choose_device(config.device)
-    if device.type == "cuda" and what_triton_lacks() is not None:
-        # Without the kernels a GPU sums a patch's bytes in an order that is open.
-        raise ValueError(f"on CUDA compress.py needs {what_triton_lacks()}; install it, or pass --device cpu")
-    model, patcher, record = load_blt(config.model, device)
+    model, patcher, record = load_blt(config.model, choose_device(config.device))
     # For `bits_per_byte`, whose patches must be the coder's; the coder itself always computes in fp32.
     patcher.precision = "fp32"
     return model, patcher, record

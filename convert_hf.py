@@ -863,7 +863,9 @@ def print_check(config, folder, hf_folder):
             reason = f"our rule is that of {config.patches_of}"
         else:
             reason = "the patcher of transformers takes entropies over 260 classes, ours over 256"
-            reason += "" if config.dtype == "keep" else f", and its weights are rounded to {config.dtype}"
+            if config.dtype in ("bf16", "fp16"):
+                whose = "its" if config.to_hf is not None else "our"
+                reason += f", and {whose} weights are rounded to {config.dtype}"
         print(
             f"check: {n_differing} patch starts are in one of the two only (ours has {n_starts}): "
             f"{reason} (docs/transformers.md)"

@@ -277,8 +277,12 @@ def entropy_costs(folders, text_bytes):
     cached_bytes = int(of_pass["command"][of_pass["command"].index("--max_bytes") + 1])
     # Without the script's start, pictures and page, as all other seconds are.
     log = (folders[1] / "log.txt").read_text(errors="replace")
-    said = re.findall(r"^entropies: [\d,]+ numbers in ([\d.]+) s", log, re.M)
-    seconds = float(said[-1]) if said else of_pass["seconds"]
+    said = re.findall(r"^entropies: ([\d,]+) numbers in .*\(([\d.]+) kB/s\)", log, re.M)
+    seconds = of_pass["seconds"]
+    if said:
+        # By the speed: where the pass was stopped, the seconds are of its last part alone.
+        numbers, speed = said[-1]
+        seconds = int(numbers.replace(",", "")) / (1e3 * float(speed))
     return {
         "entropy_bpb": entropy.result["val_bpb"],
         "entropy_flops": TRAINING * forward * trained_bytes(entropy.result) + forward * text_bytes,

@@ -81,8 +81,9 @@ def summarize_baselines(groups):
         "BLT with tables minus each other model, in bits per byte: the mean over seeds, its standard error, and the "
         "number of seeds. Below zero the BLT is better. The other model is read from its curve over the three budgets "
         "where it has read as many bytes, or costs as many FLOPs or seconds as the BLT and its entropy model (training "
-        "and one pass over the text) together. Between budgets, and a little beyond the first and the last, a curve is "
-        "straight over the logarithm.",
+        "and one pass over the text) together. Between budgets it is interpolated linearly in the logarithm of the "
+        "cost, and extrapolated at most by a factor of 2; - where it does not reach, or where seconds are of another "
+        "machine.",
     ]
     for blt in ("blt", "space"):
         rows = []
@@ -408,7 +409,7 @@ def grown(config, patch):
 
 
 def patches_map(bench):
-    """Arms from one place: larger models, longer rows, more text; larger patches with a small and a large model."""
+    """One change at a time from one configuration: larger models, longer rows, more text, larger patches."""
     sizes = {"cpu": ("nano", "tiny", "small", "medium"), "gpu": ("small", "medium")}[bench.config.budget]
     small, large = {"cpu": ("nano", "small"), "gpu": ("small", "medium")}[bench.config.budget]
     places = [(size, 2048, 1) for size in sizes] + [(small, 8192, 1), (small, 32768, 1), (large, 8192, 1)]

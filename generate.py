@@ -6,7 +6,7 @@ Run     python generate.py --model checkpoints --prompt "The history of" [--max_
         python generate.py --model checkpoints --interactive
 Prints  the prompt and its continuation while it is being made; with several prompts, one text after
         the other. The speed goes to stderr.
-Takes   8 ms a byte with the demo's model (15M parameters) on one core of an AMD EPYC
+Takes   8 ms a byte with a model of 15M parameters on one core of an AMD EPYC
 
 `IncrementalBLT` caches keys, values and patch states, so the cost of a byte does not grow with its
 position. --draft_bytes is self-speculation (BLT-S): the entropy model, which reads every byte anyway,

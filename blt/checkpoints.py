@@ -121,7 +121,9 @@ def load_checkpoint(path, model, optimizers, scaler, config, depends_on):
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        scaler.load_state_dict(checkpoint["scaler"])
+        # Empty where the run was not in fp16.
+        if checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
         torch.set_rng_state(checkpoint["random"])
         if checkpoint["random_cuda"] and torch.cuda.is_available():
             # The run may have had more cards.

@@ -75,6 +75,16 @@ def is_worth_compiling(device, n_chunks):
     return device.type == "cuda" and n_chunks >= 200
 
 
+def check_finite(entropies):
+    """Raise ValueError unless all entropies of an array are finite."""
+    # NaN is above no threshold: it would give patches as long as the text, without a word.
+    if not np.isfinite(entropies).all():
+        raise ValueError(
+            "the entropy model gives entropies that are not finite; compute them in fp32, "
+            f"or train it again: {command('entropy_llm.py')}"
+        )
+
+
 def default_reading(device):
     """(streams, chunk_bytes) for an entropy pass on this torch.device."""
     return READING[detect_machine(str(device))]
@@ -202,12 +212,7 @@ def stream_entropies(
                 if low >= high:
                     continue
                 new = entropies[row, low - first : high - first]
-                # NaN is above no threshold: it would give patches as long as the text, without a word.
-                if not np.isfinite(new).all():
-                    raise ValueError(
-                        "the entropy model gives entropies that are not finite; "
-                        f"pass --precision fp32, or train it again: {command('entropy_llm.py')}"
-                    )
+                check_finite(new)
                 out[low:high] = new
                 n_new += high - low
                 if visit is not None:

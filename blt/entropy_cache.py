@@ -337,7 +337,7 @@ def compute_cache(folder, corpus, model, model_record, train, validation, precis
         if is_main():
             finish_cache(folder, partial, corpus, model_record, train, validation, precision, total)
     speed = (total - before) / seconds / 1e3
-    print(f"entropies: {total:,} numbers in {seconds:.1f} s ({speed:.0f} kB/s) -> {folder}")
+    print(f"entropies: {total:,} numbers in {seconds:.1f} s ({speed:.1f} kB/s) -> {folder}")
 
 
 def finish_cache(folder, partial, corpus, model_record, train, validation, precision, total):

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 from blt.attention import apply_rotary, rotary_cos_sin
 from blt.device import autocast
-from blt.entropies import entropy_of
+from blt.entropies import check_finite, entropy_of
 from blt.ids import BOUNDARY
 from blt.patch_rules import OnlineStarts
 from blt.replay import Replayed, can_record, send
@@ -399,7 +399,9 @@ class IncrementalBLT:
         buffers = self.caches["entropy"].buffers()
         with autocast(self.device, self.precision):
             logits_BNV, entropies_BN = self.entropy_pass(self._entropy_pass, arrays, buffers, self._records(ids_BN))
-        return logits_BNV, entropies_BN.cpu().numpy()
+        entropies = entropies_BN.cpu().numpy()
+        check_finite(entropies)
+        return logits_BNV, entropies
 
     def _entropy_pass(self, tensors):
         """What the device does in `_read_with_entropy_model`."""

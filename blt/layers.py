@@ -62,7 +62,7 @@ class RMSNorm(nn.RMSNorm):
 def trains_on_cuda(x):
     """Whether this is a training pass on CUDA.
 
-    Some layers have another form for it, of equal results, that is faster or repeatable there.
+    Some layers then compute the same result in another way, which on CUDA is faster or repeats exactly.
     """
     return x.device.type == "cuda" and torch.is_grad_enabled()
 
@@ -94,7 +94,8 @@ def products_of(x, *linears):
     """The outputs of several `nn.Linear` without bias, of one input: in training on CUDA by one matrix product.
 
     One large product is faster there than several small ones, and x is read once. Joining copies the
-    weights, as autocast does; compiled, both are one copy. In fp32 it is an extra one.
+    weights. Under autocast and torch.compile that is the copy that autocast makes anyway; in fp32 it is
+    an extra one.
     """
     if not trains_on_cuda(x):
         return [linear(x) for linear in linears]

@@ -152,6 +152,9 @@ def fit(model, config, train_rows, validation_batches, out_dir, depends_on=None,
     """
     config.choose_steps(train_rows)
     check_processes(config)
+    if n_processes() > 1:
+        passes, rows = share_of_update(config)
+        print(f"{n_processes()} processes: each makes passes of {rows} rows, {passes} an update")
     device = next(model.parameters()).device
     precision = choose_precision(config.precision, device)
     allow_tf32(device, precision)
@@ -495,6 +498,8 @@ ECHO_SECONDS = 5.0
 class StopSignals:
     """Ctrl-C and SIGTERM, held back until a step is done. A second one stops at once.
 
+    With several processes a second one counts after ECHO_SECONDS only.
+
     signal: the number of the one that came; None: none did.
     """
 
@@ -527,7 +532,8 @@ class StopSignals:
         if self.is_at_once and n_processes() == 1:
             raise Interrupted
         if is_main():
-            print("\nstopping after this step; again: at once", file=sys.stderr)
+            when = "again" if n_processes() == 1 else f"again after {ECHO_SECONDS:.0f} s"
+            print(f"\nstopping after this step; {when}: at once", file=sys.stderr)
 
     @contextmanager
     def at_once(self):
@@ -580,9 +586,7 @@ def batches_of_steps(train_rows, config, start, device):
 
 def check_processes(config):
     """Raise ValueError if a run cannot be that of as many processes as there are."""
-    passes, rows = share_of_update(config)
-    if n_processes() > 1:
-        print(f"{n_processes()} processes: each makes passes of {rows} rows, {passes} an update")
+    share_of_update(config)
     if config.shard and n_processes() == 1:
         raise ValueError("shard shares a model out among processes: start the script with torchrun, or leave it out")
 
@@ -681,7 +685,8 @@ def compile_losses(model, config, train_rows, device, precision):
         if has_dropout:
             print("compiled and eager losses are not compared: two passes with dropout differ")
             return compiled
-        # With the code for CPUs: of Triton's kernels the compiled pass and the leak gate use the same.
+        # Without the Triton kernels. The compiled pass and the leak gate both use them, so a wrong one would
+        # agree with itself.
         with torch.no_grad(), autocast(device, precision), without_triton():
             eager_nats, _ = target_losses(model, batch)
     difference = (eager_nats - compiled_nats).abs().mean().item()

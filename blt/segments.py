@@ -4,7 +4,7 @@
 patch lengths, with the patch that each byte may read without seeing the future. `OpenPatches` is that of
 text that is being written. `attend_to_patches` is how bytes read patches.
 
-On CUDA the work of the last three is done by `triton_kernels`, elsewhere by `kernels`.
+On CUDA `triton_kernels` do the work of `PatchMap`, `OpenPatches` and `attend_to_patches`, elsewhere `kernels`.
 """
 
 import importlib.util
@@ -49,8 +49,8 @@ class Segments:
     Sums and maxima work on all rows at once: on N = B * T bytes and M = B * (P + 1) slots, which are
     the P patches of row 0, one slot for its left-out bytes, the patches of row 1, and so on.
     pool: int64 [N], the slot of each byte.
-    begins, first: what `triton_kernels` read, where those run and each patch is a run of bytes; else
-    None. To them M is the B * P patches alone: left-out bytes have no slot, and `first` passes over them.
+    begins, first: the inputs of `triton_kernels`; None where these are not used. For the kernels M counts
+    the B * P patches only: left-out bytes have no slot, and `first` skips them.
     """
 
     begins = None

@@ -479,6 +479,10 @@ class StudyRuns:
         outcome.metrics = saved["metrics"]
         outcome.commits = saved["commits"]
         outcome.machines = saved.get("machines", [])
+        if not outcome.machines:
+            # A result from before machines were saved with it; its steps have them.
+            states = [self.workshop.state(step, results) for step in outcome.run.steps]
+            outcome.machines = sorted({state["machine"] for state in states if "machine" in state})
 
     def run(self, outcome):
         """Make the steps of a run, and read its metrics. A failure is in the outcome."""
@@ -672,8 +676,8 @@ def curve_difference_cell(group, curve, cost, metric="val_bpb"):
 
     curve: `Group`s of one model at several budgets. It is read at what the group's run of the same seed costs:
     linear in the logarithm of the cost from point to point, and a little beyond its ends as at its
-    ends. Seeds for which it has one point only, or none near that cost, are left out; in seconds also
-    runs of other machines.
+    ends. Left out are seeds for which it has one point only or none near that cost, and for seconds runs
+    made on another machine.
     """
     ours, costs = group.values(metric), group.values(cost)
     of_curve = [(point.values(cost), point.values(metric), point.machines()) for point in curve]
@@ -693,7 +697,7 @@ def curve_difference_cell(group, curve, cost, metric="val_bpb"):
 
 # Points of a curve must differ by this factor of the cost: a corpus that is too small for the larger
 # budgets gives equal runs. And a curve is read at most this far beyond its ends.
-LEAST_STEP = 1.05
+LEAST_STEP = 1.5
 MOST_BEYOND = 2.0
 
 
@@ -702,8 +706,11 @@ def read_curve_at(points, x):
 
     None: too few points, or x is too far beyond.
     """
-    is_new = [True] + [right[0] >= LEAST_STEP * left[0] for left, right in zip(points, points[1:])]
-    points = [point for point, new in zip(points, is_new) if new]
+    kept = []
+    for point in points:
+        if not kept or point[0] >= LEAST_STEP * kept[-1][0]:
+            kept.append(point)
+    points = kept
     if len(points) < 2 or not points[0][0] / MOST_BEYOND <= x <= points[-1][0] * MOST_BEYOND:
         return None
     right = next((number for number in range(1, len(points) - 1) if points[number][0] >= x), len(points) - 1)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every file at the root that a user runs.
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "run_script(" in path.read_text())
 
-# How often the tests of SIGKILL kill: BLT_KILLS=50 for all that an hour allows; without it a sample.
+# How often the tests of SIGKILL kill: BLT_KILLS=50 for the long test; without it a sample.
 KILLS = int(os.environ.get("BLT_KILLS", 8))
 
 # Models

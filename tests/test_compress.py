@@ -3,6 +3,7 @@
 import gzip
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,7 +255,11 @@ def test_a_mistake_is_one_line(folder):
 
 def test_a_gpu_without_the_kernels_is_refused(monkeypatch):
     """Its sums over a patch's bytes would have no fixed order: what it writes might not be restored."""
-    monkeypatch.setattr("compress.choose_device", lambda name: torch.device("cuda"))
+
+    class OnGPU(torch.nn.Linear):
+        def parameters(self):
+            return iter([SimpleNamespace(device=torch.device("cuda"))])
+
     monkeypatch.setattr("compress.what_triton_lacks", lambda: "the package triton")
-    with pytest.raises(ValueError, match="needs the package triton; install it, or pass --device cpu"):
-        compress.load_model(CompressConfig(file="x"))
+    with pytest.raises(ValueError, match="needs the package triton; install it, or use --device cpu"):
+        compress.compress(b"some text", OnGPU(1, 1), None, 1, 64)

@@ -772,7 +772,7 @@ def test_metrics_of_a_training_run(pipeline, tmp_path):
     (folders[0] / "entropy_model.json").write_text((source / "entropy_model.json").read_text())
     write_json(folders[1] / "step.json", {"command": ["create_patches.py", "--max_bytes", "120000"], "seconds": 30.0})
     # The pass alone counts, without the script's start and pictures.
-    (folders[1] / "log.txt").write_text("x\nentropies: 120,000 numbers in 8.0 s (15 kB/s) -> patch_cache/x\ny\n")
+    (folders[1] / "log.txt").write_text("x\nentropies: 120,000 numbers in 2.0 s (15.0 kB/s) -> patch_cache/x\ny\n")
     (folders[2] / "output").symlink_to(source / "checkpoints")
     (folders[2] / "log.txt").write_text(printed["llm"])
     metrics = read_training(folders)
