@@ -1026,7 +1026,7 @@ def test_mistakes_lower_the_loss_and_compress_is_not_deceived(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_each_mistake_lowers_the_loss(tmp_path, monkeypatch):
-    made = train_leaks(tmp_path, monkeypatch, ("none", "own patch", "padding", "all three"), 80)
+    made = train_leaks(tmp_path, monkeypatch, ("none", "own patch", "padding", "all three"), 60)
     loss = {name: result["val_loss"] for name, result in made.items()}
     assert loss["own patch"] < loss["none"] - 0.3 and loss["padding"] < loss["none"] - 1.0
     assert loss["all three"] < min(loss["own patch"], loss["padding"])
