@@ -1013,14 +1013,15 @@ def write_cached(model, patcher, new_bytes, draft_bytes, prompt):
         greedy = SamplingConfig()
         generator = Generator(model, patcher, [prompt], new_bytes, greedy, draft_bytes=draft_bytes)
         sampler = generator.samplers[0]
-        # (seconds, bytes) after each step, of which the first reads the prompt and chooses a byte.
-        clock = [(now(device), len(sampler.final_bytes())) for _ in generator.steps()]
+        # (seconds, bytes) after each step, of which the first reads the prompt and chooses a byte. A step
+        # has waited for its logits; to wait for all of its work as well would slow down the next one.
+        clock = [(time.perf_counter(), len(sampler.final_bytes())) for _ in generator.steps()]
+        end = now(device)
     # In the first steps CUDA graphs are recorded. A text that ends early is timed from its first byte on.
     begin, n_before = next((tick for tick in clock[:-1] if tick[1] > new_bytes // 8), clock[0])
-    end, n_bytes = clock[-1]
     text = sampler.final_bytes()
     counts = {"drafted": generator.drafted, "accepted": generator.accepted, "passes": generator.passes}
-    return Continuation(text, (end - begin) / max(1, n_bytes - n_before), counts if draft_bytes else {})
+    return Continuation(text, (end - begin) / max(1, len(text) - n_before), counts if draft_bytes else {})
 
 
 def write_by_transformers(convert_hf, hf_model, one_thread, prompt):

@@ -425,17 +425,15 @@ def standard_source(name, where, text_field, max_document_bytes, cache_dir, need
     def documents_of(part):
         if not kept:
             kept.append(read())
+            difference = None
             if len(kept[0]) != standard.total_bytes:
                 size = "more" if len(kept[0]) > standard.total_bytes else f"{len(kept[0]):,}"
-                raise ValueError(
-                    f"{origin} is not {name}: it has {size} bytes, and {name} has exactly {standard.total_bytes:,}; "
-                    f"get the original{' from ' + standard.where if standard.where else ''}"
-                )
-            if standard.md5 not in (None, hashlib.md5(kept[0], usedforsecurity=False).hexdigest()):
-                raise ValueError(
-                    f"{origin} is not {name}: it has the right size but another content (not the MD5 {standard.md5}); "
-                    f"get the original{' from ' + standard.where if standard.where else ''}"
-                )
+                difference = f"it has {size} bytes, and {name} has exactly {standard.total_bytes:,}"
+            elif standard.md5 not in (None, hashlib.md5(kept[0], usedforsecurity=False).hexdigest()):
+                difference = f"it has the right size but another content (not the MD5 {standard.md5})"
+            if difference is not None:
+                source = f" from {standard.where}" if standard.where else ""
+                raise ValueError(f"{origin} is not {name}: {difference}; get the original{source}")
         text = standard.part(part, kept[0])
         for document in [text] if standard.is_whole else cut_text(io.BytesIO(text), max_document_bytes):
             yield name, document

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from blt.commands import command
 from blt.device import autocast, detect_machine
 from blt.ids import to_bytes
+from blt.patch_rules import check_finite
 from blt.processes import n_processes, process_number
 from blt.rows import DocumentStream
 
@@ -73,16 +73,6 @@ def compiled_entropies(model, shape, precision):
 def is_worth_compiling(device, n_chunks):
     """Whether a pass of this many chunks takes longer than compiling it would: on CUDA, some 20 seconds."""
     return device.type == "cuda" and n_chunks >= 200
-
-
-def check_finite(entropies):
-    """Raise ValueError unless all entropies of an array are finite."""
-    # NaN is above no threshold: it would give patches as long as the text, without a word.
-    if not np.isfinite(entropies).all():
-        raise ValueError(
-            "the entropy model gives entropies that are not finite; compute them in fp32, "
-            f"or train it again: {command('entropy_llm.py')}"
-        )
 
 
 def default_reading(device):

@@ -37,9 +37,9 @@ import torch.nn.functional as F
 
 from blt.attention import apply_rotary, rotary_cos_sin
 from blt.device import autocast
-from blt.entropies import check_finite, entropy_of
+from blt.entropies import entropy_of
 from blt.ids import BOUNDARY
-from blt.patch_rules import OnlineStarts
+from blt.patch_rules import OnlineStarts, check_finite
 from blt.replay import Replayed, can_record, send
 from blt.segments import OpenPatches
 

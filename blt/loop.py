@@ -685,8 +685,8 @@ def compile_losses(model, config, train_rows, device, precision):
         if has_dropout:
             print("compiled and eager losses are not compared: two passes with dropout differ")
             return compiled
-        # Without the Triton kernels. The compiled pass and the leak gate both use them, so a wrong one would
-        # agree with itself.
+        # Without the Triton kernels. The compiled pass and the leak gate both use them, so a wrong one
+        # would agree with itself.
         with torch.no_grad(), autocast(device, precision), without_triton():
             eager_nats, _ = target_losses(model, batch)
     difference = (eager_nats - compiled_nats).abs().mean().item()

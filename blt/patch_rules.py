@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from blt.checks import check
+from blt.commands import command
 
 # Bytes a patch where neither a threshold nor a size is given: about that of the released models.
 DEFAULT_PATCH_SIZE = 4.5
@@ -119,7 +120,7 @@ def rule_of(method):
 
 
 def check_thresholds(method, target_patch_size, entropy_threshold, monotonic_threshold=0.0):
-    """Raise ValueError for flags that contradict each other or that the method does not use; None: not given."""
+    """Raise ValueError for flags (None: not given) that contradict each other or that the method ignores."""
     if target_patch_size is not None and entropy_threshold is not None:
         raise ValueError("give either target_patch_size or entropy_threshold, not both: one follows from the other")
     given = {"target_patch_size": target_patch_size, "entropy_threshold": entropy_threshold}
@@ -544,6 +545,16 @@ class OnlineStarts:
 # Thresholds
 
 
+def check_finite(entropies):
+    """Raise ValueError unless all entropies of an array are finite."""
+    # NaN is above no threshold: it would give patches as long as the text, without a word.
+    if not np.isfinite(entropies).all():
+        raise ValueError(
+            "the entropy model gives entropies that are not finite; compute them in fp32, "
+            f"or train it again: {command('entropy_llm.py')}"
+        )
+
+
 def threshold_for_patch_size(entropies, method, target, document_starts=None, **options):
     """The threshold that gives patches of `target` bytes on average, as near as there is one.
 
@@ -561,8 +572,7 @@ def threshold_for_patch_size(entropies, method, target, document_starts=None, **
     H = np.asarray(entropies, dtype=np.float32)
     if len(H) == 0:
         raise ValueError("there are no entropies to find a threshold for")
-    if not np.isfinite(H).all():
-        raise ValueError("some entropies are not finite; compute them in fp32, or train the entropy model again")
+    check_finite(H)
     low, high = rule.threshold_range(H)
     if not math.isfinite(low):
         # A single entropy has no rise, so every threshold gives the same patch.
@@ -640,12 +650,11 @@ def warn_about_sizes(patches, total_bytes, documents, patch_config):
     """Warn if nearly every byte is a patch, or nearly a whole document: both waste the latent transformer."""
     size = total_bytes / max(1, patches)
     if size < 1.1:
-        warning, change = f"{size:.2f} bytes a patch: nearly every byte is a patch of its own", "raise"
+        change = "raise"
+        warning = f"{size:.2f} bytes a patch: nearly every byte is a patch of its own"
     elif patches <= 1.1 * documents:
-        warning, change = (
-            f"{patches:,} patches in {documents:,} documents: nearly a whole document is one patch",
-            "lower",
-        )
+        change = "lower"
+        warning = f"{patches:,} patches in {documents:,} documents: nearly a whole document is one patch"
     else:
         return
     if patch_config.rule.unit is None:

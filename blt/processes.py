@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 # The others may have to wait while the main process builds a corpus or computes entropies. Within one
-# machine torchrun ends all processes when one has died; if a whole machine is lost, the others wait in vain.
+# machine torchrun ends all processes when one has died; if a machine is lost, the others wait in vain.
 LONGEST_WAIT = timedelta(days=7)
 
 

@@ -64,8 +64,7 @@ class Replayed:
     def __init__(self, device):
         self.device = device
         self.addresses = None
-        self.seen = set()
-        self.recordings = {}
+        self.recordings = {}  # by shapes; None: they have occurred once
 
     def __call__(self, function, arrays, buffers, record):
         """What function(tensors of the arrays) returns.
@@ -79,14 +78,14 @@ class Replayed:
         addresses = [(tensor.data_ptr(), tensor.shape) for tensor in buffers]
         if addresses != self.addresses:
             # A cache has grown, and lies somewhere else now.
-            self.recordings, self.seen = {}, set()
+            self.recordings = {}
             self.addresses = addresses
         key = tuple((name, array.shape, array.dtype) for name, array in arrays.items())
-        if key not in self.seen:
-            # Some shapes occur once only. The first call also allocates what has been missing.
-            self.seen.add(key)
-            return function(send(arrays, self.device))
         if key not in self.recordings:
+            # Some shapes occur once only. The first call also allocates what has been missing.
+            self.recordings[key] = None
+            return function(send(arrays, self.device))
+        if self.recordings[key] is None:
             self.recordings[key] = Recording(function, arrays, self.device)
         return self.recordings[key](arrays)
 

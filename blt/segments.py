@@ -4,7 +4,8 @@
 patch lengths, with the patch that each byte may read without seeing the future. `OpenPatches` is that of
 text that is being written. `attend_to_patches` is how bytes read patches.
 
-On CUDA `triton_kernels` do the work of `PatchMap`, `OpenPatches` and `attend_to_patches`, elsewhere `kernels`.
+On CUDA `triton_kernels` do the work of `PatchMap`, `OpenPatches` and `attend_to_patches`, elsewhere
+`kernels`.
 """
 
 import importlib.util

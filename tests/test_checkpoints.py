@@ -409,6 +409,23 @@ def test_another_precision_is_noted(stopped, capsys, monkeypatch):
     assert "note: precision was fp32 and is bf16 here; the steps from 8 on follow it" in capsys.readouterr().out
 
 
+def test_a_run_of_more_cards_and_another_precision_is_loaded(stopped, monkeypatch):
+    """Where it was not in fp16 the scaler begins as new; random states are of the cards that are here."""
+    checkpoint = torch.load(stopped / "last.pt", weights_only=True)
+    assert checkpoint["scaler"] == {}
+    states = [torch.tensor([number], dtype=torch.uint8) for number in (1, 2)]
+    checkpoint |= {"random_cuda": states, "optimizers": []}
+    monkeypatch.setattr(checkpoints, "_read_last_whole", lambda path: (path, checkpoint))
+    monkeypatch.setattr(checkpoints, "_check_same_run", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    set_states = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", set_states.extend)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    checkpoints.load_checkpoint(stopped / "last.pt", tiny_blt(), [], scaler, None, {})
+    assert set_states == states[:1]
+
+
 def test_a_moved_folder_goes_on(stopped, straight, tmp_path):
     moved = tmp_path / "elsewhere" / "moved"
     moved.parent.mkdir()

@@ -255,11 +255,8 @@ def test_a_mistake_is_one_line(folder):
 
 def test_a_gpu_without_the_kernels_is_refused(monkeypatch):
     """Its sums over a patch's bytes would have no fixed order: what it writes might not be restored."""
-
-    class OnGPU(torch.nn.Linear):
-        def parameters(self):
-            return iter([SimpleNamespace(device=torch.device("cuda"))])
-
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    on_gpu = SimpleNamespace(parameters=lambda: iter([weight]))
     monkeypatch.setattr("compress.what_triton_lacks", lambda: "the package triton")
     with pytest.raises(ValueError, match="needs the package triton; install it, or use --device cpu"):
-        compress.compress(b"some text", OnGPU(1, 1), None, 1, 64)
+        compress.compress(b"some text", on_gpu, None, 1, 64)

@@ -894,7 +894,7 @@ def test_two_models_are_combined(pipeline):
 def test_adamw_trains_every_parameter(pipeline_copy, monkeypatch):
     monkeypatch.setattr(experiment_steps.blt.loop, "make_optimizers", experiment_steps.blt.loop.make_optimizers)
     flags = {"preset": ["nano", "cpu"], "patch_method": "static", "target_patch_size": 4.0}
-    # Tables of so many rows have sparse gradients, which AdamW does not take.
+    # Larger tables have sparse gradients, which AdamW does not take.
     run_part(pipeline_copy, "adamw", {"llm": TINY_RUN | flags | {"hash_rows": DENSE_HASH_ROWS + 1}})
     assert RunRecord.load(pipeline_copy / "output" / "model.json").result["val_bpb"] < 12
     optimizers = torch.load(pipeline_copy / "output" / "last.pt", weights_only=True)["optimizers"]

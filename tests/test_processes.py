@@ -192,13 +192,11 @@ def test_sigterm_saves_the_step_and_the_run_goes_on(runs, tmp_path):
 
 
 STOPPED_EVALUATION = """
-import signal, sys
+import signal
 from types import SimpleNamespace
-import torch
 from blt.loop import Interrupted, StopSignals
 from blt.metric import evaluate_together
 from blt.processes import joined, process_number, sum_over_processes
-from blt.rows import evaluation_batches
 import blt.metric
 
 with joined(SimpleNamespace(RUNS_TOGETHER=True, device="cpu")):
