@@ -41,14 +41,21 @@ from blt.layers import (
 )
 
 # HashEmbedding's other names are here for others to import.
-from blt.ngrams import DENSE_HASH_ROWS, HashEmbedding, check_tables, hash_ngrams  # noqa: F401
+from blt.ngrams import (  # noqa: F401
+    DENSE_HASH_ROWS,
+    HashEmbedding,
+    TableConfig,
+    check_tables,
+    hash_ngrams,
+    hash_spans,
+)
 
 # check_patch_lengths is here for others to import: it checks this model's second argument.
 from blt.segments import PatchMap, attend_to_patches, check_patch_lengths  # noqa: F401
 
 
 @dataclass
-class BLTConfig:
+class BLTConfig(TableConfig):
     """The sizes of a `BLTModel`. Local layers work on bytes, latent ("global") layers on patches."""
 
     # local encoder
@@ -58,6 +65,7 @@ class BLTConfig:
     encoder_ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     ngram_sizes: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7, 8])  # bytes in the hashed n-grams
     hash_rows: int = 16384  # rows of each n-gram size's table; above 32,768 only the rows that occur are updated
+    patch_ngrams: list[int] = field(default_factory=list)  # n-grams that begin this many patches before a byte's own
     ngram_dropout: float = 0.0  # share of the n-grams that training leaves out, each byte's of each size by chance
     pooling: str = "max"  # how a patch's bytes start its query: max or mean
     cross_attn_k: int = 2  # vectors of encoder_dim that make up a patch
@@ -84,7 +92,7 @@ class BLTConfig:
     recompute: bool = False  # keep only layer inputs for the backward pass: about half the memory, a third more compute
 
     # Fields that the records of earlier models lack. Their defaults are what those models were.
-    ADDED_FIELDS = ("ngram_dropout", "relu2", "logit_softcap")
+    ADDED_FIELDS = ("patch_ngrams", "ngram_dropout", "relu2", "logit_softcap")
 
     def __post_init__(self):
         check_positive(self, "encoder_layers", "encoder_dim", "encoder_heads", "encoder_ffn_dim")
@@ -169,9 +177,14 @@ class LocalEncoder(nn.Module):
         self.config = config
         self.byte_embedding = nn.Embedding(BOUNDARY + 1, D)
         self.hash_embedding = None
-        if config.ngram_sizes:
-            tables = (config.ngram_sizes, config.hash_rows, D)
-            self.hash_embedding = HashEmbedding(*tables, dropout=config.ngram_dropout)
+        if config.n_tables:
+            self.hash_embedding = HashEmbedding(
+                config.ngram_sizes,
+                config.hash_rows,
+                D,
+                dropout=config.ngram_dropout,
+                n_spans=len(config.patch_ngrams),
+            )
         self.blocks = nn.ModuleList(
             Block(D, n_heads, config.norm_eps, config.qk_norm, config.dropout, config.encoder_ffn_dim, config.relu2)
             for _ in range(config.encoder_layers)
@@ -318,11 +331,14 @@ class BLTModel(nn.Module):
             raise ValueError(f"ids must be [B, T] and patch lengths [B, P], not {found}")
         config = self.config
         documents_BT = documents_of(ids_BT, BOUNDARY)
+        patch_map = PatchMap(patch_lengths_BP, documents_BT)
         ngrams_BTD = None
         hash_embedding = self.encoder.hash_embedding
         if hash_embedding is not None:
-            ngrams_BTD = hash_embedding.embed(hash_embedding, ids_BT, documents_BT)
-        patch_map = PatchMap(patch_lengths_BP, documents_BT)
+            spans_BTS = None
+            if config.patch_ngrams:
+                spans_BTS = hash_spans(ids_BT, patch_map.starts_before(config.patch_ngrams))
+            ngrams_BTD = hash_embedding.embed(hash_embedding, ids_BT, documents_BT, spans_BTS)
 
         # Bytes attend to bytes of their document within the window, patches to all patches of their
         # document before them.

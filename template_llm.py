@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import torch.nn as nn
 
 from blt.attention import AttentionPlan
@@ -31,15 +32,17 @@ from blt.checks import check, check_packages, check_positive, check_shares
 from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights
-from blt.ids import BYTES, documents_of
+from blt.ids import BOUNDARY, BYTES, documents_of
 from blt.layers import Block, RMSNorm, as_stream, default_heads, embed, init_weights, logits_of, zero_outputs
 from blt.loop import RunConfig, choose_dropout, fit
 from blt.metric import leak_gate
-from blt.ngrams import HashEmbedding, check_tables
+from blt.ngrams import HashEmbedding, TableConfig, check_tables, hash_spans
+from blt.patch_rules import SpaceRule
 from blt.processes import from_main
 from blt.records import RunRecord, load_model, read_record
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches
 from blt.runs import claim_output, finish_run, print_model, start_run
+from blt.segments import PatchMap
 from blt.tokens import BPEVocabulary, load_tokenizer, save_tokenizer, tokenizer_of, train_tokenizer
 from llm import MACHINES, PAIRS, LLMConfig
 
@@ -65,13 +68,14 @@ SHAPES = {
 
 
 @dataclass
-class FlatConfig:
+class FlatConfig(TableConfig):
     """What a flat byte transformer is."""
 
     dim: int = 320  # width
     n_layers: int = 7  # transformer layers
     n_heads: int | None = None  # attention heads; None: heads of about 64 channels
     ngram_sizes: list[int] = field(default_factory=list)  # ids in the hashed n-grams; none: no hash tables
+    patch_ngrams: list[int] = field(default_factory=list)  # n-grams that begin this many words before a byte's own
     hash_rows: int = 16384  # rows of each n-gram size's table; above 32,768 only the rows that occur are updated
     ngram_dropout: float = 0.0  # share of the n-grams that training leaves out, each id's of each size by chance
     window: int | None = 512  # ids that an id attends to, itself included; None: the whole row
@@ -83,7 +87,7 @@ class FlatConfig:
     dropout: float = 0.0  # dropout rate
 
     # Fields that the records of earlier models lack. Their defaults are what those models were.
-    ADDED_FIELDS = ("ngram_sizes", "hash_rows", "ngram_dropout", "relu2", "logit_softcap")
+    ADDED_FIELDS = ("ngram_sizes", "patch_ngrams", "hash_rows", "ngram_dropout", "relu2", "logit_softcap")
 
     def __post_init__(self):
         check_positive(self, "dim", "n_layers", "n_heads", "window", "rope_theta", "norm_eps")
@@ -117,6 +121,7 @@ class TemplateConfig(RunConfig, FlatConfig):
     n_layers: int | None = None  # transformer layers; None: by model and size (SHAPES)
     window: int | None = None  # ids that one attends to, itself included; None: by model and size, bpe: all of the row
     ngram_sizes: list[int] = field(default_factory=list)  # bytes (bpe: tokens) in the hashed n-grams; none: no tables
+    patch_ngrams: list[int] = field(default_factory=list)  # flat: n-grams that begin this many words before
     hash_rows: int | None = None  # rows of each n-gram size's table; None: by table_parameters
     table_parameters: int | None = None  # numbers in all tables together; None: as many as llm.py's of this size have
     vocab_size: int = 4096  # bpe: tokens in the vocabulary, the 256 bytes included
@@ -147,6 +152,8 @@ class TemplateConfig(RunConfig, FlatConfig):
     def __post_init__(self):
         RunConfig.__post_init__(self)
         check(self, "model", self.model in SHAPES, "flat or bpe")
+        if self.model == "bpe" and self.patch_ngrams:
+            raise ValueError("patch_ngrams are n-grams of bytes: they need --model flat")
         size = self.preset[0]
         dim, n_layers, window = SHAPES[self.model][size]
         self.dim = dim if self.dim is None else self.dim
@@ -162,16 +169,19 @@ class TemplateConfig(RunConfig, FlatConfig):
     def _choose_hash_rows(self):
         """Choose the rows of each table so that all tables together have table_parameters numbers, nearly."""
         check_positive(self, "dim", "table_parameters")
-        if not self.ngram_sizes:
+        n_tables = len(self.ngram_sizes) + len(self.patch_ngrams)
+        if n_tables == 0:
             if self.table_parameters is not None:
-                raise ValueError("table_parameters needs --ngram_sizes; without them there are no tables")
+                raise ValueError(
+                    "table_parameters needs --ngram_sizes or --patch_ngrams; without them there are no tables"
+                )
             self.hash_rows = FlatConfig.hash_rows if self.hash_rows is None else self.hash_rows
             return
         n_numbers = self.table_parameters
         if n_numbers is None:
             blt = LLMConfig(preset=self.preset)
-            n_numbers = len(blt.ngram_sizes) * blt.hash_rows * blt.encoder_dim
-        rows = max(1, round(n_numbers / (len(self.ngram_sizes) * self.dim)))
+            n_numbers = blt.n_tables * blt.hash_rows * blt.encoder_dim
+        rows = max(1, round(n_numbers / (n_tables * self.dim)))
         if self.hash_rows is None:
             self.hash_rows = rows
         elif self.table_parameters is not None and self.hash_rows != rows:
@@ -184,7 +194,7 @@ class TemplateConfig(RunConfig, FlatConfig):
 class PlainTransformer(nn.Module):
     """A causal transformer over ids: embedding, blocks, norm, head. Attention keeps documents apart, as in the BLT.
 
-    With config.ngram_sizes, the sum of each id's n-gram embeddings is added to its embedding, as in
+    With hash tables, the sum of each id's n-gram embeddings is added to its embedding, as in
     the BLT's encoder.
 
     vocabulary: what the ids mean (`ids.Vocabulary`). Its boundary opens a document as input and
@@ -198,9 +208,18 @@ class PlainTransformer(nn.Module):
         self.n_classes = vocabulary.boundary + 1
         self.embedding = nn.Embedding(self.n_classes, config.dim)
         self.hash_embedding = None
-        if config.ngram_sizes:
-            tables = (config.ngram_sizes, config.hash_rows, config.dim)
-            self.hash_embedding = HashEmbedding(*tables, vocabulary.boundary, config.ngram_dropout)
+        if config.n_tables:
+            self.hash_embedding = HashEmbedding(
+                config.ngram_sizes,
+                config.hash_rows,
+                config.dim,
+                vocabulary.boundary,
+                config.ngram_dropout,
+                len(config.patch_ngrams),
+            )
+        if config.patch_ngrams:
+            is_space_like = torch.from_numpy(SpaceRule.is_space_like)
+            self.register_buffer("is_space_like", is_space_like, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             Block(config.dim, config.heads, config.norm_eps, config.qk_norm, config.dropout, relu2=config.relu2)
@@ -220,7 +239,11 @@ class PlainTransformer(nn.Module):
         x_BTD = embed(self.embedding, ids_BT)
         hash_embedding = self.hash_embedding
         if hash_embedding is not None:
-            x_BTD = x_BTD + hash_embedding.embed(hash_embedding, ids_BT, documents_BT)
+            spans_BTS = None
+            if config.patch_ngrams:
+                words = PatchMap(space_patch_lengths(ids_BT, self.is_space_like), documents_BT)
+                spans_BTS = hash_spans(ids_BT, words.starts_before(config.patch_ngrams))
+            x_BTD = x_BTD + hash_embedding.embed(hash_embedding, ids_BT, documents_BT, spans_BTS)
         x_BTD = self.dropout(as_stream(x_BTD))
         for block in self.blocks:
             x_BTD, _ = block(x_BTD, plan)
@@ -237,6 +260,26 @@ class PlainTransformer(nn.Module):
         return {
             part: sum(p.numel() for module in modules for p in module.parameters()) for part, modules in parts.items()
         }
+
+
+def space_patch_lengths(ids_BT, is_space_like_V):
+    """The space patches of rows of bytes, as `BLTModel` takes them: int64 [B, T + 1], each row's sum T + 1.
+
+    is_space_like_V: `patch_rules.SpaceRule.is_space_like`. A row's first id is a patch of its own, and so is a
+    boundary.
+    """
+    B, T = ids_BT.shape
+    is_space_BT = is_space_like_V[ids_BT]
+    is_boundary_BT = ids_BT == BOUNDARY
+    begins_BT = is_boundary_BT.clone()
+    begins_BT[:, :2] = True
+    begins_BT[:, 1:] |= is_boundary_BT[:, :-1]
+    begins_BT[:, 2:] |= is_space_BT[:, 1:-1] & ~is_space_BT[:, :-2]
+    # Patch p begins at the first id whose patch number is p. Patches that do not exist have no id.
+    number_BT = begins_BT.cumsum(dim=1) - 1
+    patches = torch.arange(T + 2, device=ids_BT.device).expand(B, T + 2).contiguous()
+    first_id_BP = torch.searchsorted(number_BT, patches)
+    return first_id_BP.masked_fill(first_id_BP == T, T + 1).diff(dim=1)
 
 
 class FlatByteTransformer(PlainTransformer):

@@ -9,6 +9,7 @@ A batch has B rows, each row is one text, and the reader caches for each row:
     latent transformer                keys and values of all patches
     open patch                        the encoder states of its bytes
     newest complete patch             its latent state, which the decoder reads
+    patch n-grams                     hashes from the starts of the newest patches (`SpanHashes`)
     patch rule                        the state of `OnlineStarts`
 
 A step reads up to MAX_STEP ids of each row. It has three parts:
@@ -39,6 +40,7 @@ from blt.attention import apply_rotary, rotary_cos_sin
 from blt.device import autocast
 from blt.entropies import entropy_of
 from blt.ids import BOUNDARY
+from blt.ngrams import SpanHashes
 from blt.patch_rules import OnlineStarts, check_finite
 from blt.replay import Replayed, can_record, send
 from blt.segments import OpenPatches
@@ -231,6 +233,7 @@ class Step:
     ids_on_device_BN: torch.Tensor  # the same
     is_end_BN: np.ndarray  # bool, the ids that end a patch
     latents_BPG: torch.Tensor  # patch 0: the newest before the step; then those that it completes
+    span_states: np.ndarray | None  # of `SpanHashes`, before and after each id
 
 
 class IncrementalBLT:
@@ -295,6 +298,7 @@ class IncrementalBLT:
         # The last ids of the row, as far back as the longest n-gram of the next byte reaches.
         n_recent = max(config.ngram_sizes, default=1) - 1
         self.recent_ids = torch.zeros(n_rows, n_recent, dtype=torch.int64, device=self.device)
+        self.spans = SpanHashes(config.patch_ngrams, n_rows) if config.patch_ngrams else None
         self.step = None
 
     def step_limits(self):
@@ -387,9 +391,16 @@ class IncrementalBLT:
     def _start_documents(self, is_new_B):
         """Forget the text of these rows."""
         # The caches need no clearing: from position 0 on, what they hold is invisible.
-        for values_B in (self.document_length, self.row_length, self.n_patches, self.open_length):
-            values_B[is_new_B] = 0
+        self._start_rows(is_new_B)
+        self.document_length[is_new_B] = 0
         self.rule.reset(is_new_B)
+
+    def _start_rows(self, is_new_B):
+        """Forget what these rows of the model hold."""
+        for values_B in (self.row_length, self.n_patches, self.open_length):
+            values_B[is_new_B] = 0
+        if self.spans is not None:
+            self.spans.state[is_new_B] = 0
 
     def _read_with_entropy_model(self, ids_BN):
         """Of the byte after each id: logits [B, N, 256], and entropies [B, N] in nats as a NumPy array."""
@@ -452,6 +463,9 @@ class IncrementalBLT:
             # Ids before the row's first are another document to the hash, as in a full pass over the row.
             positions_BT = np.arange(-self.recent_ids.shape[1], N) + self.row_length[:, None]
             arrays["documents"] = (positions_BT >= 0).astype(np.int64)
+        span_states = None
+        if self.spans is not None:
+            arrays["spans"], span_states = self.spans.read(ids_BN, is_end_BN)
         arrays["open_slots"] = self._open_slots(N)
         n_complete_B = is_end_BN.sum(axis=1)
         P = int(n_complete_B.max(initial=0))
@@ -469,16 +483,14 @@ class IncrementalBLT:
         newest_patch_BN = np.cumsum(is_end_BN, axis=1)
         arrays["read"] = (newest_patch_BN + np.arange(B)[:, None] * (1 + P)).flatten()
         logits_BNV, ids_on_device_BN, latents_BPG = self.blt_pass(self._blt_pass, arrays, self._blt_buffers(), record)
-        return logits_BNV, Step(ids_BN, ids_on_device_BN, is_end_BN, latents_BPG)
+        return logits_BNV, Step(ids_BN, ids_on_device_BN, is_end_BN, latents_BPG, span_states)
 
     def _blt_pass(self, tensors):
         """What the device does in `_read_with_blt`, in the order of `BLTModel.forward`."""
         ids_BN = tensors["ids"]
         ngrams_BND = None
         if "documents" in tensors:
-            ids_BT = torch.cat((self.recent_ids, ids_BN), dim=1)
-            ngrams_BTD = self.model.encoder.hash_embedding(ids_BT, tensors["documents"])
-            ngrams_BND = ngrams_BTD[:, self.recent_ids.shape[1] :]
+            ngrams_BND = self._ngrams(ids_BN, tensors["documents"], tensors.get("spans"))
         plan = CachedAttentionPlan(self.caches["encoder"], *take(tensors, PLAN, "encoder"))
         states = self.model.encoder.byte_states(ids_BN, ngrams_BND, plan, self._layer_numbers("encoder"))
         # Behind the states of the open patches.
@@ -492,6 +504,16 @@ class IncrementalBLT:
         layers = self._layer_numbers("decoder")
         out_BND = self.model.decoder(states[-1], latents_BPG, plan, tensors["read"], layers)
         return self.model.logits(out_BND), ids_BN, latents_BPG
+
+    def _ngrams(self, ids_BN, documents_BT, spans_BNS):
+        """The `HashEmbedding` [B, N, D] of new ids. documents_BT: of the recent ids before them as well."""
+        hash_embedding = self.model.encoder.hash_embedding
+        n_recent = self.recent_ids.shape[1]
+        if spans_BNS is not None:
+            # Those of the recent ids are not needed.
+            spans_BNS = F.pad(spans_BNS, (0, 0, n_recent, 0))
+        ids_BT = torch.cat((self.recent_ids, ids_BN), dim=1)
+        return hash_embedding.sums(hash_embedding.hashes(ids_BT, documents_BT, spans_BNS)[:, n_recent:])
 
     def _complete_patches(self, tensors, old_B1G):
         """Latent states [B, 1 + P, G] of the newest patch before the step and of the P that it completes.
@@ -563,8 +585,7 @@ class IncrementalBLT:
         is_end_BT = self.row_is_end[:, -self.restart_length :].copy()
         is_end_BT[:, 0] = True
         is_end_BT &= is_full_B[:, None]
-        for values_B in (self.row_length, self.n_patches, self.open_length):
-            values_B[is_full_B] = 0
+        self._start_rows(is_full_B)
         # The entropy model and the rule take no part: they have read these ids and go on after them.
         for begin in range(0, self.restart_length, MAX_STEP):
             end = min(begin + MAX_STEP, self.restart_length)
@@ -616,6 +637,8 @@ class IncrementalBLT:
             self._grow_rows_to(int((self.row_length + counts_B).max()))
             self.row_ids[rows, positions] = step.ids_BN[rows, columns]
             self.row_is_end[rows, positions] = is_end_BN[rows, columns]
+        if self.spans is not None:
+            self.spans.state = step.span_states[counts_B, np.arange(B)]
         self.row_length = self.row_length + counts_B
         self.n_patches = self.n_patches + n_complete_B
 

@@ -1,5 +1,9 @@
-"""Embeddings of hashed n-grams (BLT section 3.2.1): a table for each n, whose rows n-grams share by their hash."""
+"""Embeddings of hashed n-grams (BLT section 3.2.1): a table for each n, whose rows n-grams share by their hash.
 
+`hash_spans` hashes n-grams of no fixed n: those that begin where a patch begins.
+"""
+
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,18 +19,36 @@ HASH_PRIME = 1_000_000_007
 HASH_ID_OFFSET = 4
 HASH_BOUNDARY = 1
 HASH_NOTHING = 0
+# Its inverse among 64-bit integers, as a signed number: HASH_PRIME * PRIME_INVERSE wraps to 1.
+PRIME_INVERSE = pow(HASH_PRIME, -1, 1 << 64) - (1 << 64)
 # Hash tables with more rows than this get sparse gradients: a batch reads few of their rows.
 DENSE_HASH_ROWS = 32768
 
 
+class TableConfig:
+    """What configs with ngram_sizes and patch_ngrams have in common."""
+
+    @property
+    def n_tables(self):
+        """Hash tables: one for each n-gram size, one for each of the patch n-grams."""
+        return len(self.ngram_sizes) + len(self.patch_ngrams)
+
+
 def check_tables(config):
-    """Raise ValueError unless a config's ngram_sizes, hash_rows and ngram_dropout describe hash tables, or none."""
+    """Raise ValueError unless what a config says of hash tables describes some, or none."""
     check_positive(config, "hash_rows")
-    are_sizes = all(isinstance(n, int) and n >= 2 for n in config.ngram_sizes)
-    are_different = len(set(config.ngram_sizes)) == len(config.ngram_sizes)
-    allowed = "different whole numbers, 2 or more each (or empty)"
-    check(config, "ngram_sizes", are_sizes and are_different, allowed)
+    for name, least in (("ngram_sizes", 2), ("patch_ngrams", 0)):
+        values = getattr(config, name)
+        are_numbers = all(isinstance(n, int) and n >= least for n in values)
+        are_different = len(set(values)) == len(values)
+        allowed = f"different whole numbers, {least} or more each (or empty)"
+        check(config, name, are_numbers and are_different, allowed)
     check_shares(config, "ngram_dropout")
+
+
+def released_ids(ids, boundary=BOUNDARY):
+    """Ids as the released code numbers them."""
+    return torch.where(ids == boundary, HASH_BOUNDARY, ids + HASH_ID_OFFSET)
 
 
 def hash_ngrams(ids_BT, documents_BT, sizes, n_rows, boundary=BOUNDARY):
@@ -40,7 +62,7 @@ def hash_ngrams(ids_BT, documents_BT, sizes, n_rows, boundary=BOUNDARY):
     sizes: the values of n. boundary: the id of the document boundary. Returns int64 [B, T, number of sizes].
     """
     T = ids_BT.shape[1]
-    released_ids_BT = torch.where(ids_BT == boundary, HASH_BOUNDARY, ids_BT + HASH_ID_OFFSET)
+    released_ids_BT = released_ids(ids_BT, boundary)
     sum_BT = torch.zeros_like(ids_BT)
     hash_of_size = {}
     # Horner's rule: multiply by the prime and add the next older id. The sum for n - 1 is a step on the
@@ -57,10 +79,67 @@ def hash_ngrams(ids_BT, documents_BT, sizes, n_rows, boundary=BOUNDARY):
     return torch.stack([hash_of_size[n] for n in sizes], dim=-1)
 
 
-class HashEmbedding(nn.Module):
-    """The sum of each id's n-gram embeddings, one for each n-gram size (section 3.2.1).
+def hash_spans(ids_BT, starts_BTS, boundary=BOUNDARY):
+    """Hash the ids from each start to the id itself: n-grams of no fixed n.
 
-    The tables of all sizes are one weight [sizes * n_rows, D], read in one fused lookup. Tables of more
+        hash(t) = sum over i = start..t of id[i] * HASH_PRIME ** (t - i)
+
+    in wrapping 64-bit integers. The newest id has the factor 1, so `SpanHashes` can go on from id to id.
+    Ids are numbered as in `hash_ngrams`. starts_BTS: int64, S starts of each id t, in 0..t. Returns int64
+    [B, T, S].
+    """
+    # With p the prime: p ** t times (the sum of id[i] * p ** -i up to t, minus that before the start).
+    T = ids_BT.shape[1]
+    powers_T = _powers(HASH_PRIME, T, ids_BT.device)
+    sums_BT = (released_ids(ids_BT, boundary) * _powers(PRIME_INVERSE, T, ids_BT.device)).cumsum(dim=1)
+    before_BT = F.pad(sums_BT, (1, 0))[:, :T]
+    before_start_BTS = before_BT.gather(1, starts_BTS.flatten(1)).unflatten(1, starts_BTS.shape[1:])
+    return (sums_BT[..., None] - before_start_BTS) * powers_T[:, None]
+
+
+def _powers(base, n, device):
+    """base to the powers 0 to n - 1, in wrapping 64-bit integers: int64 [n]."""
+    factors = torch.full((n,), base, dtype=torch.int64, device=device)
+    factors[:1] = 1
+    return factors.cumprod(dim=0)
+
+
+class SpanHashes:
+    """The `hash_spans` of text that is being written, from the starts of patches. For B rows, in NumPy.
+
+    patch_ngrams: as in `BLTConfig`.
+    state: uint64 [B, M], the hashes of what a row holds since the start of its open patch, since the start of
+    the patch before, and so on; of the whole row, if it has fewer patches.
+    """
+
+    def __init__(self, patch_ngrams, n_rows):
+        self.patch_ngrams = list(patch_ngrams)
+        self.state = np.zeros((n_rows, max(patch_ngrams) + 1), np.uint64)
+
+    def read(self, ids_BN, is_end_BN):
+        """Read N more ids. Returns hashes after each, int64 [B, N, S], and states: uint64 [N + 1, B, M].
+
+        is_end_BN: the ids that end a patch. states: before the first id, and after each. The own state stays as
+        it is: set it to that of the ids that become text.
+        """
+        released_BN = np.where(ids_BN == BOUNDARY, HASH_BOUNDARY, ids_BN + HASH_ID_OFFSET)
+        released_BN = released_BN.astype(np.uint64)
+        states = [self.state]
+        hashes = []
+        for n in range(ids_BN.shape[1]):
+            # Arrays of unsigned integers wrap without a warning.
+            hash_BM = states[-1] * np.uint64(HASH_PRIME) + released_BN[:, n, None]
+            hashes.append(hash_BM[:, self.patch_ngrams])
+            # A patch that has ended is the patch before the open one, which has no id yet.
+            begun_BM = np.pad(hash_BM, ((0, 0), (1, 0)))[:, :-1]
+            states.append(np.where(is_end_BN[:, n, None], begun_BM, hash_BM))
+        return np.stack(hashes, axis=1).view(np.int64), np.stack(states)
+
+
+class HashEmbedding(nn.Module):
+    """The sum of each id's n-gram embeddings: of each n-gram size (section 3.2.1), and of n_spans spans.
+
+    All tables are one weight [tables * n_rows, D], read in one fused lookup. Tables of more
     than DENSE_HASH_ROWS rows get sparse gradients and are updated by `optimizers.RowWiseAdam`: a step
     then costs what the batch's bytes cost, however large the tables are.
 
@@ -69,14 +148,15 @@ class HashEmbedding(nn.Module):
     there has the size that it has in new text.
     """
 
-    def __init__(self, sizes, n_rows, dim, boundary=BOUNDARY, dropout=0.0):
+    def __init__(self, sizes, n_rows, dim, boundary=BOUNDARY, dropout=0.0, n_spans=0):
         super().__init__()
         self.boundary = boundary
         self.dropout = nn.Dropout(dropout)
         self.sizes = tuple(sizes)
+        self.n_tables = len(self.sizes) + n_spans
         self.n_rows = n_rows
         is_sparse = n_rows > DENSE_HASH_ROWS
-        self.tables = nn.EmbeddingBag(len(self.sizes) * n_rows, dim, mode="sum", sparse=is_sparse)
+        self.tables = nn.EmbeddingBag(self.n_tables * n_rows, dim, mode="sum", sparse=is_sparse)
         # torch.compile does not know sparse gradients. It splits the graph in two at this call, and the
         # graph of each caller up the stack as well: only a model's `forward` calls it.
         self.embed = torch.compiler.disable(embed_ngrams) if is_sparse else embed_ngrams
@@ -86,11 +166,23 @@ class HashEmbedding(nn.Module):
 
     def number_rows(self):
         """Set the first row of each size's table in the common weight, on the weight's device."""
-        self.first_row = torch.arange(len(self.sizes), device=self.tables.weight.device) * self.n_rows
+        self.first_row = torch.arange(self.n_tables, device=self.tables.weight.device) * self.n_rows
 
-    def forward(self, ids_BT, documents_BT):
-        """Returns the sums [B, T, D]."""
-        hashes_BTS = hash_ngrams(ids_BT, documents_BT, self.sizes, self.n_rows, self.boundary)
+    def forward(self, ids_BT, documents_BT, spans_BTS=None):
+        """Returns the sums [B, T, D]. spans_BTS: `hash_spans`, if there are n_spans."""
+        return self.sums(self.hashes(ids_BT, documents_BT, spans_BTS))
+
+    def hashes(self, ids_BT, documents_BT, spans_BTS=None):
+        """The row of each id in each table: int64 [B, T, tables]."""
+        hashes = []
+        if self.sizes:
+            hashes.append(hash_ngrams(ids_BT, documents_BT, self.sizes, self.n_rows, self.boundary))
+        if spans_BTS is not None:
+            hashes.append(spans_BTS.remainder(self.n_rows))
+        return torch.cat(hashes, dim=-1)
+
+    def sums(self, hashes_BTS):
+        """The sums [B, T, D] of the rows with these numbers."""
         rows_NS = (hashes_BTS + self.first_row).flatten(0, 1)
         kept_NS = None
         if self.training and self.dropout.p > 0:
@@ -101,9 +193,9 @@ class HashEmbedding(nn.Module):
             sums_ND = apply_function(SparseLookup, self.tables.weight, rows_NS, kept_NS)
         else:
             sums_ND = self.tables(rows_NS, per_sample_weights=kept_NS)
-        return sums_ND.unflatten(0, ids_BT.shape)
+        return sums_ND.unflatten(0, hashes_BTS.shape[:2])
 
 
-def embed_ngrams(hash_embedding, ids_BT, documents_BT):
-    """hash_embedding(ids_BT, documents_BT), as a function that can be left out of a compiled graph."""
-    return hash_embedding(ids_BT, documents_BT)
+def embed_ngrams(hash_embedding, ids_BT, documents_BT, spans_BTS=None):
+    """hash_embedding(...), as a function that can be left out of a compiled graph."""
+    return hash_embedding(ids_BT, documents_BT, spans_BTS)

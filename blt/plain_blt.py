@@ -78,7 +78,7 @@ def _row_logits(model, ids, lengths):
     documents = _document_numbers(ids)
     patches = _patches_of(lengths, documents)
     byte_mask_TT = _dense_mask(documents, config.window, model.head.weight.device)
-    states_TD, vectors = _encode(model, ids, documents, patches, byte_mask_TT)
+    states_TD, vectors = _encode(model, ids, documents, lengths, patches, byte_mask_TT)
     latents_PG = _latent(model, vectors, patches)
     # The decoder goes on from the encoder's byte states. It has no embeddings of its own.
     states_TD = _decode(model, states_TD, latents_PG, patches, byte_mask_TT)
@@ -116,14 +116,15 @@ def _patches_of(lengths, documents):
     return patches
 
 
-def _encode(model, ids, documents, patches, byte_mask_TT):
+def _encode(model, ids, documents, lengths, patches, byte_mask_TT):
     """The local encoder: byte states [T, D], and for each patch its k vectors [k, D]."""
     config = model.config
     encoder = model.encoder
     device = model.head.weight.device
     x_TD = encoder.byte_embedding.weight[torch.tensor(ids, device=device)]
-    if config.ngram_sizes:
-        x_TD = x_TD + _hash_sum(encoder.hash_embedding.tables.weight, config, ids, documents, device)
+    if config.n_tables:
+        tables = encoder.hash_embedding.tables.weight
+        x_TD = x_TD + _hash_sum(tables, config, ids, documents, lengths, device)
     # The patches' vectors are made after the first layer with a cross-attention, and each later
     # cross-attention refines them.
     vectors = None
@@ -192,8 +193,8 @@ def _decode(model, x_TD, latents_PG, patches, byte_mask_TT):
 # ---------------------------------------------------------------------------------- its parts
 
 
-def _hash_sum(tables, config, ids, documents, device):
-    """The sum [T, D] of each id's n-gram embeddings, one for each n-gram size."""
+def _hash_sum(tables, config, ids, documents, lengths, device):
+    """The sum [T, D] of each id's n-gram embeddings: of each n-gram size, and of each of the patch n-grams."""
     # The released code's ids: byte b is b + 4, the boundary 1. What is before the document is 0.
     released_ids = [1 if byte == BOUNDARY else byte + 4 for byte in ids]
     total_TD = 0
@@ -205,11 +206,37 @@ def _hash_sum(tables, config, ids, documents, device):
                 position = t - n + 1 + i
                 if position >= 0 and documents[position] == documents[t]:
                     value += released_ids[position] * 1_000_000_007**i
-            # Python's numbers do not overflow. Wrap as 64-bit integers do.
-            wrapped = (value + 2**63) % 2**64 - 2**63
-            rows.append(table * config.hash_rows + wrapped % config.hash_rows)
+            rows.append(_table_row(value, table, config))
+        total_TD = total_TD + tables[torch.tensor(rows, device=device)]
+    for table, n_before in enumerate(config.patch_ngrams, len(config.ngram_sizes)):
+        rows = []
+        for t in range(len(ids)):
+            value = 0
+            for position in range(_start_before(n_before, t, lengths), t + 1):
+                if documents[position] == documents[t]:
+                    value = value * 1_000_000_007 + released_ids[position]
+            rows.append(_table_row(value, table, config))
         total_TD = total_TD + tables[torch.tensor(rows, device=device)]
     return total_TD
+
+
+def _table_row(value, table, config):
+    """The row of an n-gram whose hash has this value before it wraps."""
+    # Python's numbers do not overflow. Wrap as 64-bit integers do.
+    wrapped = (value + 2**63) % 2**64 - 2**63
+    return table * config.hash_rows + wrapped % config.hash_rows
+
+
+def _start_before(n_before, t, lengths):
+    """Where the patch begins that is n_before patches before that of id t; 0 if there are fewer."""
+    starts = []
+    end = 0
+    for length in lengths:
+        starts.append(end)
+        end += length
+        if t < end:
+            break
+    return starts[max(0, len(starts) - 1 - n_before)]
 
 
 def _dense_mask(documents, window, device):

@@ -37,6 +37,8 @@ CONFIGS = {
     ),
     "qk norm, no hashes, widths": dict(qk_norm=True, ngram_sizes=[], decoder_dim=48),
     "same width": dict(global_dim=64),
+    "patch n-grams": dict(patch_ngrams=[0, 2]),
+    "patch n-grams alone": dict(patch_ngrams=[1, 0], ngram_sizes=[]),
     "squared ReLU, soft cap, dropout of n-grams": dict(relu2=True, logit_softcap=1.5, ngram_dropout=0.5),
 }
 TEXT = "".join(

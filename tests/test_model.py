@@ -15,6 +15,7 @@ from blt.ids import documents_of
 from blt.kernels import SparseLookup
 from blt.layers import FeedForward, RMSNorm, SquaredReLU
 from blt.metric import bits_per_byte, leak_gate, target_losses
+from blt.ngrams import SpanHashes, hash_spans
 from blt.patch_rules import PatchConfig
 from blt.rows import evaluation_batches, make_batch
 from blt.segments import PatchMap, check_patch_lengths
@@ -40,6 +41,8 @@ VARIANTS = {
     "other widths, no n-grams": dict(decoder_dim=48, ngram_sizes=[], encoder_heads=2),
     "qk norm, window beyond the row": dict(qk_norm=True, window=512),
     "squared ReLU, soft cap": dict(relu2=True, logit_softcap=5.0),
+    "patch n-grams": dict(patch_ngrams=[0, 1, 3]),
+    "patch n-grams alone": dict(patch_ngrams=[2], ngram_sizes=[]),
 }
 # The threshold that each method is tested with.
 METHODS = {"global": 5.05, "monotonic": 0.0, "static": 4, "space": 1.0, "cumulative": 20.0}
@@ -431,6 +434,37 @@ def test_hash_does_not_look_across_a_boundary():
     assert torch.equal(hashes[0, :4], hashes[0, 4:])
 
 
+def test_hashes_from_the_starts_of_patches():
+    """All at once, byte by byte, and by hand; none reaches across a boundary."""
+    ids = torch.tensor([[256, 72, 101, 108, 256, 72, 101, 108]])
+    patch_map = PatchMap(torch.tensor([[1, 1, 2, 1, 1, 2, 1]]), documents_of(ids, 256))
+    starts = patch_map.starts_before([0, 1])
+    assert starts[0].T.tolist() == [[0, 1, 2, 2, 4, 5, 6, 6], [0, 0, 1, 1, 4, 4, 5, 5]]
+    hashes = hash_spans(ids, starts)
+    assert torch.equal(hashes[0, :4], hashes[0, 4:])
+    p = 1_000_000_007
+    assert hashes[0, 3].tolist() == [105 * p + 112, as_signed((76 * p + 105) * p + 112)]
+    spans = SpanHashes([0, 1], 1)
+    is_end = np.array([[True, True, False, True]])
+    one_by_one, states = spans.read(ids[:, :4].numpy(), is_end)
+    assert one_by_one.tolist() == hashes[:, :4].tolist()
+    spans.state = states[2]
+    assert spans.read(ids[:, 2:4].numpy(), is_end[:, 2:])[0].tolist() == hashes[:, 2:4].tolist()
+    # As many as 2,048 ids: the powers of the prime wrap many times.
+    ids = torch.randint(0, 256, (1, 2048))
+    starts = torch.stack((torch.zeros(2048, dtype=torch.int64), torch.arange(2048).clamp(max=2040)), dim=1)
+    for hashed, begin in zip(hash_spans(ids, starts[None])[0, -1].tolist(), (0, 2040)):
+        value = 0
+        for byte in ids[0, begin:].tolist():
+            value = value * p + byte + 4
+        assert hashed == as_signed(value)
+
+
+def as_signed(value):
+    """A number as a 64-bit integer holds it."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_dropped_ngrams(sparse):
     """Training leaves each n-gram out with the given probability, scales none up, and changes no row left out."""
@@ -531,6 +565,8 @@ def test_config_errors():
         (dict(pooling="sum"), "max or mean"),
         (dict(global_layers=0), "global_layers is 0"),
         (dict(ngram_sizes=[3, 3]), "ngram_sizes"),
+        (dict(patch_ngrams=[0, 0]), r"patch_ngrams is \[0, 0\]"),
+        (dict(patch_ngrams=[-1]), "0 or more"),
         (dict(ngram_dropout=1.0), "ngram_dropout is 1.0"),
         (dict(logit_softcap=-1.0), "logit_softcap is -1.0"),
         (dict(encoder_dim=33), "width 33"),

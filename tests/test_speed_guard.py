@@ -395,7 +395,9 @@ def test_blt_is_one_graph_and_compiles_once(attention, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("options", [dict(relu2=True, logit_softcap=5.0), dict(ngram_dropout=0.2)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(relu2=True, logit_softcap=5.0), dict(ngram_dropout=0.2), dict(patch_ngrams=[0, 1])], ids=str
+)
 def test_options_are_one_graph(options):
     model = blt(ngram_sizes=[3], **options).train()
     batch = batch_of()

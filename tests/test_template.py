@@ -22,9 +22,11 @@ from blt.loop import RunConfig, read_metrics
 from blt.metric import bits_per_byte, evaluate, leak_gate
 from blt.ngrams import hash_ngrams
 from blt.optimizers import make_optimizers
+from blt.patch_rules import PatchConfig, SpaceRule
 from blt.records import RunRecord, save_model
 from blt.rows import DocumentStream, TrainingRows, evaluation_batches, make_batch
 from blt.tokens import BPEVocabulary, train_tokenizer
+from entropy_patcher import EntropyPatcher
 from llm import MACHINES, LLMConfig
 from save_entropy_model import load_blt
 from template_llm import (
@@ -35,6 +37,7 @@ from template_llm import (
     FlatConfig,
     TemplateConfig,
     load_template,
+    space_patch_lengths,
     train_template,
 )
 
@@ -51,7 +54,15 @@ def vocabulary(tmp_path_factory):
 
 
 @pytest.fixture(
-    params=["flat", "flat, window beyond the row", "bpe", "flat with tables", "bpe with tables", "flat with options"]
+    params=[
+        "flat",
+        "flat, window beyond the row",
+        "bpe",
+        "flat with tables",
+        "bpe with tables",
+        "flat with words",
+        "flat with options",
+    ]
 )
 def model(request, vocabulary):
     torch.manual_seed(0)
@@ -63,6 +74,8 @@ def model(request, vocabulary):
     if request.param == "flat with options":
         options = dict(relu2=True, logit_softcap=5.0, qk_norm=True, ngram_sizes=[2], ngram_dropout=0.5)
         return FlatByteTransformer(FlatConfig(window=8, **sizes, **options)).eval()
+    if request.param == "flat with words":
+        return FlatByteTransformer(FlatConfig(ngram_sizes=[2], patch_ngrams=[0, 1], window=8, **sizes)).eval()
     ngram_sizes = [2, 3, 8] if request.param == "flat with tables" else []
     window = None if request.param == "flat, window beyond the row" else 8
     return FlatByteTransformer(FlatConfig(ngram_sizes=ngram_sizes, window=window, **sizes)).eval()
@@ -176,6 +189,31 @@ def test_bytes_have_the_rows_that_they_have_in_the_blt():
     flat.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     flat(ids)
     assert torch.equal(seen[0], flat.embedding(ids) + ours)
+
+
+def test_words_are_the_space_patches_of_the_blt():
+    """Given the BLT's tables, a flat model adds what the BLT adds with space patches."""
+    patcher = EntropyPatcher(None, PatchConfig("space"))
+    texts = ["The cat, sat on it.  Twice!", " x", "été: 3 über-long_names\n\tend"]
+    documents = [np.frombuffer(text.encode(), np.uint8) for text in texts]
+    ids = torch.from_numpy(np.concatenate([np.append(256, each) for each in documents])).long()[None]
+    starts = np.concatenate([np.append(True, patcher.starts(document)[:-1]) for document in documents])
+    lengths = np.diff(np.flatnonzero(np.append(starts, True)))
+    # The row's last patch has the last target as well.
+    lengths[-1] += 1
+    ours = space_patch_lengths(ids, torch.from_numpy(SpaceRule.is_space_like))
+    assert ours[0, : len(lengths)].tolist() == lengths.tolist() and not ours[0, len(lengths) :].any()
+    sizes = dict(ngram_sizes=[2], patch_ngrams=[0, 1, 3], hash_rows=64)
+    blt = tiny_blt(**sizes)
+    flat = FlatByteTransformer(FlatConfig(dim=32, n_layers=1, **sizes))
+    flat.hash_embedding.load_state_dict(blt.encoder.hash_embedding.state_dict())
+    flat.embedding.load_state_dict(blt.encoder.byte_embedding.state_dict())
+    seen = []
+    for model in (flat, blt.encoder):
+        model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    flat(ids)
+    blt(ids, torch.from_numpy(lengths)[None])
+    torch.testing.assert_close(*seen)
 
 
 def test_rows_of_tokens_by_hand(vocabulary):
@@ -416,9 +454,9 @@ def test_parameters_and_their_optimizers(model):
     parts = model.parameters_by_part()
     assert set(parts) == {"hash embedding", "embedding", "layers", "head"}
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    assert parts["hash embedding"] == len(model.config.ngram_sizes) * 64 * 32
+    assert parts["hash embedding"] == model.config.n_tables * 64 * 32
     muon, adam, *of_tables = make_optimizers(model, RunConfig())
-    assert len(of_tables) == (1 if model.config.ngram_sizes else 0)
+    assert len(of_tables) == (1 if model.config.n_tables else 0)
     matrices_of_adam = [p for group in adam.param_groups for p in group["params"] if p.dim() == 2]
     assert sum(p.numel() for p in matrices_of_adam) == parts["embedding"] + parts["head"]
     # q, k, v, o, w1, w2 and w3 of two layers; squared ReLU has no w3
@@ -490,6 +528,8 @@ def test_settings():
         (dict(steps=0), "steps is 0"),
         (dict(ngram_sizes=[1]), r"ngram_sizes is \[1\]"),
         (dict(ngram_sizes=[3, 3]), "different whole numbers"),
+        (dict(patch_ngrams=[1, 1]), "different whole numbers"),
+        (dict(model="bpe", patch_ngrams=[0]), "need --model flat"),
         (dict(ngram_sizes=[3], hash_rows=0), "hash_rows is 0"),
         (dict(ngram_sizes=[3], hash_rows=9, table_parameters=999), "hash_rows or table_parameters"),
         (dict(table_parameters=999), "table_parameters needs --ngram_sizes"),
