@@ -533,10 +533,9 @@ def sweep(bench):
                 steps = bench.template(model, True, **changes)
             runs.append(Run(f"{model} {name}", {"model": WORDS[model], "change": shown}, steps, read_training))
 
-        defaults = {name: getattr(config, name) for name in CHOICES}
         presets = [bench.budget.size, bench.budget.machine]
         of_model = config if model == "space" else TemplateConfig(model=model, preset=presets, device="cpu")
-        defaults[own] = getattr(of_model, own)
+        defaults = {name: getattr(of_model, name) for name in (*CHOICES, own)}
         choices = {
             name: [round(defaults[name] * value, 6) if name.endswith("lr") else value for value in values]
             for name, values in CHOICES.items()

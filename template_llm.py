@@ -111,6 +111,16 @@ class BPEConfig(FlatConfig):
     window: int | None = None  # tokens that a token attends to, itself included; None: the whole row
 
 
+# The BPE model's rates as multiples of those of the models of bytes: the best of 20 trials at size nano
+# (docs/baselines.md).
+BPE_RATES = {"lr": 0.5, "adam_lr": 4.0}
+
+
+def _without_own(values):
+    """A preset of llm.py without what this script chooses itself."""
+    return {name: value for name, value in values.items() if name not in ("hash_rows", *BPE_RATES)}
+
+
 @dataclass
 class TemplateConfig(RunConfig, FlatConfig):
     """Settings of this script. A value written in place of BY_PRESET takes effect with every preset."""
@@ -129,8 +139,8 @@ class TemplateConfig(RunConfig, FlatConfig):
     dropout: float | None = None  # dropout rate; None: 0, or 0.1 if the text is read more than 1.5 times
     tokenizer_bytes: int = 10_000_000  # bpe: the tokenizer learns from at most this many bytes of the training text
     # run
-    lr: float = BY_PRESET  # peak learning rate of the matrices (Muon, scaled to the RMS of an AdamW update)
-    adam_lr: float = BY_PRESET  # peak learning rate of embedding, output head and norms (AdamW)
+    lr: float | None = None  # peak learning rate of the matrices (Muon); None: llm.py's, bpe: times BPE_RATES
+    adam_lr: float | None = None  # of embedding, output head and norms (AdamW); None: llm.py's, bpe: times BPE_RATES
     steps: int = BY_PRESET  # updates
     row_bytes: int = BY_PRESET  # bytes in a row; bpe: a row has the number of tokens that hold about as many bytes
     batch_rows: int = BY_PRESET  # rows in one forward and backward pass
@@ -142,11 +152,11 @@ class TemplateConfig(RunConfig, FlatConfig):
     compile: Literal["auto", "yes", "no"] = BY_PRESET  # torch.compile; auto: on CUDA
     output: str | None = None  # folder for weights, metrics and curves; None: checkpoints_flat or checkpoints_bpe
 
-    # The rows of the tables follow from table_parameters.
+    # What follows from the model is no preset's: rates, and the rows of the tables.
     PRESETS = Presets(
         {size: {} for size in SHAPES["flat"]},
-        MACHINES,
-        {pair: {name: values[name] for name in values if name != "hash_rows"} for pair, values in PAIRS.items()},
+        {machine: _without_own(values) for machine, values in MACHINES.items()},
+        {pair: _without_own(values) for pair, values in PAIRS.items()},
     )
 
     def __post_init__(self):
@@ -161,10 +171,18 @@ class TemplateConfig(RunConfig, FlatConfig):
         self.window = window if self.window is None else self.window
         if self.output is None:
             self.output = f"checkpoints_{self.model}"
+        self._choose_rates()
         self._choose_hash_rows()
         FlatConfig.__post_init__(self)
         check(self, "vocab_size", 256 <= self.vocab_size <= 1 << 20, "from 256, the bytes alone, to 1,048,576")
         check_positive(self, "tokenizer_bytes")
+
+    def _choose_rates(self):
+        """Choose the rates that are None, from those of llm.py with the same presets."""
+        blt = LLMConfig(preset=self.preset)
+        for name, of_bpe in BPE_RATES.items():
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(blt, name) * (of_bpe if self.model == "bpe" else 1.0))
 
     def _choose_hash_rows(self):
         """Choose the rows of each table so that all tables together have table_parameters numbers, nearly."""

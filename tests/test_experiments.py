@@ -649,13 +649,15 @@ def test_the_sweep_gives_all_models_the_same_trials(studies_config):
     for run in experiment_studies.sweep(Bench(studies_config(), 1337)):
         model, name = run.name.split(" ", 1)
         own = experiment_studies.OWN_CHOICES[model][0]
+        config = Bench(studies_config(), 1337).llm_config()
+        if model != "space":
+            config = TemplateConfig(model=model, preset=["nano", "cpu"], device="cpu")
         if name != "together" and not name.startswith(own):
-            flags = run.steps[-1].flags
+            # Rates are multiples of the model's own.
+            flags = {n: value / getattr(config, n) for n, value in run.steps[-1].flags.items() if n.endswith("lr")}
+            flags = run.steps[-1].flags | flags
             trials.setdefault(model, []).append({n: flags.get(n) for n in experiment_studies.CHOICES})
         elif name != "together":
-            config = Bench(studies_config(), 1337).llm_config()
-            if model != "space":
-                config = TemplateConfig(model=model, preset=["nano", "cpu"], device="cpu")
             factors = experiment_studies.OWN_CHOICES[model][1]
             assert run.steps[-1].flags[own] in [round(getattr(config, own) * factor) for factor in factors]
     assert trials["space"] == trials["flat"] == trials["bpe"] and len(trials["space"]) == 12

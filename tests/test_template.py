@@ -249,6 +249,18 @@ def test_tables_learn_what_the_last_ids_say(kind, sizes, share, vocabulary, tmp_
         assert bpb(str(rows), ngram_sizes=sizes, hash_rows=rows) < share * without
 
 
+def test_rates_follow_from_the_model():
+    """The flat model has those of llm.py, the BPE model multiples of them; a given rate is taken as it is."""
+    for preset in (["nano", "cpu"], ["large", "h100"]):
+        theirs = LLMConfig(preset=preset)
+        flat, bpe = (TemplateConfig(model=kind, preset=preset) for kind in ("flat", "bpe"))
+        assert (flat.lr, flat.adam_lr) == (theirs.lr, theirs.adam_lr)
+        assert (bpe.lr, bpe.adam_lr) == (theirs.lr / 2, theirs.adam_lr * 4)
+        assert replace(bpe) == bpe and not {"lr", "adam_lr"} & set(bpe.beaten_presets)
+    given = TemplateConfig(model="bpe", lr=0.02, adam_lr=0.001)
+    assert (given.lr, given.adam_lr) == (0.02, 0.001)
+
+
 def test_tables_have_as_many_parameters_as_asked():
     theirs = LLMConfig(preset=["nano", "cpu"])
     wanted = len(theirs.ngram_sizes) * theirs.hash_rows * theirs.encoder_dim
