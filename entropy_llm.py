@@ -24,6 +24,7 @@ from blt.attention import AttentionPlan
 from blt.checks import check, check_positive, check_shares
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights
+from blt.flops import transformer_flops
 from blt.ids import BOUNDARY, documents_of
 from blt.layers import Block, RMSNorm, as_stream, embed, init_weights, logits_of, zero_outputs
 from blt.loop import RunConfig, fit
@@ -230,6 +231,9 @@ def train(config):
     files = (output, record_beside(output))
     result = fit(model, config, train_rows, validation_batches, run_dir, depends_on, result_files=files)
     load_weights(run_dir / "best.pt", model)
+    c = model_config
+    flops = transformer_flops(c.d_model, c.n_layers, c.vocab_size, train_rows.document_parts(), c.max_seq_len)
+    result["flops_per_byte"] = sum(flops.values())
     record = RunRecord(
         kind="entropy",
         model_config=asdict(model_config),

@@ -216,7 +216,7 @@ def scaled(bench, multiple, runs, ratio, estimate):
 
 
 def forward_flops(config, kind, bytes_per_patch=None, bytes_per_token=None):
-    """Forward FLOPs per byte of a model, from its settings. Raises KeyError for an unknown kind."""
+    """Forward FLOPs per byte of a model before it is trained: by its settings, for rows of one document."""
     if kind == "blt":
         return sum(blt_flops(config, bytes_per_patch, config.row_bytes).values())
     if kind == "entropy":
@@ -250,8 +250,7 @@ def read_training(folders):
         metrics["bytes_a_unit"] = result["avg_patch_size"]
     if record.kind == "bpe":
         metrics["bytes_a_unit"] = record.bytes_per_token
-    unit = metrics.get("bytes_a_unit")
-    metrics["flops_per_byte"] = forward_flops(settings, record.kind, unit, unit)
+    metrics["flops_per_byte"] = counted_flops(record, folders[-1])
     metrics["train_flops"] = TRAINING * metrics["flops_per_byte"] * metrics["trained_bytes"]
     parameters = re.search(r"^\w+: ([\d,]+) parameters", (folders[-1] / "log.txt").read_text(errors="replace"), re.M)
     if parameters:
@@ -267,11 +266,17 @@ def read_training(folders):
     return metrics
 
 
+def counted_flops(record, folder):
+    """Forward FLOPs per byte that a training run has counted, with the documents of its own rows."""
+    if "flops_per_byte" not in record.result:
+        raise ValueError(f"{folder} is of an earlier version, which did not count FLOPs; delete it to make it again")
+    return record.result["flops_per_byte"]
+
+
 def entropy_costs(folders, text_bytes):
     """FLOPs and seconds of an entropy model: its training, and its pass over the training text."""
     entropy = RunRecord.load(folders[0] / "entropy_model.json")
-    settings = SimpleNamespace(**entropy.settings)
-    forward = forward_flops(settings, "entropy")
+    forward = counted_flops(entropy, folders[0])
     of_pass = json.loads((folders[1] / "step.json").read_text())
     # The entropies of the longest run serve the shorter ones as well; each pays for its own text.
     cached_bytes = int(of_pass["command"][of_pass["command"].index("--max_bytes") + 1])

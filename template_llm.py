@@ -32,6 +32,7 @@ from blt.checks import check, check_packages, check_positive, check_shares
 from blt.commands import command
 from blt.config import BY_PRESET, Presets, next_command, part_of, run_script
 from blt.files import load_weights
+from blt.flops import transformer_flops
 from blt.ids import BOUNDARY, BYTES, documents_of
 from blt.layers import Block, RMSNorm, as_stream, default_heads, embed, init_weights, logits_of, zero_outputs
 from blt.loop import RunConfig, choose_dropout, fit
@@ -281,10 +282,10 @@ class PlainTransformer(nn.Module):
 
 
 def space_patch_lengths(ids_BT, is_space_like_V):
-    """The space patches of rows of bytes, as `BLTModel` takes them: int64 [B, T + 1], each row's sum T + 1.
+    """The space patches of rows of bytes as `BLTModel` takes them: int64 [B, T + 1], each row's sum T + 1.
 
-    is_space_like_V: `patch_rules.SpaceRule.is_space_like`. A row's first id is a patch of its own, and so is a
-    boundary.
+    is_space_like_V: `patch_rules.SpaceRule.is_space_like`. A row's first id is a patch of its own, and so
+    is a boundary.
     """
     B, T = ids_BT.shape
     is_space_BT = is_space_like_V[ids_BT]
@@ -349,9 +350,9 @@ def train_template(model, stream, validation, config, depends_on=None, begin=Non
     validation: list of uint8 documents.
     config: a `RunConfig` with an `output` folder.
     depends_on, begin: as in `loop.fit`.
-    Returns `fit`'s dict and byte_padding. val_loss is in nats per target and val_accuracy is of
-    targets, which are tokens for BPE. The best weights are in output/best.pt, and in the model
-    afterwards.
+    Returns `fit`'s dict, byte_padding, and flops_per_byte of a forward pass. val_loss is in nats per
+    target and val_accuracy is of targets, which are tokens for BPE. The best weights are in
+    output/best.pt, and in the model afterwards.
     """
     vocabulary = model.vocabulary
     if stream.vocabulary is not vocabulary:
@@ -369,7 +370,10 @@ def train_template(model, stream, validation, config, depends_on=None, begin=Non
     print(f"rows: {len(train_rows):,} of {row_ids:,} {unit} | padding {byte_padding:.1%}")
     result = fit(model, config, train_rows, batches, config.output, depends_on, begin)
     load_weights(Path(config.output) / "best.pt", model)
-    return {**result, "byte_padding": byte_padding}
+    c = model.config
+    flops = transformer_flops(c.dim, c.n_layers, model.n_classes, train_rows.document_parts(), c.window)
+    flops_per_byte = sum(flops.values()) / vocabulary.bytes_per_id
+    return {**result, "byte_padding": byte_padding, "flops_per_byte": flops_per_byte}
 
 
 def training_stream(corpus, numbers, vocabulary=BYTES):

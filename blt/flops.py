@@ -10,15 +10,17 @@ model FLOPs utilisation.
 
 What counts: matrix products, at 2 FLOPs per multiply-add, of real bytes and patches. Embedding
 lookups (bytes and n-grams) are 0 FLOPs, as in the paper. Norms, rotary embedding, softmax,
-activations and pooling are left out, also as in the paper. Attention counts what causal masks and windows
-leave, not what a blocked mask computes and discards; a row counts as one document, though attention ends
-with each (docs/results.md says what that is worth). Padding counts 0. Training is 3 times the forward
-pass: for each product of the forward pass, the backward pass has two.
+activations and pooling are left out, also as in the paper. Attention counts what causal masks and
+windows leave, not what a blocked mask computes and discards. It ends with each document: give the
+lengths of the documents' parts in rows (`TrainingRows.document_parts`) as row_bytes. One number means
+rows of one document each. Padding counts 0. Training is 3 times the forward pass: for each product of
+the forward pass, the backward pass has two.
 """
 
 import re
 import time
 
+import numpy as np
 import torch
 
 from blt.device import synchronize
@@ -44,27 +46,28 @@ def attention_flops(dim, positions):
     return 4.0 * dim * positions
 
 
-def mean_positions(length, window=None):
-    """Positions that one position of a row attends to, itself included, averaged over the row.
+def mean_positions(lengths, window=None):
+    """Positions that one position attends to, itself included, averaged over all positions.
 
-    Position t attends to min(t + 1, window). Length 4 and window 2 give (1 + 2 + 2 + 2) / 4;
-    without a window the mean is (length + 1) / 2. length need not be whole: it can be a mean number
-    of patches.
+    lengths: of a row, or of several (an array), each with attention of its own. Position t of a row
+    attends to min(t + 1, window). Length 4 and window 2 give (1 + 2 + 2 + 2) / 4; without a window a
+    row's mean is (length + 1) / 2. Lengths need not be whole: they can be mean numbers of patches.
     """
-    if window is None or length <= window:
-        return (length + 1) / 2
+    lengths = np.atleast_1d(np.asarray(lengths, dtype=np.float64))
+    within = lengths if window is None else np.minimum(lengths, window)
     # The first `window` positions see 1, 2, ..., window positions; each later one sees a full window.
-    return (window * (window + 1) / 2 + (length - window) * window) / length
+    pairs = within * (within + 1) / 2 + (lengths - within) * within
+    return float(pairs.sum() / lengths.sum())
 
 
 def blt_flops(config, bytes_per_patch, row_bytes):
     """Forward FLOPs per byte of a BLT: {part: FLOPs}. The parts add up to the whole.
 
-    config: `BLTConfig`. bytes_per_patch: mean patch size s. row_bytes: bytes in a row, T; a row has
-    P = T / s patches. A training step costs TRAINING times this.
+    config: `BLTConfig`. bytes_per_patch: mean patch size s. row_bytes: bytes in a row, T, or in each of
+    many; a row has P = T / s patches. A training step costs TRAINING times this.
 
-    With block(d) = block_flops(d), n = mean_positions(T, window), encoder width D, decoder width D',
-    latent width G and k vectors a patch:
+    With block(d) = block_flops(d), n = mean_positions(T, window), m = mean_positions(P), encoder width
+    D, decoder width D', latent width G and k vectors a patch:
 
         embeddings                0: lookups
         encoder                   encoder_layers * block(D)
@@ -76,7 +79,7 @@ def blt_flops(config, bytes_per_patch, row_bytes):
                                     4 k D                     scores and values
         latent transformer        2 kD G / s                  input projection, if kD is not G
                                   global_layers * block(G) / s
-        latent attention          global_layers * 4 G (P + 1) / 2 / s
+        latent attention          global_layers * 4 G m / s
         decoder                   2 D D'                      input projection, if D' is not D
                                   decoder_layers * block(D')
         decoder attention         decoder_layers * 4 D' n
@@ -100,7 +103,7 @@ def blt_flops(config, bytes_per_patch, row_bytes):
     G = config.global_dim
     k = config.cross_attn_k
     s = bytes_per_patch
-    P = row_bytes / bytes_per_patch
+    P = np.asarray(row_bytes) / bytes_per_patch
 
     # One block each, without attention scores and values.
     encoder_block = block_flops(D, config.encoder_ffn_dim)

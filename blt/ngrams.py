@@ -1,4 +1,4 @@
-"""Embeddings of hashed n-grams (BLT section 3.2.1): a table for each n, whose rows n-grams share by their hash.
+"""Embeddings of hashed n-grams (BLT section 3.2.1): a table for each n, whose rows they share by hash.
 
 `hash_spans` hashes n-grams of no fixed n: those that begin where a patch begins.
 """
@@ -84,9 +84,9 @@ def hash_spans(ids_BT, starts_BTS, boundary=BOUNDARY):
 
         hash(t) = sum over i = start..t of id[i] * HASH_PRIME ** (t - i)
 
-    in wrapping 64-bit integers. The newest id has the factor 1, so `SpanHashes` can go on from id to id.
-    Ids are numbered as in `hash_ngrams`. starts_BTS: int64, S starts of each id t, in 0..t. Returns int64
-    [B, T, S].
+    in wrapping 64-bit integers. The newest id has the factor 1, so `SpanHashes` can go on from id to
+    id. Ids are numbered as in `hash_ngrams`. starts_BTS: int64, S starts of each id t, in 0..t.
+    Returns int64 [B, T, S].
     """
     # With p the prime: p ** t times (the sum of id[i] * p ** -i up to t, minus that before the start).
     T = ids_BT.shape[1]
@@ -108,8 +108,8 @@ class SpanHashes:
     """The `hash_spans` of text that is being written, from the starts of patches. For B rows, in NumPy.
 
     patch_ngrams: as in `BLTConfig`.
-    state: uint64 [B, M], the hashes of what a row holds since the start of its open patch, since the start of
-    the patch before, and so on; of the whole row, if it has fewer patches.
+    state: uint64 [B, M], the hashes of what a row holds since the start of its open patch, since the
+    start of the patch before, and so on; of the whole row, if it has fewer patches.
     """
 
     def __init__(self, patch_ngrams, n_rows):
@@ -117,10 +117,10 @@ class SpanHashes:
         self.state = np.zeros((n_rows, max(patch_ngrams) + 1), np.uint64)
 
     def read(self, ids_BN, is_end_BN):
-        """Read N more ids. Returns hashes after each, int64 [B, N, S], and states: uint64 [N + 1, B, M].
+        """Read N more ids. Returns hashes after each, int64 [B, N, S], and states, uint64 [N + 1, B, M].
 
-        is_end_BN: the ids that end a patch. states: before the first id, and after each. The own state stays as
-        it is: set it to that of the ids that become text.
+        is_end_BN: the ids that end a patch. states: before the first id, and after each. The own state
+        stays as it is: set it to that of the ids that become text.
         """
         released_BN = np.where(ids_BN == BOUNDARY, HASH_BOUNDARY, ids_BN + HASH_ID_OFFSET)
         released_BN = released_BN.astype(np.uint64)

@@ -194,7 +194,7 @@ def _decode(model, x_TD, latents_PG, patches, byte_mask_TT):
 
 
 def _hash_sum(tables, config, ids, documents, lengths, device):
-    """The sum [T, D] of each id's n-gram embeddings: of each n-gram size, and of each of the patch n-grams."""
+    """The sum [T, D] of each id's n-gram embeddings: of each n-gram size and each of the patch n-grams."""
     # The released code's ids: byte b is b + 4, the boundary 1. What is before the document is 0.
     released_ids = [1 if byte == BOUNDARY else byte + 4 for byte in ids]
     total_TD = 0

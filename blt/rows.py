@@ -397,6 +397,12 @@ class TrainingRows:
             numbers.append(_epoch_order(len(self), seed, epoch)[index])
         return self.batch(numbers)
 
+    def document_parts(self):
+        """Ids of each part of a document that is in one row: int64 [parts]. Attention stays within them."""
+        # A document begins with the boundary before it. The last id of the stream is a target only.
+        begins = np.union1d(np.append(0, self.stream.ends[:-1]), self.row_positions)
+        return np.diff(begins, append=len(self.stream) - 1)
+
     def padding(self):
         """Shares of inputs and of patch slots that are padding, over all rows: two floats in [0, 1].
 

@@ -159,10 +159,10 @@ class PatchMap(Segments):
             self.first = torch.maximum(self.begins[:-1], first_of_document_M)
 
     def starts_before(self, counts):
-        """Where the patch begins that is this many patches before each byte's own; never before its document.
+        """Where the patch begins that is this many before each byte's own; never before its document.
 
-        Example: lengths 1, 2, 3 and the counts 0 and 1 give 0, 1, 1, 3, 3 and 0, 0, 0, 1, 1 for the five bytes
-        of one document. Returns int64 [B, T, number of counts].
+        Example: lengths 1, 2, 3 and the counts 0 and 1 give 0, 1, 1, 3, 3 and 0, 0, 0, 1, 1 for the five
+        bytes of one document. Returns int64 [B, T, number of counts].
         """
         patches = [(self.patch_of_byte_BT - count).clamp(min=0) for count in counts]
         starts = [self.first_id_BP.gather(1, patch_BT) for patch_BT in patches]

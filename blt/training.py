@@ -9,6 +9,7 @@ from blt.checks import check
 from blt.config import SHARED_FIELDS, SIZE_NAMES, next_command
 from blt.device import MACHINE_NAMES
 from blt.files import load_weights
+from blt.flops import blt_flops
 from blt.ids import to_bytes
 from blt.loop import RunConfig, first_row_of, fit
 from blt.metric import leak_gate
@@ -148,9 +149,9 @@ def train_blt(model, patched_dataset, training_config, depends_on=None, begin=No
     makes the model (`layers.zero_outputs`): the model that is given here may be trained already.
     depends_on, begin: as in `loop.fit`.
     Returns a dict with val_bpb, val_loss (nats per target) and val_accuracy of the best weights,
-    last_val_bpb, bytes_per_second, train_seconds, avg_patch_size and, of the padding in the
-    training rows, byte_padding and patch_padding. The best weights are in output/best.pt, and in
-    the model afterwards.
+    last_val_bpb, bytes_per_second, train_seconds, avg_patch_size, flops_per_byte of a forward pass
+    and, of the padding in the training rows, byte_padding and patch_padding. The best weights are in
+    output/best.pt, and in the model afterwards.
     """
     if not isinstance(patched_dataset, PatchedDataset):
         kind = type(patched_dataset).__name__
@@ -177,6 +178,7 @@ def train_blt(model, patched_dataset, training_config, depends_on=None, begin=No
     return {
         **result,
         "avg_patch_size": bytes_per_patch,
+        "flops_per_byte": sum(blt_flops(model.config, bytes_per_patch, data.train_rows.document_parts()).values()),
         "byte_padding": byte_padding,
         "patch_padding": patch_padding,
     }

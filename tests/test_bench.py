@@ -230,6 +230,8 @@ def test_mean_positions_by_hand():
     for length, window in ((1, 1), (7, 3), (100, 64)):
         positions = np.minimum(np.arange(length) + 1, window)
         assert mean_positions(length, window) == pytest.approx(positions.mean())
+    # Of several documents all positions together: 1, 2, 2, 2 and 1, 2.
+    assert mean_positions([4, 2], 2) == 10 / 6 and mean_positions(np.array([4.0, 4.0])) == 2.5
 
 
 def test_flops_of_the_entropy_model_are_those_that_torch_counts():

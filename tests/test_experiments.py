@@ -780,10 +780,16 @@ def test_metrics_of_a_training_run(pipeline, tmp_path):
     metrics = read_training(folders)
     record = RunRecord.load(source / "checkpoints" / "model.json")
     config = BLTConfig(**record.model_config)
-    per_byte = sum(blt_flops(config, record.result["avg_patch_size"], 128).values())
+    per_byte = record.result["flops_per_byte"]
     assert metrics["train_flops"] == pytest.approx(TRAINING * per_byte * metrics["trained_bytes"])
+    # As for rows of 128 bytes of one document, but for attention, which ends with documents.
+    row = blt_flops(config, record.result["avg_patch_size"], 128)
+    attention = row["encoder attention"] + row["latent attention"] + row["decoder attention"]
+    assert sum(row.values()) - attention < per_byte <= sum(row.values())
     e = entropy.model_config
-    per_byte = sum(transformer_flops(e["d_model"], e["n_layers"], 256, 128, e["max_seq_len"]).values())
+    per_byte = entropy.result["flops_per_byte"]
+    row = transformer_flops(e["d_model"], e["n_layers"], 256, 128, e["max_seq_len"])
+    assert sum(row.values()) - row["attention"] < per_byte <= sum(row.values())
     entropy_bytes = entropy.result["bytes_per_second"] * entropy.result["train_seconds"]
     assert metrics["entropy_flops"] == pytest.approx(per_byte * (TRAINING * entropy_bytes + 60000))
     # Half of the text that the pass has read is this run's.

@@ -1,6 +1,7 @@
 """Training: it learns, it repeats, it resumes; rows; optimizers and settings; what comes of it."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -296,6 +297,11 @@ def test_every_id_is_a_target_once_with_its_own_patches(row_bytes, slots):
         assert made[2:size].tolist() == flags[begin + 2 : begin + size].tolist()
         assert batch.is_scored[0].sum() == size - 1 == batch.targets
     assert targets == list(range(1, len(whole)))
+    # Parts of documents in rows: runs of inputs of one row with one document number.
+    inputs = np.concatenate([np.arange(b, b + n - 1) for b, n in zip(rows.row_positions, rows.row_lengths)])
+    row_of_input = np.repeat(np.arange(len(rows)), rows.row_lengths - 1)
+    runs = Counter(zip(row_of_input.tolist(), (whole == 256).cumsum()[inputs].tolist()))
+    assert rows.document_parts().tolist() == list(runs.values())
     assert all(0 <= share < 1 for share in rows.padding())
 
 
