@@ -582,7 +582,7 @@ def summarize_sweep(groups):
         "",
         *lines,
         "",
-        "Chosen on the text that they are scored on: run the winners again with other seeds.",
+        "Chosen on the text that they are scored on: run winners again with other seeds, and try values beyond.",
     ]
 
 

@@ -142,8 +142,9 @@ class PatchMap(Segments):
         pooled_into_BT = patch_of_id[:, :T]
         is_left_out_BT = self.documents_BP.gather(1, pooled_into_BT) != documents_BT
         super().__init__(pooled_into_BT.masked_fill(is_left_out_BT, P), P)
+        # For `starts_before`.
         self.patch_of_byte_BT = pooled_into_BT
-        self.first_id_BP = ends_BP - patch_lengths_BP
+        self.bounds_BP = (ends_BP, patch_lengths_BP)
         self.documents_BT = documents_BT
         # The newest patch that is complete before id t + 1 is the one before that id's own.
         reads_BT = (patch_of_id[:, 1:] - 1).clamp_(min=0)
@@ -164,8 +165,10 @@ class PatchMap(Segments):
         Example: lengths 1, 2, 3 and the counts 0 and 1 give 0, 1, 1, 3, 3 and 0, 0, 0, 1, 1 for the five
         bytes of one document. Returns int64 [B, T, number of counts].
         """
+        ends_BP, lengths_BP = self.bounds_BP
+        first_id_BP = ends_BP - lengths_BP
         patches = [(self.patch_of_byte_BT - count).clamp(min=0) for count in counts]
-        starts = [self.first_id_BP.gather(1, patch_BT) for patch_BT in patches]
+        starts = [first_id_BP.gather(1, patch_BT) for patch_BT in patches]
         first_of_document_BT = torch.searchsorted(self.documents_BT, self.documents_BT)
         return torch.maximum(torch.stack(starts, dim=-1), first_of_document_BT[..., None])
 

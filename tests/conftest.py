@@ -7,15 +7,17 @@ import shutil
 import pytest
 import torch
 from filelock import FileLock
-from helpers import BLT_FLAGS, CORPUS_FLAGS, ENTROPY_FLAGS, run_command
 from hypothesis import settings
+
+# Without a GPU, Triton's kernels are interpreted. It reads this when they are defined: before the import of helpers.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from helpers import BLT_FLAGS, CORPUS_FLAGS, ENTROPY_FLAGS, run_command  # noqa: E402
 
 # Examples take longer on a busy machine, and nothing is kept between runs.
 settings.register_profile("tests", deadline=None, database=None)
 settings.load_profile("tests")
-# Without a GPU, Triton's kernels are interpreted. It reads this when they are defined.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 # Tiny models gain nothing from a second thread, and lose much to it on a busy machine.
 torch.set_num_threads(1)
 
