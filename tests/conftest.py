@@ -9,7 +9,8 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
-# Without a GPU, Triton's kernels are interpreted. It reads this when they are defined: before the import of helpers.
+# Without a GPU, Triton's kernels are interpreted. It reads this when they are defined, so when helpers
+# is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
