@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from helpers import BLT_FLAGS, ENTROPY_FLAGS, error_of, random_bytes, run_here, some_words, tiny_blt, tiny_entropy_model
 
+import blt_model
 import entropy_llm
 import template_llm
 from blt import ngrams, training
@@ -193,23 +194,31 @@ def read_the_next_patch(self, patch_lengths_BP, documents_BT):
 original_hash = HashEmbedding.forward
 
 
-def hash_the_next_id(self, ids_BT, documents_BT):
-    return original_hash(self, ids_BT.roll(-1, 1), documents_BT)
+def hash_the_next_id(self, ids_BT, documents_BT, spans_BTS=None):
+    return original_hash(self, ids_BT.roll(-1, 1), documents_BT, spans_BTS)
+
+
+def hash_spans_to_the_next_id(ids_BT, starts_BTS):
+    return ngrams.hash_spans(ids_BT.roll(-1, 1), starts_BTS)
 
 
 LEAKS = {
     "attention": (AttentionPlan, "attend", unmasked),
     "patch": (PatchMap, "__init__", read_the_next_patch),
     "tables": (HashEmbedding, "forward", hash_the_next_id),
+    "patch n-grams": (blt_model, "hash_spans", hash_spans_to_the_next_id),
+    "words": (template_llm, "hash_spans", hash_spans_to_the_next_id),
 }
 
 
 @pytest.mark.parametrize("rows", [64, 200], ids=["dense", "sparse"])
 @pytest.mark.parametrize("leak, kind", [("attention", "blt"), ("patch", "blt"), ("tables", "blt"),
+                                        ("patch n-grams", "blt"), ("words", "flat"),
                                         ("attention", "flat"), ("tables", "flat")])  # fmt: skip
 def test_the_leak_gate_sees_behind_zeros(leak, kind, rows, monkeypatch):
     monkeypatch.setattr(ngrams, "DENSE_HASH_ROWS", 100)
-    model = zeroed_blt(hash_rows=rows) if kind == "blt" else zeroed_flat(hash_rows=rows)
+    tables = dict(hash_rows=rows, patch_ngrams=[0, 1] if leak in ("patch n-grams", "words") else [])
+    model = zeroed_blt(**tables) if kind == "blt" else zeroed_flat(**tables)
     arguments = (patcher() if kind == "blt" else None, random_bytes(70))
     zeros = zeros_of(model)
     random_state = torch.get_rng_state()
