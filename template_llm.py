@@ -112,8 +112,8 @@ class BPEConfig(FlatConfig):
     window: int | None = None  # tokens that a token attends to, itself included; None: the whole row
 
 
-# The BPE model's rates as multiples of those of the models of bytes: the best of 20 trials at size nano
-# (docs/baselines.md).
+# The BPE model's rates as multiples of those of the models of bytes: the best of the trials at size nano
+# in docs/baselines.md.
 BPE_RATES = {"lr": 0.5, "adam_lr": 4.0}
 
 
@@ -188,8 +188,7 @@ class TemplateConfig(RunConfig, FlatConfig):
     def _choose_hash_rows(self):
         """Choose the rows of each table so that all tables together have table_parameters numbers, nearly."""
         check_positive(self, "dim", "table_parameters")
-        n_tables = len(self.ngram_sizes) + len(self.patch_ngrams)
-        if n_tables == 0:
+        if self.n_tables == 0:
             if self.table_parameters is not None:
                 raise ValueError(
                     "table_parameters needs --ngram_sizes or --patch_ngrams; without them there are no tables"
@@ -200,7 +199,7 @@ class TemplateConfig(RunConfig, FlatConfig):
         if n_numbers is None:
             blt = LLMConfig(preset=self.preset)
             n_numbers = blt.n_tables * blt.hash_rows * blt.encoder_dim
-        rows = max(1, round(n_numbers / (n_tables * self.dim)))
+        rows = max(1, round(n_numbers / (self.n_tables * self.dim)))
         if self.hash_rows is None:
             self.hash_rows = rows
         elif self.table_parameters is not None and self.hash_rows != rows:

@@ -109,7 +109,10 @@ def test_two_processes_train_as_one_does(runs):
     assert of_one == of_two
     weights, other = (torch.load(folder / "best.pt", weights_only=True) for folder in (one, two))
     errors = {name: ((weights[name] - other[name]).norm() / weights[name].norm()).item() for name in weights}
-    assert max(errors.values()) < 100 * WITHIN, errors
+    if HAS_BF16:
+        assert max(errors.values()) < 0.1, errors
+    else:
+        assert all(torch.allclose(weights[name], other[name], atol=1e-3) for name in weights)
     records = [json.loads((folder / "model.json").read_text()) for folder in (one, two)]
     assert records[0]["model_config"] == records[1]["model_config"] and records[1]["result"] is not None
 
