@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from blt.kernels import BandAttention, apply_function
+from blt.kernels import BandAttention, apply_function, in_memory
 
 # Documents of a row are numbered from 0 up. These two numbers are for positions that are in no
 # document, so that no real position attends to them.
@@ -236,7 +236,7 @@ class AttentionPlan:
         documents_BT = self.documents
         documents_BS = documents_BT
         if self.past_length:
-            documents_BS = torch.cat((self.past_documents, documents_BT), dim=1)
+            documents_BS = in_memory(torch.cat((self.past_documents, documents_BT), dim=1))
         window = self.window
         past_length = self.past_length
         T = self.length

@@ -32,6 +32,15 @@ import torch.nn.functional as F
 FEW_NUMBERS = 1 << 14
 
 
+def in_memory(x):
+    """The same tensor; torch.compile computes it into memory here and not inside the operations that read it.
+
+    Some of them (searchsorted, FlexAttention's mask) read a tensor by its address, and up to torch 2.11 do not
+    lower where there is none.
+    """
+    return x.as_strided(x.shape, x.stride())
+
+
 def apply_function(function, *arguments):
     """function.apply(*arguments), or its forward pass alone where no gradients are wanted."""
     if torch.is_grad_enabled():

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from blt.device import what_triton_lacks
-from blt.kernels import GatherAttention, SegmentAttention, apply_function
+from blt.kernels import GatherAttention, SegmentAttention, apply_function, in_memory
 
 # Triton comes with torch's CUDA builds for Linux.
 if importlib.util.find_spec("triton") is not None:
@@ -196,7 +196,7 @@ def first_positions(numbers_N, n_numbers):
     Example: 0 0 2 2 2 with 4 numbers gives 0 2 2 5 5. A number that does not occur begins where it would be.
     """
     all_numbers = torch.arange(n_numbers + 1, device=numbers_N.device, dtype=numbers_N.dtype)
-    return torch.searchsorted(numbers_N, all_numbers, out_int32=True)
+    return torch.searchsorted(in_memory(numbers_N), all_numbers, out_int32=True)
 
 
 def attend_to_patches(q_BTHK, key_BPkHK, value_BPkHK, read_N):

@@ -29,14 +29,16 @@ BYTES_AT_ONCE = 8
 NUMBERS_OF_A_WARP = 2048
 
 
-def tile_sizes(k, K):
-    """Sizes of an attention's tiles, and the warps of a program: arguments of a launch."""
+def sizes_of(k, H, K):
+    """The constants of an attention's kernels: sizes, scale, sizes of tiles, and the warps of a program."""
     k_filled = triton.next_power_of_2(k)
     K_filled = triton.next_power_of_2(K)
     # Two warps at most, unless two bytes alone need more.
     n_bytes = max(2, min(BYTES_AT_ONCE, 2 * NUMBERS_OF_A_WARP // (k_filled * K_filled)))
     warps = max(1, min(8, n_bytes * k_filled * K_filled // NUMBERS_OF_A_WARP))
-    return dict(BYTES=n_bytes, k_FILLED=k_filled, K_FILLED=K_filled, num_warps=warps)
+    # The scale is a constant too: up to torch 2.11 a compiled model passes numbers with a point as fp64.
+    sizes = dict(k=k, H=H, K=K, scale=K**-0.5)
+    return dict(**sizes, BYTES=n_bytes, k_FILLED=k_filled, K_FILLED=K_filled, num_warps=warps)
 
 
 def as_rows(x):
@@ -162,7 +164,7 @@ class AttentionToBytes(torch.autograd.Function):
         log_sum_MkH = q_MkHK.new_empty(M, k, H, dtype=torch.float32)
         tensors = (q_MkHK, key_ND, value_ND, out_MkHK, log_sum_MkH, begins, first)
         strides = (key_ND.stride(0), value_ND.stride(0))
-        _attend_to_bytes[(M, H)](*tensors, *strides, K**-0.5, k=k, H=H, K=K, **tile_sizes(k, K))
+        _attend_to_bytes[(M, H)](*tensors, *strides, **sizes_of(k, H, K))
         ctx.save_for_backward(*tensors)
         return out_MkHK
 
@@ -176,16 +178,14 @@ class AttentionToBytes(torch.autograd.Function):
         given = (q_MkHK, key_ND, value_ND, out_MkHK, log_sum_MkH, d_out_MkHK.contiguous())
         wanted = (d_q_MkHK, d_key_NHK, d_value_NHK)
         strides = (key_ND.stride(0), value_ND.stride(0))
-        _attend_to_bytes_backward[(M, H)](
-            *given, *wanted, begins, first, *strides, K**-0.5, k=k, H=H, K=K, **tile_sizes(k, K)
-        )
+        _attend_to_bytes_backward[(M, H)](*given, *wanted, begins, first, *strides, **sizes_of(k, H, K))
         return d_q_MkHK, d_key_NHK, d_value_NHK, None, None
 
 
 @triton.jit
 def _attend_to_bytes(
-    q, key, value, out, log_sum, begins, first, key_stride, value_stride, scale,
-    k: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    q, key, value, out, log_sum, begins, first, key_stride, value_stride,
+    k: tl.constexpr, H: tl.constexpr, K: tl.constexpr, scale: tl.constexpr,
     BYTES: tl.constexpr, k_FILLED: tl.constexpr, K_FILLED: tl.constexpr,
 ):  # fmt: skip
     """The k queries of one patch and head. The softmax is rescaled as its highest score rises."""
@@ -227,8 +227,8 @@ def _attend_to_bytes(
 
 @triton.jit
 def _attend_to_bytes_backward(
-    q, key, value, out, log_sum, d_out, d_q, d_key, d_value, begins, first, key_stride, value_stride, scale,
-    k: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    q, key, value, out, log_sum, d_out, d_q, d_key, d_value, begins, first, key_stride, value_stride,
+    k: tl.constexpr, H: tl.constexpr, K: tl.constexpr, scale: tl.constexpr,
     BYTES: tl.constexpr, k_FILLED: tl.constexpr, K_FILLED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one patch and head: of its queries, and of its bytes' keys and values."""
@@ -291,7 +291,7 @@ class AttentionToPatches(torch.autograd.Function):
         out_NHK = q_NHK.new_empty(q_NHK.shape)
         tensors = (q_ND, key_RD, value_RD, out_NHK, begins)
         strides = (q_ND.stride(0), key_RD.stride(0), value_RD.stride(0))
-        _attend_to_patches[(M, H)](*tensors, *strides, K**-0.5, k=k, H=H, K=K, **tile_sizes(k, K))
+        _attend_to_patches[(M, H)](*tensors, *strides, **sizes_of(k, H, K))
         ctx.save_for_backward(q_ND, key_RD, value_RD, begins)
         ctx.sizes = (M, k, H, K)
         return out_NHK
@@ -305,14 +305,14 @@ class AttentionToPatches(torch.autograd.Function):
         d_value_MkHK = value_RD.new_empty(M, k, H, K)
         tensors = (q_ND, key_RD, value_RD, d_out_NHK.contiguous(), d_q_NHK, d_key_MkHK, d_value_MkHK, begins)
         strides = (q_ND.stride(0), key_RD.stride(0), value_RD.stride(0))
-        _attend_to_patches_backward[(M, H)](*tensors, *strides, K**-0.5, k=k, H=H, K=K, **tile_sizes(k, K))
+        _attend_to_patches_backward[(M, H)](*tensors, *strides, **sizes_of(k, H, K))
         return d_q_NHK, d_key_MkHK, d_value_MkHK, None
 
 
 @triton.jit
 def _attend_to_patches(
-    q, key, value, out, begins, q_stride, key_stride, value_stride, scale,
-    k: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    q, key, value, out, begins, q_stride, key_stride, value_stride,
+    k: tl.constexpr, H: tl.constexpr, K: tl.constexpr, scale: tl.constexpr,
     BYTES: tl.constexpr, k_FILLED: tl.constexpr, K_FILLED: tl.constexpr,
 ):  # fmt: skip
     """All bytes that read one patch, for one head."""
@@ -342,8 +342,8 @@ def _attend_to_patches(
 
 @triton.jit
 def _attend_to_patches_backward(
-    q, key, value, d_out, d_q, d_key, d_value, begins, q_stride, key_stride, value_stride, scale,
-    k: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    q, key, value, d_out, d_q, d_key, d_value, begins, q_stride, key_stride, value_stride,
+    k: tl.constexpr, H: tl.constexpr, K: tl.constexpr, scale: tl.constexpr,
     BYTES: tl.constexpr, k_FILLED: tl.constexpr, K_FILLED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one patch and head: of its keys and values, and of the queries of all bytes that read it."""

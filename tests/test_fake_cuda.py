@@ -126,15 +126,18 @@ class TestKernels:
             # Pooling and both cross-attentions.
             assert len(set(re.findall(r"async_compile\.triton\('(_pool|_attend_to)\w*'", code))) == 2
             attention += len(re.findall(r"async_compile\.triton\('triton_tem_\w*flex", code))
+            # compile_kernels.py takes kernels with Inductor's names only. Ours have to compile with the types of
+            # arguments that Inductor gives them.
+            (tmp_path / f"all_{part}.py").write_text(re.sub(r"(?m)^(_\w+ = async_compile)", r"triton\1", code))
             compiled = run(
                 tmp_path,
                 TOOLS / "compile_kernels.py",
-                str(tmp_path / f"code_code_{part}.py"),
-                "tem|red|per|atomic",
+                str(tmp_path / f"all_{part}.py"),
+                "tem|red|per|atomic|_pool|_attend_to",
                 card=card,
                 QUIET="1",
             )
-            assert int(re.search(r"^kernels (\d+)", compiled, re.M)[1]) > 3
+            assert int(re.search(r"^kernels (\d+)", compiled, re.M)[1]) > 6
             assert not re.search("OVER|FAILED|NO BINARY", compiled), compiled[-3000:]
         # A T4 has no FlexAttention; others have kernels of it for bytes and for patches.
         assert attention == 0 if card == "t4" else attention >= 2

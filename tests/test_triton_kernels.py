@@ -237,14 +237,14 @@ found = dict()
 for name, kernel in vars(triton_kernels).items():
     if not isinstance(kernel, triton.JITFunction):
         continue
-    tiles = triton_kernels.tile_sizes(k, K)
-    warps = tiles.pop("num_warps")
+    sizes = triton_kernels.sizes_of(k, H, K)
+    warps = sizes.pop("num_warps")
     if name.startswith("_pool"):
         fixed = dict(IS_MAX=True, BYTES=triton_kernels.BYTES_AT_ONCE, WIDTH=512)
         warps = 2
     else:
-        fixed = dict(k=k, H=H, K=K, **tiles)
-    types = dict(begins="*i32", first="*i32", log_sum="*fp32", D="i32", scale="fp32")
+        fixed = sizes
+    types = dict(begins="*i32", first="*i32", log_sum="*fp32", D="i32")
     types |= dict(q_stride="i32", key_stride="i32", value_stride="i32")
     number = "*fp16" if capability < 80 else "*bf16"
     signature = {{a: "constexpr" if a in fixed else types.get(a, number) for a in kernel.arg_names}}
