@@ -40,7 +40,7 @@ from blt.attention import apply_rotary, rotary_cos_sin
 from blt.device import autocast
 from blt.entropies import entropy_of
 from blt.ids import BOUNDARY
-from blt.ngrams import SpanHashes
+from blt.ngrams import NgramHashes, SpanHashes
 from blt.patch_rules import OnlineStarts, check_finite
 from blt.replay import Replayed, can_record, send
 from blt.segments import OpenPatches
@@ -165,6 +165,7 @@ class CachedAttentionPlan:
         self.slots = slots
         self.is_visible = is_visible
         self.rows = rows
+        self.bias_M1S = None
 
     def attend(self, q_BNHK, k_BNHK, v_BNHK, past):
         """Cache the new keys and values, then attend to all visible ones. Returns [B, N, H, K].
@@ -180,8 +181,22 @@ class CachedAttentionPlan:
             of_rows = cached_BHSK if self.rows is None else cached_BHSK[self.rows]
             keys_values.append(of_rows[:, :, : self.is_visible.shape[-1]])
         q_BHNK = q_BNHK.transpose(1, 2)
-        out_BHNK = F.scaled_dot_product_attention(q_BHNK, *keys_values, attn_mask=self.is_visible)
+        if q_BHNK.shape[2] > 1:
+            out_BHNK = F.scaled_dot_product_attention(q_BHNK, *keys_values, attn_mask=self.is_visible)
+        else:
+            out_BHNK = self._attend_from_one(q_BHNK, *keys_values)
         return out_BHNK.transpose(1, 2)
+
+    def _attend_from_one(self, q_BH1K, k_BHSK, v_BHSK):
+        """Attention of one position of each row. torch's kernels with a mask are slow on a GPU for so few."""
+        B, H = q_BH1K.shape[:2]
+        if self.bias_M1S is None:
+            # The layers of a stack share it. One row of it for each head, as the product below wants.
+            bias_B11S = torch.where(self.is_visible, 0.0, -torch.inf).to(q_BH1K.dtype)
+            self.bias_M1S = bias_B11S.expand(-1, H, -1, -1).flatten(0, 1)
+        q_M1K, k_MSK, v_MSK = q_BH1K.flatten(0, 1), k_BHSK.flatten(0, 1), v_BHSK.flatten(0, 1)
+        scores_M1S = torch.baddbmm(self.bias_M1S, q_M1K, k_MSK.mT, alpha=q_M1K.shape[-1] ** -0.5)
+        return torch.bmm(scores_M1S.softmax(-1), v_MSK).unflatten(0, (B, H))
 
 
 def caches_of_stack(config, part, n_rows):
@@ -230,7 +245,7 @@ class Step:
     """What `advance` has computed and `commit` needs."""
 
     ids_BN: np.ndarray  # the new ids
-    ids_on_device_BN: torch.Tensor  # the same
+    released_BT: np.ndarray  # they and the recent ones before them, for `NgramHashes`
     is_end_BN: np.ndarray  # bool, the ids that end a patch
     latents_BPG: torch.Tensor  # patch 0: the newest before the step; then those that it completes
     span_states: np.ndarray | None  # of `SpanHashes`, before and after each id
@@ -295,9 +310,7 @@ class IncrementalBLT:
         open_states_BCD = torch.zeros(n_rows, OPEN_COLUMNS, config.encoder_dim, dtype=dtype, device=self.device)
         self.open_states = [open_states_BCD.clone() for _ in model.encoder.cross_attentions]
 
-        # The last ids of the row, as far back as the longest n-gram of the next byte reaches.
-        n_recent = max(config.ngram_sizes, default=1) - 1
-        self.recent_ids = torch.zeros(n_rows, n_recent, dtype=torch.int64, device=self.device)
+        self.ngrams = NgramHashes(config.ngram_sizes, n_rows)
         self.spans = SpanHashes(config.patch_ngrams, n_rows) if config.patch_ngrams else None
         self.step = None
 
@@ -399,6 +412,7 @@ class IncrementalBLT:
         """Forget what these rows of the model hold."""
         for values_B in (self.row_length, self.n_patches, self.open_length):
             values_B[is_new_B] = 0
+        self.ngrams.recent[is_new_B] = 0
         if self.spans is not None:
             self.spans.state[is_new_B] = 0
 
@@ -426,7 +440,7 @@ class IncrementalBLT:
 
     def _blt_buffers(self):
         """The tensors that `_blt_pass` reads and writes beside its arguments."""
-        tensors = [self.newest_latent_BG, self.recent_ids, *self.open_states]
+        tensors = [self.newest_latent_BG, *self.open_states]
         for part in ("encoder", "global", "decoder"):
             tensors += self.caches[part].buffers()
         return tensors
@@ -459,13 +473,13 @@ class IncrementalBLT:
         arrays = {"ids": ids_BN}
         for part in ("encoder", "decoder"):
             arrays |= named(part, self.caches[part].plan(self.row_length, N, self.device))
-        if self.model.encoder.hash_embedding is not None:
-            # Ids before the row's first are another document to the hash, as in a full pass over the row.
-            positions_BT = np.arange(-self.recent_ids.shape[1], N) + self.row_length[:, None]
-            arrays["documents"] = (positions_BT >= 0).astype(np.int64)
+        hashes_BNS, released_BT = self.ngrams.read(ids_BN)
         span_states = None
         if self.spans is not None:
-            arrays["spans"], span_states = self.spans.read(ids_BN, is_end_BN)
+            spans_BNS, span_states = self.spans.read(ids_BN, is_end_BN)
+            hashes_BNS = np.concatenate((hashes_BNS, spans_BNS), axis=2)
+        if self.model.encoder.hash_embedding is not None:
+            arrays["hashes"] = hashes_BNS % self.model.config.hash_rows
         arrays["open_slots"] = self._open_slots(N)
         n_complete_B = is_end_BN.sum(axis=1)
         P = int(n_complete_B.max(initial=0))
@@ -482,15 +496,15 @@ class IncrementalBLT:
         # is the count of patch ends up to it. An id that ends a patch reads that very patch.
         newest_patch_BN = np.cumsum(is_end_BN, axis=1)
         arrays["read"] = (newest_patch_BN + np.arange(B)[:, None] * (1 + P)).flatten()
-        logits_BNV, ids_on_device_BN, latents_BPG = self.blt_pass(self._blt_pass, arrays, self._blt_buffers(), record)
-        return logits_BNV, Step(ids_BN, ids_on_device_BN, is_end_BN, latents_BPG, span_states)
+        logits_BNV, latents_BPG = self.blt_pass(self._blt_pass, arrays, self._blt_buffers(), record)
+        return logits_BNV, Step(ids_BN, released_BT, is_end_BN, latents_BPG, span_states)
 
     def _blt_pass(self, tensors):
         """What the device does in `_read_with_blt`, in the order of `BLTModel.forward`."""
         ids_BN = tensors["ids"]
         ngrams_BND = None
-        if "documents" in tensors:
-            ngrams_BND = self._ngrams(ids_BN, tensors["documents"], tensors.get("spans"))
+        if "hashes" in tensors:
+            ngrams_BND = self.model.encoder.hash_embedding.sums(tensors["hashes"])
         plan = CachedAttentionPlan(self.caches["encoder"], *take(tensors, PLAN, "encoder"))
         states = self.model.encoder.byte_states(ids_BN, ngrams_BND, plan, self._layer_numbers("encoder"))
         # Behind the states of the open patches.
@@ -503,17 +517,7 @@ class IncrementalBLT:
         plan = CachedAttentionPlan(self.caches["decoder"], *take(tensors, PLAN, "decoder"))
         layers = self._layer_numbers("decoder")
         out_BND = self.model.decoder(states[-1], latents_BPG, plan, tensors["read"], layers)
-        return self.model.logits(out_BND), ids_BN, latents_BPG
-
-    def _ngrams(self, ids_BN, documents_BT, spans_BNS):
-        """The `HashEmbedding` [B, N, D] of new ids. documents_BT: of the recent ids before them as well."""
-        hash_embedding = self.model.encoder.hash_embedding
-        n_recent = self.recent_ids.shape[1]
-        if spans_BNS is not None:
-            # Those of the recent ids are not needed.
-            spans_BNS = F.pad(spans_BNS, (0, 0, n_recent, 0))
-        ids_BT = torch.cat((self.recent_ids, ids_BN), dim=1)
-        return hash_embedding.sums(hash_embedding.hashes(ids_BT, documents_BT, spans_BNS)[:, n_recent:])
+        return self.model.logits(out_BND), latents_BPG
 
     def _complete_patches(self, tensors, old_B1G):
         """Latent states [B, 1 + P, G] of the newest patch before the step and of the P that it completes.
@@ -618,17 +622,11 @@ class IncrementalBLT:
         B, N = step.ids_BN.shape
         is_end_BN = step.is_end_BN & is_counted(counts_B, N)
         n_complete_B = is_end_BN.sum(axis=1)
-        n_recent = self.recent_ids.shape[1]
-        arrays = {
-            "rows": np.arange(B),
-            "newest_patches": n_complete_B,
-            "last_ids": counts_B[:, None] + np.arange(n_recent),
-        }
-        tensors = send(arrays, self.device)
-        # In place, because recordings read them where they are.
-        self.newest_latent_BG.copy_(step.latents_BPG[tensors["rows"], tensors["newest_patches"]])
-        ids_BT = torch.cat((self.recent_ids, step.ids_on_device_BN), dim=1)
-        self.recent_ids.copy_(ids_BT.gather(1, tensors["last_ids"]))
+        if n_complete_B.any():
+            numbers = send({"rows": np.arange(B), "newest_patches": n_complete_B}, self.device)
+            # In place, because recordings read it where it is.
+            self.newest_latent_BG.copy_(step.latents_BPG[numbers["rows"], numbers["newest_patches"]])
+        self.ngrams.keep(step.released_BT, counts_B)
         self._drop_complete_patches(is_end_BN, counts_B)
         if self.context_bytes is not None:
             # For the restart of a full row, which reads its last half again.

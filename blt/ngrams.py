@@ -104,6 +104,42 @@ def _powers(base, n, device):
     return factors.cumprod(dim=0)
 
 
+class NgramHashes:
+    """The sums of `hash_ngrams` of text that is being written, before its remainder. For B rows, in NumPy.
+
+    recent: uint64 [B, longest n - 1], the last ids of each row as the released code numbers them, HASH_NOTHING
+    before its first.
+    """
+
+    def __init__(self, sizes, n_rows):
+        longest = max(sizes, default=1)
+        self.recent = np.full((n_rows, longest - 1), HASH_NOTHING, np.uint64)
+        # In a window of the longest n-gram, what each id is multiplied by for each n.
+        self.factors = np.zeros((longest, len(sizes)), np.uint64)
+        powers = np.cumprod([1] + [HASH_PRIME] * (longest - 1), dtype=np.uint64)
+        for column, n in enumerate(sizes):
+            self.factors[longest - n :, column] = powers[:n]
+
+    def read(self, ids_BN):
+        """Read N more ids: the sums after each, int64 [B, N, sizes], and the ids with the recent ones before them.
+
+        The recent ids stay as they are, until `keep`.
+        """
+        ids_BT = np.concatenate((self.recent, _released(ids_BN)), axis=1)
+        windows_BNW = np.lib.stride_tricks.sliding_window_view(ids_BT, len(self.factors), axis=1)
+        # Products of unsigned integers wrap without a warning.
+        return (windows_BNW @ self.factors).view(np.int64), ids_BT
+
+    def keep(self, ids_BT, counts_B):
+        """Let the first of the ids that were read, so many of each row, become text. ids_BT: from `read`."""
+        self.recent = np.take_along_axis(ids_BT, counts_B[:, None] + np.arange(self.recent.shape[1]), axis=1)
+
+
+def _released(ids_BN):
+    """`released_ids` of an array, as uint64."""
+    return np.where(ids_BN == BOUNDARY, HASH_BOUNDARY, ids_BN + HASH_ID_OFFSET).astype(np.uint64)
+
+
 class SpanHashes:
     """The `hash_spans` of text that is being written, from the starts of patches. For B rows, in NumPy.
 
@@ -122,8 +158,7 @@ class SpanHashes:
         is_end_BN: the ids that end a patch. states: before the first id, and after each. The own state
         stays as it is: set it to that of the ids that become text.
         """
-        released_BN = np.where(ids_BN == BOUNDARY, HASH_BOUNDARY, ids_BN + HASH_ID_OFFSET)
-        released_BN = released_BN.astype(np.uint64)
+        released_BN = _released(ids_BN)
         states = [self.state]
         hashes = []
         for n in range(ids_BN.shape[1]):

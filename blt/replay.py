@@ -26,11 +26,18 @@ class Layout:
             self.spans.append((name, self.n_bytes, array.shape, array.dtype))
             self.n_bytes += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
 
-    def write(self, arrays, buffer):
-        """Copy the arrays into a uint8 NumPy array of n_bytes."""
+    def pack(self, arrays, device):
+        """The arrays in a uint8 tensor of n_bytes on the CPU, from where they can go to the device.
+
+        On CUDA in pinned memory: the CPU does not wait for the copy, which comes after all that the device has to do.
+        torch does not use the memory again before the copy is done.
+        """
+        buffer = torch.empty(self.n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        bytes_of_buffer = buffer.numpy()
         for name, begin, shape, dtype in self.spans:
             array = arrays[name]
-            buffer[begin : begin + array.nbytes].view(dtype).reshape(shape)[...] = array
+            bytes_of_buffer[begin : begin + array.nbytes].view(dtype).reshape(shape)[...] = array
+        return buffer
 
     def tensors(self, buffer):
         """{name: view} of a uint8 tensor of n_bytes."""
@@ -47,9 +54,7 @@ def send(arrays, device):
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
     layout = Layout(arrays)
-    buffer = np.empty(layout.n_bytes, np.uint8)
-    layout.write(arrays, buffer)
-    return layout.tensors(torch.from_numpy(buffer).to(device))
+    return layout.tensors(layout.pack(arrays, device).to(device, non_blocking=device.type == "cuda"))
 
 
 class Replayed:
@@ -95,7 +100,6 @@ class Recording:
 
     def __init__(self, function, arrays, device):
         self.layout = Layout(arrays)
-        self.host = np.empty(self.layout.n_bytes, np.uint8)
         self.inputs = torch.empty(self.layout.n_bytes, dtype=torch.uint8, device=device)
         self._write(arrays)
         tensors = self.layout.tensors(self.inputs)
@@ -107,9 +111,8 @@ class Recording:
         return self.outputs
 
     def _write(self, arrays):
-        self.layout.write(arrays, self.host)
-        # From ordinary memory: the copy is done when copy_ returns, so the next call may change `host`.
-        self.inputs.copy_(torch.from_numpy(self.host))
+        device = self.inputs.device
+        self.inputs.copy_(self.layout.pack(arrays, device), non_blocking=device.type == "cuda")
 
 
 def can_record(device):
