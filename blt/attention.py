@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from blt.kernels import BandAttention, apply_function, in_memory
+from blt.kernels import BandAttention, RotatedPairs, apply_function, in_memory
 
 # Documents of a row are numbered from 0 up. These two numbers are for positions that are in no
 # document, so that no real position attends to them.
@@ -56,15 +56,12 @@ def apply_rotary(x_BTHK, cos_sin):
     These interleaved pairs are the released BLT's layout; Llama's code pairs channel i with
     i + K / 2. cos_sin: `rotary_cos_sin` of the T positions. Computed in fp32, returned in x's dtype.
     """
-    pairs = x_BTHK.float().unflatten(-1, (-1, 2))
-    if x_BTHK.device.type == "cpu" or (x_BTHK.device.type == "cuda" and not torch.compiler.is_compiling()):
+    if x_BTHK.device.type == "cpu" or not torch.compiler.is_compiling():
         # A product of complex numbers is one operation instead of seven, but torch.compile cannot fuse it.
+        pairs = x_BTHK.float().unflatten(-1, (-1, 2))
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
-    else:
-        even, odd = pairs.unbind(-1)
-        cos, sin = cos_sin.unbind(-1)
-        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).to(x_BTHK.dtype)
+        return rotated.flatten(-2).to(x_BTHK.dtype)
+    return apply_function(RotatedPairs, x_BTHK, cos_sin)
 
 
 def may_attend(distance, is_same_document, window):
@@ -109,7 +106,8 @@ class AttentionPlan:
         self.past_length = 0 if past_documents_BW is None else past_documents_BW.shape[1]
         # The row's positions count from 0, those of the past are negative.
         positions = torch.arange(-self.past_length, self.length, device=documents_BT.device)
-        self.cos_sin = rotary_cos_sin(positions, head_dim, theta)
+        # Once, and not again in each layer's kernels.
+        self.cos_sin = in_memory(rotary_cos_sin(positions, head_dim, theta))
         # The masks of the three implementations. The first layer makes the one it needs, and the
         # other layers of the stack use it again.
         self.bands = None
@@ -233,18 +231,23 @@ class AttentionPlan:
         torch's own `create_block_mask` asks about each pair of positions, T x T of them in each row.
         """
         # Plain names, because torch.compile has to see through this function's closure.
-        documents_BT = self.documents
-        documents_BS = documents_BT
+        documents_BS = documents_BT = self.documents
         if self.past_length:
             documents_BS = in_memory(torch.cat((self.past_documents, documents_BT), dim=1))
         window = self.window
         past_length = self.past_length
         T = self.length
         S = past_length + T
+        # The first key that a query sees: `may_attend` with one number a query, so that a pair in a tile that is seen
+        # in part costs the kernels two comparisons.
+        first_BT = torch.searchsorted(documents_BS, documents_BT.contiguous())
+        if window is not None:
+            first_of_window_T = torch.arange(T, device=documents_BT.device) + past_length - window + 1
+            first_BT = torch.maximum(first_BT, first_of_window_T)
+        first_BT = in_memory(first_BT.int())
 
         def is_visible(row, head, query, key):
-            is_same_document = documents_BT[row, query] == documents_BS[row, key]
-            return may_attend(query + past_length - key, is_same_document, window)
+            return (key >= first_BT[row, query]) & (key <= query + past_length)
 
         # Tile I of queries, tile J of keys. Keys are numbered from the start of the past, and queries like them.
         queries = _Tiles.of(documents_BT, past_length)

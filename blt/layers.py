@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from blt.kernels import GatedLinear, SquaredLinear, apply_function, rms_norm
+from blt.kernels import GatedLinear, JoinedGatedLinear, SquaredLinear, apply_function, rms_norm
 from blt.sharding import local
 
 
@@ -99,8 +99,12 @@ def products_of(x, *linears):
     """
     if not trains_on_cuda(x):
         return [linear(x) for linear in linears]
-    weight = torch.cat([linear.weight for linear in linears])
-    return F.linear(x, weight).split([linear.out_features for linear in linears], dim=-1)
+    return joined_products(x, *linears).split([linear.out_features for linear in linears], dim=-1)
+
+
+def joined_products(x, *linears):
+    """The outputs of several `nn.Linear` without bias side by side, by one matrix product."""
+    return F.linear(x, torch.cat([linear.weight for linear in linears]))
 
 
 class SelfAttention(nn.Module):
@@ -148,7 +152,9 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD):
         # One autograd function for silu, product and w2. It keeps two tensors of the hidden width for
         # the backward pass, where autograd would keep four.
-        return apply_function(GatedLinear, *products_of(x_BTD, self.w1, self.w3), self.w2.weight)
+        if trains_on_cuda(x_BTD):
+            return apply_function(JoinedGatedLinear, joined_products(x_BTD, self.w1, self.w3), self.w2.weight)
+        return apply_function(GatedLinear, self.w1(x_BTD), self.w3(x_BTD), self.w2.weight)
 
 
 class SquaredReLU(nn.Module):

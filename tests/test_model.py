@@ -9,10 +9,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import blt_model
-from blt.attention import AttentionPlan, BlockAttention, apply_rotary, may_attend
+from blt.attention import AttentionPlan, BlockAttention, apply_rotary, may_attend, rotary_cos_sin
 from blt.flops import block_flops
 from blt.ids import documents_of
-from blt.kernels import SparseLookup
+from blt.kernels import GatedLinear, JoinedGatedLinear, RotatedPairs, SparseLookup
 from blt.layers import FeedForward, RMSNorm, SquaredReLU
 from blt.metric import bits_per_byte, leak_gate, target_losses
 from blt.ngrams import SpanHashes, hash_spans
@@ -307,6 +307,28 @@ def test_every_way_of_attention_equals_a_dense_mask(way, T, window):
         gradients = torch.autograd.grad((got * weight).sum(), (q, k, v), retain_graph=True)
         wanted = torch.autograd.grad((want * weight).sum(), (q, k, v), retain_graph=True)
         torch.testing.assert_close(gradients, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_gpu_computes_in_another_way():
+    """The rotary embedding and the feed-forward of compiled code on a GPU: values and gradients are the CPU's."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 30, 3, 8, requires_grad=True)
+    cos_sin = rotary_cos_sin(torch.arange(-10, 20), 8, 100.0)
+    gate_and_up = torch.randn(2, 30, 24, requires_grad=True)
+    weight = torch.randn(8, 12, requires_grad=True)
+    pairs = [
+        (RotatedPairs.apply(x, cos_sin), apply_rotary(x, cos_sin), [x]),
+        (
+            JoinedGatedLinear.apply(gate_and_up, weight),
+            GatedLinear.apply(*gate_and_up.chunk(2, -1), weight),
+            [gate_and_up, weight],
+        ),
+    ]
+    for got, want, inputs in pairs:
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        d_out = torch.randn_like(got)
+        gradients = [torch.autograd.grad(y, inputs, d_out) for y in (got, want)]
+        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [8, 7, 100])
