@@ -10,6 +10,7 @@ Run     python bench.py [--models NAME ...] [--against transformers flat loop] [
     python bench.py --models llm:small llm_large:h200 --patches static:4.5
     python bench.py --models custom --global_layers 4 --hash_rows 500002 --row_bytes 16384
     python bench.py --against transformers flat loop    ratios, step by step in turn
+    python bench.py --profile                           also the kernels that a step's time goes to
     python bench.py --scaling                           against row length, patch size and width
     python bench.py --generation --models checkpoints/model.json --against transformers
 
@@ -29,7 +30,9 @@ are read; other models are random.
 How it is measured
 - A step is that of `blt.loop.fit`: rows to the device, `autocast`, `RowLosses`, backward,
   clipping, the optimizers of `make_optimizers`; on CUDA under torch.compile. The clock is read after
-  the device is done. Warm-up steps do not count. Numbers are medians with quartiles.
+  the device is done: after each part of a step for the times of the parts, on CUDA after several
+  steps for the time of a whole one, because training does not wait between them. Warm-up steps do
+  not count. Numbers are medians with quartiles.
 - Every model has a process of its own, so peak memory is its own: on CUDA the most that was
   allocated; on a CPU the largest resident set during the steps, less what was resident before the
   model was made.
@@ -55,6 +58,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from blt.checks import check, check_output, check_packages, check_positive, check_written_by
 from blt.config import field_comments, part_of, print_header, print_table, run_script
@@ -88,6 +92,9 @@ SCRIPTS = {"llm": LLMConfig, "llm_large": LLMLargeConfig}
 PHASES = {"forward_ms": "forward", "forward_backward_ms": "forward + backward", "step_ms": "whole step"}
 TEXT_BYTES = 2_000_000  # of the sample's training text, for rows and patching
 BATCHES = 8  # different batches, used in turn
+STEPS_AT_ONCE = 4  # timed together on CUDA
+PROFILE_LINES = 25  # of --profile that are printed
+PROFILE_COLUMNS = 90  # of a kernel's name
 LOGITS_TOLERANCE = 1e-3  # ours against transformers', fp32
 HF_NEW_BYTES = 10  # that transformers generates in a round
 # transformers' eager attention keeps several row-by-row matrices a layer. With more bytes of scores
@@ -130,6 +137,7 @@ class BenchConfig(ModelFlags):
     # what
     models: list[str] = field(default_factory=list)  # llm:PRESET, llm_large:PRESET, custom, or a model.json
     against: list[str] = field(default_factory=list)  # other candidates: transformers, flat, loop
+    profile: bool = False  # also print where the time of a step goes: kernels on CUDA, operations on a CPU
     scaling: bool = False  # sweep row length, patch size and width of the first model
     generation: bool = False  # measure greedy generation with each model, and nothing else
     entropy_pass: bool = True  # time the entropy models of entropy_llm.py (sizes medium and nano)
@@ -549,6 +557,31 @@ class Runner:
 
     def step(self, number):
         """One update as in training: seconds of forward, backward and update, and the loss in nats."""
+        seconds, loss_nats = self._step(number, now)
+        return seconds, loss_nats.item()
+
+    def steps(self, number):
+        """Seconds of an update among several that follow each other as in training: the CPU runs ahead of the device."""
+        begin = now(self.device)
+        for i in range(STEPS_AT_ONCE):
+            self._step(number * STEPS_AT_ONCE + i, lambda device: 0.0)
+        return (now(self.device) - begin) / STEPS_AT_ONCE
+
+    def profile(self, number):
+        """[(milliseconds a step, calls a step, name)] of the kernels of `steps`, the longest first; on a CPU of the ops."""
+        is_cuda = self.device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiler:
+            self.steps(number)
+        rows = []
+        for event in profiler.key_averages():
+            microseconds = event.self_device_time_total if is_cuda else event.self_cpu_time_total
+            # Ranges that torch marks, such as an optimizer's step, hold kernels that are listed themselves.
+            if microseconds > 0 and not event.is_user_annotation:
+                rows.append((microseconds / 1000 / STEPS_AT_ONCE, event.count / STEPS_AT_ONCE, event.key))
+        return sorted(rows, reverse=True)
+
+    def _step(self, number, clock):
+        """`step`, with the loss on the device. clock(device): the time."""
         # Each step goes on where the last one ended, so that all batches are used.
         accumulate = self.job.config.accumulate
         first = number * accumulate
@@ -558,18 +591,18 @@ class Runner:
         backward_s = 0.0
         loss_nats = 0.0
         for batch in batches:
-            begin = now(self.device)
+            begin = clock(self.device)
             loss = self.loss(batch, targets)
-            middle = now(self.device)
+            middle = clock(self.device)
             backward(self.model, loss, self.scaler)
             forward_s += middle - begin
-            backward_s += now(self.device) - middle
+            backward_s += clock(self.device) - middle
             loss_nats = loss_nats + loss.detach()
-        begin = now(self.device)
+        begin = clock(self.device)
         gradient_norm = clip_gradients(self.model, self.candidate.optimizers, self.scaler, RunConfig.clip)
         step_optimizers(self.candidate.optimizers, self.scaler, gradient_norm)
-        update_s = now(self.device) - begin
-        return [forward_s, backward_s, update_s], loss_nats.item()
+        update_s = clock(self.device) - begin
+        return [forward_s, backward_s, update_s], loss_nats
 
     @torch.no_grad()
     def logits(self):
@@ -693,9 +726,10 @@ class Measurement:
 
     job: Job
     facts: dict  # `Runner.facts`
-    seconds_RP: np.ndarray  # round by phase: until forward, backward and update were done
+    seconds_RP: np.ndarray  # round by phase: until forward, backward and update were done, see `step_seconds`
     first_s: float  # the first step, in which a compiled model is compiled
     memory: dict  # `Runner.memory`
+    profile: list | None  # `Runner.profile`
 
 
 def in_turn(items, round_number):
@@ -717,26 +751,30 @@ def measure(jobs, config):
             for i in in_turn(range(len(workers)), round_number):
                 rounds[i].append(step_seconds(workers[i], round_number))
         measurements = []
-        for worker, seconds in zip(workers, rounds):
+        for worker, rounds_of_worker in zip(workers, rounds):
             measurement = Measurement(
                 job=worker.job,
                 facts=worker.facts,
-                seconds_RP=np.cumsum(seconds[config.warmup :], axis=1),
-                first_s=sum(seconds[0]),
+                seconds_RP=np.array([until for until, _ in rounds_of_worker[config.warmup :]]),
+                first_s=rounds_of_worker[0][1],
                 memory=worker.ask("memory"),
+                profile=worker.ask("profile", 0) if config.profile and len(jobs) == 1 else None,
             )
             measurements.append(measurement)
     return measurements, difference
 
 
 def step_seconds(worker, round_number):
-    """Let a process run a step: seconds of forward, backward and update."""
+    """Let a process run steps: seconds until forward, backward and update are done, and those of one with waits."""
     seconds, loss = worker.ask("step", round_number)
     if not np.isfinite(loss):
         who = f"{worker.job.name} ({worker.job.kind})"
         steps = round_number + 1
         raise ValueError(f"the loss of {who} is {loss} after {steps} steps; try --precision fp32")
-    return seconds
+    until = np.cumsum(seconds)
+    if worker.job.device.startswith("cuda"):
+        until[-1] = worker.ask("steps", round_number)
+    return until, sum(seconds)
 
 
 def compare_logits(ours, theirs):
@@ -775,6 +813,7 @@ def describe(measurement, flops, peak):
         "forward_mfu": flops_per_byte * step_bytes / forward / peak,
         **measurement.memory,
         "compile_s": measurement.first_s - step if "compiled" in facts["setting"] else None,
+        "profile": measurement.profile,
     }
 
 
@@ -1192,6 +1231,8 @@ def print_results(out):
     print("forward, fwd+bwd: median ms; batch: rows x bytes / bytes a patch; FLOPs/byte: one forward pass")
     for record in out["models"]:
         print_flops(record)
+        if record["profile"] is not None:
+            print_profile(record)
 
 
 def print_flops(record):
@@ -1201,6 +1242,18 @@ def print_flops(record):
     for part, value in record["flops_per_byte"].items():
         parts.append(f"{part} {value / 1e6:.3f}M ({value / total:.0%})")
     print(f"forward FLOPs per byte of {record['name']}: {total / 1e6:.3f}M = {', '.join(parts)}")
+
+
+def print_profile(record):
+    """Print what takes most of a step's time."""
+    total_ms = sum(milliseconds for milliseconds, _, _ in record["profile"])
+    print(
+        f"\nwhere the {total_ms:.1f} ms go that {record['name']} computes in a step (with a profiler, which adds some)"
+    )
+    rows = []
+    for milliseconds, calls, name in record["profile"][:PROFILE_LINES]:
+        rows.append([f"{milliseconds:.3f}", f"{milliseconds / total_ms:.1%}", f"{calls:g}", name[:PROFILE_COLUMNS]])
+    print_table(["ms", "share", "calls", "what"], rows)
 
 
 def print_against(record):

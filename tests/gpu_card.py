@@ -189,7 +189,7 @@ def measure(card):
     quick = ["--repeats", "1", "--warmup", "1", *TINY_MODEL, *TINY_ROWS] if dry else ["--repeats", "5"]
     alone = [*quick, "--no_entropy_pass"]
     # Compiling both takes most of it: 186 s on an H200.
-    speed = card.bench("llm.py and flat", ["--models", "llm", "--against", "flat", *alone], 200, speed_of)
+    speed = card.bench("llm.py and flat", ["--models", "llm", "--against", "flat", "--profile", *alone], 200, speed_of)
     # bench.py times the entropy pass beside a model; the smallest takes the least time.
     tiny = ["--models", "custom", *TINY_MODEL, *TINY_ROWS, "--compile", "no", "--repeats"]
     card.bench("entropy pass", [*tiny, *(["1", "--streams", "1"] if dry else ["3"])], 45, entropies_of)

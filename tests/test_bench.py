@@ -323,6 +323,17 @@ def test_flat_candidate(folder):
     assert 3 < loss < 9
 
 
+def test_where_the_time_of_a_step_goes(folder):
+    runner = Runner(job(folder))
+    assert runner.steps(0) > 0
+    profile = runner.profile(0)
+    milliseconds = [row[0] for row in profile]
+    assert milliseconds == sorted(milliseconds, reverse=True) and min(milliseconds) > 0
+    # A name for each product of a forward and a backward pass, and none for what torch marks.
+    calls = {name: calls for _, calls, name in profile}
+    assert calls["aten::mm"] >= 10 and not any("Optimizer.step" in name for name in calls)
+
+
 def test_settings_are_tried_and_the_fastest_is_taken(folder):
     config = replace(job(folder).config, precision="auto")
     runner = Runner(job(folder, "transformers", precision="auto", config=config))
