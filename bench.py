@@ -137,7 +137,7 @@ class BenchConfig(ModelFlags):
     # what
     models: list[str] = field(default_factory=list)  # llm:PRESET, llm_large:PRESET, custom, or a model.json
     against: list[str] = field(default_factory=list)  # other candidates: transformers, flat, loop
-    profile: bool = False  # also print where the time of a step goes: kernels on CUDA, operations on a CPU
+    profile: bool = False  # also print where a step's time goes: kernels on CUDA, operations on a CPU
     scaling: bool = False  # sweep row length, patch size and width of the first model
     generation: bool = False  # measure greedy generation with each model, and nothing else
     entropy_pass: bool = True  # time the entropy models of entropy_llm.py (sizes medium and nano)
@@ -561,21 +561,21 @@ class Runner:
         return seconds, loss_nats.item()
 
     def steps(self, number):
-        """Seconds of an update among several that follow each other as in training: the CPU runs ahead of the device."""
+        """Seconds of an update among several without waits between them, as in training."""
         begin = now(self.device)
         for i in range(STEPS_AT_ONCE):
             self._step(number * STEPS_AT_ONCE + i, lambda device: 0.0)
         return (now(self.device) - begin) / STEPS_AT_ONCE
 
     def profile(self, number):
-        """[(milliseconds a step, calls a step, name)] of the kernels of `steps`, the longest first; on a CPU of the ops."""
+        """[(milliseconds a step, calls a step, name)] of kernels (on a CPU: operations), the longest first."""
         is_cuda = self.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiler:
             self.steps(number)
         rows = []
         for event in profiler.key_averages():
             microseconds = event.self_device_time_total if is_cuda else event.self_cpu_time_total
-            # Ranges that torch marks, such as an optimizer's step, hold kernels that are listed themselves.
+            # What torch marks, such as an optimizer's step, holds kernels that are listed themselves.
             if microseconds > 0 and not event.is_user_annotation:
                 rows.append((microseconds / 1000 / STEPS_AT_ONCE, event.count / STEPS_AT_ONCE, event.key))
         return sorted(rows, reverse=True)
@@ -726,7 +726,7 @@ class Measurement:
 
     job: Job
     facts: dict  # `Runner.facts`
-    seconds_RP: np.ndarray  # round by phase: until forward, backward and update were done, see `step_seconds`
+    seconds_RP: np.ndarray  # round by phase: until its end, see `step_seconds`
     first_s: float  # the first step, in which a compiled model is compiled
     memory: dict  # `Runner.memory`
     profile: list | None  # `Runner.profile`
@@ -765,7 +765,7 @@ def measure(jobs, config):
 
 
 def step_seconds(worker, round_number):
-    """Let a process run steps: seconds until forward, backward and update are done, and those of one with waits."""
+    """Let a process run steps: seconds until each part is done, and seconds of a step with waits."""
     seconds, loss = worker.ask("step", round_number)
     if not np.isfinite(loss):
         who = f"{worker.job.name} ({worker.job.kind})"
@@ -1247,9 +1247,7 @@ def print_flops(record):
 def print_profile(record):
     """Print what takes most of a step's time."""
     total_ms = sum(milliseconds for milliseconds, _, _ in record["profile"])
-    print(
-        f"\nwhere the {total_ms:.1f} ms go that {record['name']} computes in a step (with a profiler, which adds some)"
-    )
+    print(f"\nwhere a step of {record['name']} spends its time, {total_ms:.1f} ms in all, under a profiler")
     rows = []
     for milliseconds, calls, name in record["profile"][:PROFILE_LINES]:
         rows.append([f"{milliseconds:.3f}", f"{milliseconds / total_ms:.1%}", f"{calls:g}", name[:PROFILE_COLUMNS]])

@@ -57,7 +57,7 @@ def apply_rotary(x_BTHK, cos_sin):
     i + K / 2. cos_sin: `rotary_cos_sin` of the T positions. Computed in fp32, returned in x's dtype.
     """
     if x_BTHK.device.type == "cpu" or not torch.compiler.is_compiling():
-        # A product of complex numbers is one operation instead of seven, but torch.compile cannot fuse it.
+        # A complex product is one operation instead of seven, but torch.compile cannot fuse it.
         pairs = x_BTHK.float().unflatten(-1, (-1, 2))
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
         return rotated.flatten(-2).to(x_BTHK.dtype)
@@ -238,8 +238,8 @@ class AttentionPlan:
         past_length = self.past_length
         T = self.length
         S = past_length + T
-        # The first key that a query sees: `may_attend` with one number a query, so that a pair in a tile that is seen
-        # in part costs the kernels two comparisons.
+        # The first key that a query sees. So `may_attend` costs the kernels two comparisons a pair, in tiles
+        # that are seen in part.
         first_BT = torch.searchsorted(documents_BS, documents_BT.contiguous())
         if window is not None:
             first_of_window_T = torch.arange(T, device=documents_BT.device) + past_length - window + 1

@@ -188,7 +188,7 @@ class CachedAttentionPlan:
         return out_BHNK.transpose(1, 2)
 
     def _attend_from_one(self, q_BH1K, k_BHSK, v_BHSK):
-        """Attention of one position of each row. torch's kernels with a mask are slow on a GPU for so few."""
+        """Attention of one position of each row. torch's kernels with a mask are slow for it on a GPU."""
         B, H = q_BH1K.shape[:2]
         if self.bias_M1S is None:
             # The layers of a stack share it. One row of it for each head, as the product below wants.

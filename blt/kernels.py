@@ -1,7 +1,7 @@
 """Hand-written forward and backward passes of the model's inner loops.
 
     rms_norm, CPURMSNorm   RMSNorm in fp32
-    GatedLinear            the second half of the SwiGLU feed-forward, and JoinedGatedLinear for torch.compile
+    GatedLinear            the second half of the SwiGLU feed-forward; JoinedGatedLinear for GPUs
     SquaredLinear          the second half of a feed-forward with squared ReLU
     RotatedPairs           the rotary embedding, for torch.compile
     BandAttention          windowed self-attention on CPUs
@@ -34,10 +34,10 @@ FEW_NUMBERS = 1 << 14
 
 
 def in_memory(x):
-    """The same tensor; torch.compile computes it into memory here and not inside the operations that read it.
+    """The same tensor; torch.compile computes it into memory, not inside the operations that read it.
 
-    Some of them (searchsorted, FlexAttention's mask) read a tensor by its address, and up to torch 2.11 do not
-    lower where there is none.
+    Some of these (searchsorted, FlexAttention's mask) read a tensor by its address. Up to torch 2.11
+    they do not lower where it has none.
     """
     return x.as_strided(x.shape, x.stride())
 
@@ -122,10 +122,10 @@ class GatedLinear(torch.autograd.Function):
 
 
 class JoinedGatedLinear(torch.autograd.Function):
-    """`GatedLinear` of gate and up side by side, [..., 2 F], as one product gives them. For torch.compile on a GPU.
+    """`GatedLinear` of gate and up side by side, [..., 2 F], as one product gives them. For GPUs.
 
-    Their gradient is made side by side as well. Were it made in two halves, torch.compile would join them in a kernel
-    that computes both for each number that it writes. On a CPU two halves are faster.
+    Their gradient is made side by side as well. torch.compile would join two halves in a kernel that
+    computes both for each number that it writes. On a CPU two halves are faster.
     """
 
     @staticmethod
@@ -349,9 +349,9 @@ def _weighted_sum(weights_NkH, x_NkHK):
 class RotatedPairs(torch.autograd.Function):
     """The rotary embedding of x [B, T, H, K], as `attention.apply_rotary` describes it.
 
-    The backward pass turns each pair back. Autograd's own pass puts the pairs together from halves, and torch.compile
-    makes of that, together with the gradient of the common product of q, k and v, a kernel that looks at 17 numbers
-    for each that it writes: on an H200 it took 8% of a training step.
+    The backward pass turns each pair back. Autograd's own puts the pairs together from halves. Of that
+    and of the gradient of the common product of q, k and v torch.compile makes a kernel that looks at
+    17 numbers for each that it writes: on an H200 it took 11% of a training step.
     """
 
     @staticmethod

@@ -105,10 +105,10 @@ def _powers(base, n, device):
 
 
 class NgramHashes:
-    """The sums of `hash_ngrams` of text that is being written, before its remainder. For B rows, in NumPy.
+    """The sums of `hash_ngrams`, before the remainder, of text that is being written. In NumPy.
 
-    recent: uint64 [B, longest n - 1], the last ids of each row as the released code numbers them, HASH_NOTHING
-    before its first.
+    recent: uint64 [B, longest n - 1], the last ids of each of B rows as the released code numbers
+    them, HASH_NOTHING before the first.
     """
 
     def __init__(self, sizes, n_rows):
@@ -121,9 +121,9 @@ class NgramHashes:
             self.factors[longest - n :, column] = powers[:n]
 
     def read(self, ids_BN):
-        """Read N more ids: the sums after each, int64 [B, N, sizes], and the ids with the recent ones before them.
+        """Read N more ids. Returns the sums after each, int64 [B, N, sizes], and the recent and new ids.
 
-        The recent ids stay as they are, until `keep`.
+        The recent ids stay as they are until `keep`.
         """
         ids_BT = np.concatenate((self.recent, _released(ids_BN)), axis=1)
         windows_BNW = np.lib.stride_tricks.sliding_window_view(ids_BT, len(self.factors), axis=1)
@@ -131,8 +131,9 @@ class NgramHashes:
         return (windows_BNW @ self.factors).view(np.int64), ids_BT
 
     def keep(self, ids_BT, counts_B):
-        """Let the first of the ids that were read, so many of each row, become text. ids_BT: from `read`."""
-        self.recent = np.take_along_axis(ids_BT, counts_B[:, None] + np.arange(self.recent.shape[1]), axis=1)
+        """Let the first counts_B of the new ids become text. ids_BT: the ids that `read` returned."""
+        columns_BT = counts_B[:, None] + np.arange(self.recent.shape[1])
+        self.recent = np.take_along_axis(ids_BT, columns_BT, axis=1)
 
 
 def _released(ids_BN):

@@ -29,8 +29,8 @@ class Layout:
     def pack(self, arrays, device):
         """The arrays in a uint8 tensor of n_bytes on the CPU, from where they can go to the device.
 
-        On CUDA in pinned memory: the CPU does not wait for the copy, which comes after all that the device has to do.
-        torch does not use the memory again before the copy is done.
+        On CUDA in pinned memory, so that the CPU need not wait for the copy. torch does not use the
+        memory again before the copy is done.
         """
         buffer = torch.empty(self.n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         bytes_of_buffer = buffer.numpy()

@@ -30,13 +30,13 @@ NUMBERS_OF_A_WARP = 2048
 
 
 def sizes_of(k, H, K):
-    """The constants of an attention's kernels: sizes, scale, sizes of tiles, and the warps of a program."""
+    """The constants of an attention's kernels: sizes, scale, tiles, and the warps of a program."""
     k_filled = triton.next_power_of_2(k)
     K_filled = triton.next_power_of_2(K)
     # Two warps at most, unless two bytes alone need more.
     n_bytes = max(2, min(BYTES_AT_ONCE, 2 * NUMBERS_OF_A_WARP // (k_filled * K_filled)))
     warps = max(1, min(8, n_bytes * k_filled * K_filled // NUMBERS_OF_A_WARP))
-    # The scale is a constant too: up to torch 2.11 a compiled model passes numbers with a point as fp64.
+    # The scale too: up to torch 2.11 a compiled model passes other Python numbers as fp64.
     sizes = dict(k=k, H=H, K=K, scale=K**-0.5)
     return dict(**sizes, BYTES=n_bytes, k_FILLED=k_filled, K_FILLED=K_filled, num_warps=warps)
 

@@ -126,8 +126,8 @@ class TestKernels:
             # Pooling and both cross-attentions.
             assert len(set(re.findall(r"async_compile\.triton\('(_pool|_attend_to)\w*'", code))) == 2
             attention += len(re.findall(r"async_compile\.triton\('triton_tem_\w*flex", code))
-            # compile_kernels.py takes kernels with Inductor's names only. Ours have to compile with the types of
-            # arguments that Inductor gives them.
+            # compile_kernels.py takes kernels with Inductor's names only. Ours have to compile with the
+            # types of arguments that Inductor gives them.
             (tmp_path / f"all_{part}.py").write_text(re.sub(r"(?m)^(_\w+ = async_compile)", r"triton\1", code))
             compiled = run(
                 tmp_path,

@@ -310,7 +310,7 @@ def test_every_way_of_attention_equals_a_dense_mask(way, T, window):
 
 
 def test_what_a_gpu_computes_in_another_way():
-    """The rotary embedding and the feed-forward of compiled code on a GPU: values and gradients are the CPU's."""
+    """Rotary embedding and feed-forward of compiled code on a GPU have the CPU's values and gradients."""
     torch.manual_seed(0)
     x = torch.randn(2, 30, 3, 8, requires_grad=True)
     cos_sin = rotary_cos_sin(torch.arange(-10, 20), 8, 100.0)
