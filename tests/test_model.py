@@ -15,7 +15,7 @@ from blt.ids import documents_of
 from blt.kernels import GatedLinear, JoinedGatedLinear, RotatedPairs, SparseLookup
 from blt.layers import FeedForward, RMSNorm, SquaredReLU
 from blt.metric import bits_per_byte, leak_gate, target_losses
-from blt.ngrams import SpanHashes, hash_spans
+from blt.ngrams import NgramHashes, SpanHashes, hash_spans
 from blt.patch_rules import PatchConfig
 from blt.rows import evaluation_batches, make_batch
 from blt.segments import PatchMap, check_patch_lengths
@@ -480,6 +480,22 @@ def test_hashes_from_the_starts_of_patches():
         for byte in ids[0, begin:].tolist():
             value = value * p + byte + 4
         assert hashed == as_signed(value)
+
+
+def test_hashes_of_text_that_is_being_written():
+    """Some ids at a time, of which not all are kept, in rows that begin at other times."""
+    ids = torch.cat((torch.full((2, 1), 256), torch.randint(0, 256, (2, 40))), dim=1)
+    want = hash_ngrams(ids, documents_of(ids, 256), (2, 5, 8), 5000).numpy()
+    ngrams = NgramHashes((2, 5, 8), 2)
+    for begin, n, kept in ((0, 3, 3), (3, 4, 2), (5, 1, 0), (5, 1, 1), (6, 35, 35)):
+        hashes, read = ngrams.read(ids[:, begin : begin + n].numpy())
+        assert np.array_equal(hashes % 5000, want[:, begin : begin + n])
+        ngrams.keep(read, np.array([kept, kept]))
+    # The second row begins again.
+    ngrams.recent[1] = 0
+    hashes, _ = ngrams.read(ids[:, :2].numpy())
+    assert np.array_equal(hashes[1] % 5000, want[1, :2])
+    assert not np.array_equal(hashes[0] % 5000, want[0, :2])
 
 
 def as_signed(value):
