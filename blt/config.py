@@ -227,8 +227,10 @@ def _prepare_words(argv, config_class, parser):
     flag of POSITIONAL. Returns the words, and the names of flags that are given more than once.
     """
     types_of_flags = {}
+    fields_of_flags = {}
     for name, field_type in get_type_hints(config_class).items():
         types_of_flags |= {f"--{name}": field_type, f"--no_{name}": type(None)}
+        fields_of_flags |= {f"--{name}": name, f"--no_{name}": name}
     positional = getattr(config_class, "POSITIONAL", None)
     words = []
     seen = []
@@ -243,17 +245,17 @@ def _prepare_words(argv, config_class, parser):
             words += [f"--{positional}={name}" for name in loose]
             # A list takes all of them.
             if get_origin(types_of_flags[f"--{positional}"]) is not list:
-                seen += [f"--{positional}"] * len(loose)
+                seen += [positional] * len(loose)
             rest = [] if word == "--" else rest
             continue
         words.append(word)
         if flag in types_of_flags and get_origin(types_of_flags[flag]) is not list:
-            seen.append(flag)
+            seen.append(fields_of_flags[flag])
         if word == flag:
             n_values = _count_values(types_of_flags.get(flag), rest) if _is_flag(flag) else 0
             words += [_marked(value, types_of_flags.get(flag)) for value in rest[:n_values]]
             rest = rest[n_values:]
-    repeated = sorted({flag.removeprefix("--") for flag in seen if seen.count(flag) > 1})
+    repeated = sorted({name for name in seen if seen.count(name) > 1})
     if positional in repeated:
         parser.error(f"there is more than one {positional}; give one")
     return words, repeated

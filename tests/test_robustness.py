@@ -191,6 +191,9 @@ def test_mistyped_flags(capsys):
 def test_a_flag_given_twice_is_said(capsys):
     assert parse(GenerateConfig, "--seed", "4", "--seed=5").seed == 5
     assert "--seed is given more than once; 5, the last, counts" in capsys.readouterr().err
+    for flags in (["--no_interactive"] * 2, ["--interactive", "--no_interactive"]):
+        assert parse(GenerateConfig, *flags).interactive is False
+        assert "--interactive is given more than once; False, the last, counts" in capsys.readouterr().err
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, capsys):
