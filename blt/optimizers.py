@@ -113,7 +113,8 @@ class GroupedMuon(torch.optim.Muon):
             scale = math.sqrt(max(1, rows / columns))
         weights = [local(p) for p in params]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        steps = list(updates_NRC.to(params[0].dtype).unbind(0))
+        # Those of tall matrices are transposed. As they are, a GPU would add them one by one.
+        steps = list(updates_NRC.to(params[0].dtype).contiguous().unbind(0))
         torch._foreach_add_(weights, steps, alpha=-group["lr"] * scale)
 
 
