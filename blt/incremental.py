@@ -9,6 +9,7 @@ A batch has B rows, each row is one text, and the reader caches for each row:
     latent transformer                keys and values of all patches
     open patch                        the encoder states of its bytes
     newest complete patch             its latent state, which the decoder reads
+    n-grams                           the newest ids (`NgramHashes`)
     patch n-grams                     hashes from the starts of the newest patches (`SpanHashes`)
     patch rule                        the state of `OnlineStarts`
 
