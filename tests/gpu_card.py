@@ -159,6 +159,15 @@ def generation_of(numbers):
     return {f"{name}, ms a byte": round(times["ms_per_byte"]["median"], 2) for name, times in candidates.items()}
 
 
+def attention_of(path):
+    """Milliseconds of FlexAttention and of varlen_attn, both passes, by shape."""
+    found = {}
+    for name, numbers in json.loads(path.read_text()).items():
+        times = f"{numbers['flex ms']:.2f}, {numbers['varlen ms']:.2f}" if "varlen ms" in numbers else numbers["failed"]
+        found[f"{name}, ms of flex and varlen"] = times
+    return found
+
+
 def training_of(folder):
     """The last and best validation figures in a run's metrics.jsonl, which a stopped run has too."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -216,6 +225,10 @@ def measure(card):
     new_bytes = ["--new_bytes", "4" if dry else "200", "--repeats", "1" if dry else "3", "--warmup", "1"]
     size = TINY_MODEL if dry else []
     card.bench("generation", ["--generation", "--no_reading", "--models", "llm", *new_bytes, *size], 30, generation_of)
+    if not dry:
+        # There is no varlen_attn on a CPU.
+        command = [str(ROOT / "tests" / "gpu_attention.py"), "attention.json"]
+        card.run("attention", command, 50, lambda: attention_of(card.folder / "attention.json"))
     updates = 4 if dry else updates_in_time(speed["llm.py and flat"])
     command = [
         str(ROOT / "llm.py"), "--patch_method", "space", "--output", "training", "--steps", str(updates),

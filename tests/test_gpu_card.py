@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_card import Card, slug, table, updates_in_time, write_records
+from gpu_card import Card, attention_of, slug, table, updates_in_time, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a machine with torch may lack.
@@ -61,6 +61,12 @@ def test_updates_that_fit_into_the_time():
     assert updates_in_time({"step ms": 60_000.0}) == 100
     assert updates_in_time({}) == 333
     assert slug("NVIDIA GeForce RTX 4090") == "nvidia_geforce_rtx_4090"
+
+
+def test_attention_by_shape(tmp_path):
+    found = {"medium": {"flex ms": 1.234, "varlen ms": 0.5}, "large": {"failed": "ImportError: no varlen"}}
+    (tmp_path / "attention.json").write_text(json.dumps(found))
+    assert list(attention_of(tmp_path / "attention.json").values()) == ["1.23, 0.50", "ImportError: no varlen"]
 
 
 @pytest.mark.slow
