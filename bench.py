@@ -568,7 +568,7 @@ class Runner:
         return (now(self.device) - begin) / STEPS_AT_ONCE
 
     def profile(self, number):
-        """[(milliseconds a step, calls a step, name)] of kernels (on a CPU: operations), the longest first."""
+        """[(milliseconds a step, calls a step, kernel)], the longest first; operations on a CPU."""
         is_cuda = self.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiler:
             self.steps(number)

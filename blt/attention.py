@@ -238,8 +238,8 @@ class AttentionPlan:
         past_length = self.past_length
         T = self.length
         S = past_length + T
-        # The first key that a query sees. So `may_attend` costs the kernels two comparisons a pair, in tiles
-        # that are seen in part.
+        # The first key that a query sees. So `may_attend` costs the kernels two comparisons a pair, in
+        # tiles that are seen in part.
         first_BT = torch.searchsorted(documents_BS, documents_BT.contiguous())
         if window is not None:
             first_of_window_T = torch.arange(T, device=documents_BT.device) + past_length - window + 1

@@ -1,9 +1,10 @@
-"""FlexAttention, as the models use it, beside torch's varlen_attn (FlashAttention): times on a GPU, for `make gpu`.
+"""FlexAttention, as the models use it, beside torch's varlen_attn (FlashAttention), for `make gpu`.
 
     python tests/gpu_attention.py OUTPUT.json
 
-For the shapes of llm.py's medium and llm_large.py on an H100, bf16, with documents of random lengths: milliseconds of a
-forward pass, and of forward and backward; how far outputs and gradients differ; whether varlen_attn's gradients repeat.
+For the shapes of llm.py's medium and llm_large.py on an H100, bf16, with documents of random lengths:
+milliseconds of a forward pass, and of forward and backward; how far outputs and gradients differ; whether
+varlen_attn's gradients repeat.
 """
 
 import json
@@ -39,7 +40,7 @@ def by_flex(documents_BT, window):
 
 
 def by_varlen(documents_BT, window):
-    """The same: documents one after the other, and some empty ones, as a list of fixed length would have."""
+    """The same. The list of documents ends with empty ones, as one of fixed length would."""
     # Not every torch has it.
     from torch.nn.attention.varlen import varlen_attn
 
@@ -64,7 +65,8 @@ def measure(shape):
     B, T, H, K, window, document = shape
     torch.manual_seed(0)
     documents_BT = (torch.rand(B, T, device="cuda") < 1 / document).long().cumsum(1)
-    inputs = [torch.randn(B, T, H, K, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    like = dict(device="cuda", dtype=torch.bfloat16)
+    inputs = [torch.randn(B, T, H, K, **like).requires_grad_() for _ in range(3)]
     d_out = torch.randn_like(inputs[0])
     found = {}
     results = {}
@@ -82,7 +84,8 @@ def measure(shape):
     pairs = zip(results["flex"], results["varlen"], strict=True)
     found["difference"] = max(((a - b).float().norm() / a.float().norm()).item() for a, b in pairs)
     again = both_passes()
-    found["varlen repeats"] = all(torch.equal(a, b) for a, b in zip(results["varlen"], again, strict=True))
+    pairs = zip(results["varlen"], again, strict=True)
+    found["varlen repeats"] = all(torch.equal(a, b) for a, b in pairs)
     return found
 
 

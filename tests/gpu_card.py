@@ -163,7 +163,9 @@ def attention_of(path):
     """Milliseconds of FlexAttention and of varlen_attn, both passes, by shape."""
     found = {}
     for name, numbers in json.loads(path.read_text()).items():
-        times = f"{numbers['flex ms']:.2f}, {numbers['varlen ms']:.2f}" if "varlen ms" in numbers else numbers["failed"]
+        times = numbers.get("failed")
+        if times is None:
+            times = f"{numbers['flex ms']:.2f}, {numbers['varlen ms']:.2f}"
         found[f"{name}, ms of flex and varlen"] = times
     return found
 
@@ -196,17 +198,19 @@ def updates_in_time(speed):
 def measure(card):
     """Run all parts."""
     dry = card.is_dry
-    # Compiling takes most of the time, and many cores. So everything is compiled at once, while the tests run, and
-    # torch keeps the kernels on disk for the parts that measure.
+    # Compiling takes most of the time, and many cores. So everything is compiled at once, while the tests
+    # run. torch keeps the kernels on disk for the parts that measure.
     models = {
         "llm.py and flat": ["--models", "llm", "--against", "flat", "--profile"],
         "llm_large.py": ["--models", "llm_large", "--profile"],
     }
-    once = ["--repeats", "1", "--warmup", "1", "--no_entropy_pass", *([*TINY_MODEL, *TINY_ROWS] if dry else [])]
+    once = ["--repeats", "1", "--warmup", "1", "--no_entropy_pass"]
+    once += [*TINY_MODEL, *TINY_ROWS] if dry else []
     (card.folder / "compiling").mkdir()
     begun = []
     for name, flags in models.items():
-        command = [str(ROOT / BENCH[0]), *BENCH[1:], *flags, *once, "--output", f"compiling/{slug(name)}.json"]
+        output = ["--output", f"compiling/{slug(name)}.json"]
+        command = [str(ROOT / BENCH[0]), *BENCH[1:], *flags, *once, *output]
         begun.append((card.start(f"compiling {name}", command, 200), dict))
     pytest = ["-m", "pytest", "-q", "-o", "addopts=", "--noconftest", "-p", "no:cacheprovider"]
     for name, file in (("GPU tests", "test_gpu.py"), ("tests of equal results", "test_gpu_equal.py")):
