@@ -56,8 +56,10 @@ def apply_rotary(x_BTHK, cos_sin):
     These interleaved pairs are the released BLT's layout; Llama's code pairs channel i with
     i + K / 2. cos_sin: `rotary_cos_sin` of the T positions. Computed in fp32, returned in x's dtype.
     """
-    if x_BTHK.device.type == "cpu" or not torch.compiler.is_compiling():
-        # A complex product is one operation instead of seven, but torch.compile cannot fuse it.
+    is_cpu = x_BTHK.device.type == "cpu"
+    if is_cpu or (x_BTHK.device.type == "cuda" and not torch.compiler.is_compiling()):
+        # A complex product is one operation instead of seven, but torch.compile cannot fuse it, and an
+        # Apple GPU has few operations on complex numbers.
         pairs = x_BTHK.float().unflatten(-1, (-1, 2))
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
         return rotated.flatten(-2).to(x_BTHK.dtype)
