@@ -86,7 +86,7 @@ PAIRS = {
     ("large", "colab_t4"): LARGE | dict(row_bytes=4096, batch_rows=1, accumulate=32),
     ("large", "rtx4090"): LARGE | dict(batch_rows=2, accumulate=16),
     ("large", "h100"): LARGE | dict(batch_rows=16, accumulate=2),
-    ("large", "h200"): LARGE | dict(batch_rows=32),
+    ("large", "h200"): LARGE,
 }
 
 # A small model and a minute or two of training, whatever the machine.

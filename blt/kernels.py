@@ -349,7 +349,7 @@ def _weighted_sum(weights_NkH, x_NkHK):
 class RotatedPairs(torch.autograd.Function):
     """The rotary embedding of x [B, T, H, K], as `attention.apply_rotary` describes it.
 
-    The backward pass turns each pair back. Autograd's own puts the pairs together from halves. Of that
+    The backward pass rotates each pair back. Autograd's own puts the pairs together from halves. Of that
     and of the gradient of the common product of q, k and v torch.compile makes a kernel that looks at
     17 numbers for each that it writes: on an H200 it took 11% of a training step.
     """
@@ -357,19 +357,19 @@ class RotatedPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTHK, cos_sin):
         ctx.save_for_backward(cos_sin)
-        return turn_pairs(x_BTHK, cos_sin, 1)
+        return rotate_pairs(x_BTHK, cos_sin, 1)
 
     @staticmethod
     def backward(ctx, d_out_BTHK):
         (cos_sin,) = ctx.saved_tensors
-        return in_memory(turn_pairs(d_out_BTHK, cos_sin, -1)), None
+        return in_memory(rotate_pairs(d_out_BTHK, cos_sin, -1)), None
 
 
-def turn_pairs(x_BTHK, cos_sin, direction):
-    """Turn each pair of channels by its angle times direction (1 or -1), in fp32. Returns x's dtype."""
+def rotate_pairs(x_BTHK, cos_sin, direction):
+    """Rotate each pair of channels by its angle times direction (1 or -1), in fp32. Returns x's dtype."""
     pairs = x_BTHK.float().unflatten(-1, (-1, 2))
     cos, sin = cos_sin[..., None].unbind(-2)
-    # (a, b) turns to (a cos - b sin, b cos + a sin).
+    # (a, b) becomes (a cos - b sin, b cos + a sin).
     signs = torch.arange(-direction, 2 * direction, 2 * direction, device=x_BTHK.device)
     return (pairs * cos + pairs.flip(-1) * (sin * signs)).flatten(-2).to(x_BTHK.dtype)
 
