@@ -82,6 +82,7 @@ class BLTConfig(TableConfig):
     decoder_ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     cross_attn_all_layers_decoder: bool = True  # cross-attention before every decoder layer, not the first only
     # all
+    gate_ngrams: list[int] = field(default_factory=list)  # n-grams that scale what a byte reads of a patch
     window: int = 512  # bytes that a byte attends to in the local layers, itself included
     rope_theta: float = 500000.0  # base of the rotary embedding's wavelengths
     norm_eps: float = 1e-5  # RMSNorm's epsilon
@@ -92,7 +93,7 @@ class BLTConfig(TableConfig):
     recompute: bool = False  # keep only layer inputs for the backward pass: about half the memory, a third more compute
 
     # Fields that the records of earlier models lack. Their defaults are what those models were.
-    ADDED_FIELDS = ("patch_ngrams", "ngram_dropout", "relu2", "logit_softcap")
+    ADDED_FIELDS = ("patch_ngrams", "gate_ngrams", "ngram_dropout", "relu2", "logit_softcap")
 
     def __post_init__(self):
         check_positive(self, "encoder_layers", "encoder_dim", "encoder_heads", "encoder_ffn_dim")
@@ -108,6 +109,11 @@ class BLTConfig(TableConfig):
             # An even number of channels a head, because the rotary embedding rotates pairs of them.
             is_good = self.dim(part) % (2 * n_heads) == 0
             check(self, f"{part}_dim", is_good, f"a multiple of 2 * {part}_heads = {2 * n_heads}")
+
+    @property
+    def table_numbers(self):
+        """Numbers in all hash tables together."""
+        return self.hash_rows * (self.n_tables * self.encoder_dim + len(self.gate_ngrams) * self.decoder_dim)
 
     def dim(self, part):
         """The width of 'encoder', 'global' or 'decoder'."""
@@ -161,10 +167,16 @@ class EncoderCrossAttention(CrossAttention):
 class DecoderCrossAttention(CrossAttention):
     """Each byte attends to the k vectors of the newest complete patch (section 3.3)."""
 
-    def forward(self, bytes_BTD, patches_BPkD, read_N):
-        """Returns the new byte states [B, T, D]. read_N: the patch of each byte, `PatchMap.read`."""
+    def forward(self, bytes_BTD, patches_BPkD, read_N, gates_BTD=None):
+        """Returns the new byte states [B, T, D]. read_N: the patch of each byte, `PatchMap.read`.
+
+        gates_BTD: what each byte reads is multiplied by 1 + gates; None: as it is.
+        """
         attended_BTHK = attend_to_patches(*self.project(bytes_BTD, patches_BPkD), read_N)
-        return 2 * bytes_BTD + self.wo(attended_BTHK.flatten(2))
+        read_BTD = self.wo(attended_BTHK.flatten(2))
+        if gates_BTD is not None:
+            read_BTD = read_BTD * (1 + gates_BTD)
+        return 2 * bytes_BTD + read_BTD
 
 
 class LocalEncoder(nn.Module):
@@ -273,6 +285,9 @@ class LocalDecoder(nn.Module):
         if config.encoder_dim != D:
             self.from_encoder = nn.Linear(config.encoder_dim, D, bias=False)
         self.patch_vectors = nn.Linear(config.global_dim, self.k * D, bias=False)
+        self.gate_embedding = None
+        if config.gate_ngrams:
+            self.gate_embedding = HashEmbedding(config.gate_ngrams, config.hash_rows, D, dropout=config.ngram_dropout)
         # Cross-attention comes before every layer, or before the first one only.
         n_cross = config.decoder_layers if config.cross_attn_all_layers_decoder else 1
         self.cross_attentions = nn.ModuleList(
@@ -284,16 +299,19 @@ class LocalDecoder(nn.Module):
         )
         self.norm = RMSNorm(D, config.norm_eps)
 
-    def forward(self, bytes_BTD, latents_BPG, plan, read_N, pasts=None):
+    def forward(self, bytes_BTD, latents_BPG, plan, read_N, gates_BTD=None, pasts=None):
         """Returns states [B, T, D], normalised for the head.
 
         bytes_BTD: the encoder's byte states. read_N: the patch that each byte reads, `PatchMap.read`.
+        gates_BTD: the `HashEmbedding` of the ids' gate n-grams, or None.
         """
+        if gates_BTD is not None:
+            gates_BTD = as_stream(gates_BTD)
         patches_BPkD = self.patch_vectors(latents_BPG).unflatten(-1, (self.k, -1))
         x_BTD = self.dropout(self.from_encoder(bytes_BTD))
         for layer, block in enumerate(self.blocks):
             if layer < len(self.cross_attentions):
-                x_BTD = self.cross_attentions[layer](x_BTD, patches_BPkD, read_N)
+                x_BTD = self.cross_attentions[layer](x_BTD, patches_BPkD, read_N, gates_BTD)
             past = None if pasts is None else pasts[layer]
             x_BTD = run_block(block, x_BTD, plan, self.recompute, past)
         return self.norm(x_BTD)
@@ -339,6 +357,10 @@ class BLTModel(nn.Module):
             if config.patch_ngrams:
                 spans_BTS = hash_spans(ids_BT, patch_map.starts_before(config.patch_ngrams))
             ngrams_BTD = hash_embedding.embed(hash_embedding, ids_BT, documents_BT, spans_BTS)
+        gates_BTD = None
+        gate_embedding = self.decoder.gate_embedding
+        if gate_embedding is not None:
+            gates_BTD = gate_embedding.embed(gate_embedding, ids_BT, documents_BT)
 
         # Bytes attend to bytes of their document within the window, patches to all patches of their
         # document before them.
@@ -350,7 +372,7 @@ class BLTModel(nn.Module):
         # its rotary angles are the same.
         if config.head_dim("decoder") != config.head_dim("encoder"):
             byte_plan = AttentionPlan(documents_BT, config.head_dim("decoder"), config.rope_theta, config.window)
-        return self.logits(self.decoder(bytes_BTD, latents_BPG, byte_plan, patch_map.read))
+        return self.logits(self.decoder(bytes_BTD, latents_BPG, byte_plan, patch_map.read, gates_BTD))
 
     def logits(self, states_BTD):
         """Logits [B, T, 257] of the decoder's states."""
@@ -359,16 +381,17 @@ class BLTModel(nn.Module):
     def parameters_by_part(self):
         """{"hash embedding", "encoder", "latent", "decoder": number of parameters}, the whole in all.
 
-        The encoder is counted without its hash embedding, the decoder with the head.
+        The encoder and the decoder are counted without their hash tables, the decoder with the head.
         """
-        n_hash = 0
-        if self.encoder.hash_embedding is not None:
-            n_hash = _number_of_parameters(self.encoder.hash_embedding)
+        n_hash, n_gates = (
+            0 if tables is None else _number_of_parameters(tables)
+            for tables in (self.encoder.hash_embedding, self.decoder.gate_embedding)
+        )
         return {
-            "hash embedding": n_hash,
+            "hash embedding": n_hash + n_gates,
             "encoder": _number_of_parameters(self.encoder) - n_hash,
             "latent": _number_of_parameters(self.latent),
-            "decoder": _number_of_parameters(self.decoder) + _number_of_parameters(self.head),
+            "decoder": _number_of_parameters(self.decoder) - n_gates + _number_of_parameters(self.head),
         }
 
 
@@ -389,7 +412,8 @@ def uninitialized(config, device="cpu", dtype=torch.float32):
     model = model.to(dtype).to_empty(device=device)
     # Buffers are not loaded, since state dicts do not have them: they must be made here.
     for name, _ in model.named_buffers():
-        assert name == "encoder.hash_embedding.first_row", f"{name} would stay unset"
-    if model.encoder.hash_embedding is not None:
-        model.encoder.hash_embedding.number_rows()
+        assert name.endswith("_embedding.first_row"), f"{name} would stay unset"
+    for tables in (model.encoder.hash_embedding, model.decoder.gate_embedding):
+        if tables is not None:
+            tables.number_rows()
     return model

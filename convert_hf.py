@@ -269,6 +269,7 @@ def hf_config_and_weights(model, entropy_model=None, patch_config=None):
     _need(config, "relu2", False)
     _need(config, "logit_softcap", 0.0)
     _need(config, "patch_ngrams", [])
+    _need(config, "gate_ngrams", [])
     _need(config, "pooling", "max")
     _need(config, "decoder_dim", config.encoder_dim)
     # transformers pools the bytes again after each layer, where we refine the same patch vectors.

@@ -77,6 +77,7 @@ class FlatConfig(TableConfig):
     n_heads: int | None = None  # attention heads; None: heads of about 64 channels
     ngram_sizes: list[int] = field(default_factory=list)  # ids in the hashed n-grams; none: no hash tables
     patch_ngrams: list[int] = field(default_factory=list)  # n-grams that begin this many words before a byte's own
+    gate_ngrams: list[int] = field(default_factory=list)  # ids in the n-grams that scale what attention reads
     hash_rows: int = 16384  # rows of each n-gram size's table; above 32,768 only the rows that occur are updated
     ngram_dropout: float = 0.0  # share of the n-grams that training leaves out, each id's of each size by chance
     window: int | None = 512  # ids that an id attends to, itself included; None: the whole row
@@ -88,7 +89,8 @@ class FlatConfig(TableConfig):
     dropout: float = 0.0  # dropout rate
 
     # Fields that the records of earlier models lack. Their defaults are what those models were.
-    ADDED_FIELDS = ("ngram_sizes", "patch_ngrams", "hash_rows", "ngram_dropout", "relu2", "logit_softcap")
+    ADDED_FIELDS = ("ngram_sizes", "patch_ngrams", "gate_ngrams", "hash_rows", "ngram_dropout")
+    ADDED_FIELDS += ("relu2", "logit_softcap")
 
     def __post_init__(self):
         check_positive(self, "dim", "n_layers", "n_heads", "window", "rope_theta", "norm_eps")
@@ -133,6 +135,7 @@ class TemplateConfig(RunConfig, FlatConfig):
     window: int | None = None  # ids that one attends to, itself included; None: by model and size, bpe: all of the row
     ngram_sizes: list[int] = field(default_factory=list)  # bytes (bpe: tokens) in the hashed n-grams; none: no tables
     patch_ngrams: list[int] = field(default_factory=list)  # flat: n-grams that begin this many words before
+    gate_ngrams: list[int] = field(default_factory=list)  # bytes (bpe: tokens) in the n-grams of gates; none: no gates
     hash_rows: int | None = None  # rows of each n-gram size's table; None: by table_parameters
     table_parameters: int | None = None  # numbers in all tables together; None: as many as llm.py's of this size have
     vocab_size: int = 4096  # bpe: tokens in the vocabulary, the 256 bytes included
@@ -188,18 +191,18 @@ class TemplateConfig(RunConfig, FlatConfig):
     def _choose_hash_rows(self):
         """Choose the rows of each table so that all tables together have table_parameters numbers, nearly."""
         check_positive(self, "dim", "table_parameters")
-        if self.n_tables == 0:
+        if not self.has_tables:
             if self.table_parameters is not None:
                 raise ValueError(
-                    "table_parameters needs --ngram_sizes or --patch_ngrams; without them there are no tables"
+                    "table_parameters needs --ngram_sizes, --patch_ngrams or --gate_ngrams; "
+                    "without them there are no tables"
                 )
             self.hash_rows = FlatConfig.hash_rows if self.hash_rows is None else self.hash_rows
             return
         n_numbers = self.table_parameters
         if n_numbers is None:
-            blt = LLMConfig(preset=self.preset)
-            n_numbers = blt.n_tables * blt.hash_rows * blt.encoder_dim
-        rows = max(1, round(n_numbers / (self.n_tables * self.dim)))
+            n_numbers = LLMConfig(preset=self.preset).table_numbers
+        rows = max(1, round(n_numbers / ((self.n_tables + len(self.gate_ngrams)) * self.dim)))
         if self.hash_rows is None:
             self.hash_rows = rows
         elif self.table_parameters is not None and self.hash_rows != rows:
@@ -213,7 +216,8 @@ class PlainTransformer(nn.Module):
     """A causal transformer over ids: embedding, blocks, norm, head. Attention keeps documents apart, as in the BLT.
 
     With hash tables, the sum of each id's n-gram embeddings is added to its embedding, as in
-    the BLT's encoder.
+    the BLT's encoder. With gates, what each layer's attention reads is multiplied, as what the BLT's
+    decoder reads from patches.
 
     vocabulary: what the ids mean (`ids.Vocabulary`). Its boundary opens a document as input and
     ends it as target, so there is one class for each id and one for the document's end.
@@ -234,6 +238,11 @@ class PlainTransformer(nn.Module):
                 vocabulary.boundary,
                 config.ngram_dropout,
                 len(config.patch_ngrams),
+            )
+        self.gate_embedding = None
+        if config.gate_ngrams:
+            self.gate_embedding = HashEmbedding(
+                config.gate_ngrams, config.hash_rows, config.dim, vocabulary.boundary, config.ngram_dropout
             )
         if config.patch_ngrams:
             is_space_like = torch.from_numpy(SpaceRule.is_space_like)
@@ -263,14 +272,18 @@ class PlainTransformer(nn.Module):
                 spans_BTS = hash_spans(ids_BT, words.starts_before(config.patch_ngrams))
             x_BTD = x_BTD + hash_embedding.embed(hash_embedding, ids_BT, documents_BT, spans_BTS)
         x_BTD = self.dropout(as_stream(x_BTD))
+        gates_BTD = None
+        gate_embedding = self.gate_embedding
+        if gate_embedding is not None:
+            gates_BTD = as_stream(gate_embedding.embed(gate_embedding, ids_BT, documents_BT))
         for block in self.blocks:
-            x_BTD, _ = block(x_BTD, plan)
+            x_BTD, _ = block(x_BTD, plan, gates_BTD=gates_BTD)
         return logits_of(self.head, self.norm(x_BTD), config.logit_softcap)
 
     def parameters_by_part(self):
         """{"hash embedding", "embedding", "layers", "head": number of parameters}; the parts sum to the whole."""
         parts = {
-            "hash embedding": [] if self.hash_embedding is None else [self.hash_embedding],
+            "hash embedding": [x for x in (self.hash_embedding, self.gate_embedding) if x is not None],
             "embedding": [self.embedding],
             "layers": [self.blocks, self.norm],
             "head": [self.head],

@@ -311,7 +311,7 @@ class IncrementalBLT:
         open_states_BCD = torch.zeros(n_rows, OPEN_COLUMNS, config.encoder_dim, dtype=dtype, device=self.device)
         self.open_states = [open_states_BCD.clone() for _ in model.encoder.cross_attentions]
 
-        self.ngrams = NgramHashes(config.ngram_sizes, n_rows)
+        self.ngrams = NgramHashes([*config.ngram_sizes, *config.gate_ngrams], n_rows)
         self.spans = SpanHashes(config.patch_ngrams, n_rows) if config.patch_ngrams else None
         self.step = None
 
@@ -474,13 +474,17 @@ class IncrementalBLT:
         arrays = {"ids": ids_BN}
         for part in ("encoder", "decoder"):
             arrays |= named(part, self.caches[part].plan(self.row_length, N, self.device))
+        config = self.model.config
         hashes_BNS, released_BT = self.ngrams.read(ids_BN)
+        hashes_BNS, gate_hashes_BNS = np.split(hashes_BNS, [len(config.ngram_sizes)], axis=2)
         span_states = None
         if self.spans is not None:
             spans_BNS, span_states = self.spans.read(ids_BN, is_end_BN)
             hashes_BNS = np.concatenate((hashes_BNS, spans_BNS), axis=2)
-        if self.model.encoder.hash_embedding is not None:
-            arrays["hashes"] = hashes_BNS % self.model.config.hash_rows
+        if config.n_tables:
+            arrays["hashes"] = hashes_BNS % config.hash_rows
+        if config.gate_ngrams:
+            arrays["gate hashes"] = gate_hashes_BNS % config.hash_rows
         arrays["open_slots"] = self._open_slots(N)
         n_complete_B = is_end_BN.sum(axis=1)
         P = int(n_complete_B.max(initial=0))
@@ -515,9 +519,12 @@ class IncrementalBLT:
         latents_BPG = self.newest_latent_BG[:, None]
         if "patch_of_column" in tensors:
             latents_BPG = self._complete_patches(tensors, latents_BPG)
+        gates_BND = None
+        if "gate hashes" in tensors:
+            gates_BND = self.model.decoder.gate_embedding.sums(tensors["gate hashes"])
         plan = CachedAttentionPlan(self.caches["decoder"], *take(tensors, PLAN, "decoder"))
         layers = self._layer_numbers("decoder")
-        out_BND = self.model.decoder(states[-1], latents_BPG, plan, tensors["read"], layers)
+        out_BND = self.model.decoder(states[-1], latents_BPG, plan, tensors["read"], gates_BND, layers)
         return self.model.logits(out_BND), latents_BPG
 
     def _complete_patches(self, tensors, old_B1G):

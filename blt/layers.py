@@ -200,9 +200,14 @@ class Block(nn.Module):
         self.feed_forward = SquaredReLU(dim, ffn_dim) if relu2 else FeedForward(dim, ffn_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTD, plan, past=None):
-        """Returns the new states [B, T, D] and the row's (keys, values) of `SelfAttention`."""
+    def forward(self, x_BTD, plan, past=None, gates_BTD=None):
+        """Returns the new states [B, T, D] and the row's (keys, values) of `SelfAttention`.
+
+        gates_BTD: the attention's output is multiplied by 1 + gates; None: as it is.
+        """
         attended, keys_values = self.attention(self.attention_norm(x_BTD), plan, past)
+        if gates_BTD is not None:
+            attended = attended * (1 + gates_BTD)
         x_BTD = x_BTD + self.dropout(attended)
         x_BTD = x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
         return x_BTD, keys_values

@@ -26,18 +26,23 @@ DENSE_HASH_ROWS = 32768
 
 
 class TableConfig:
-    """What configs with ngram_sizes and patch_ngrams have in common."""
+    """What configs with ngram_sizes, patch_ngrams and gate_ngrams have in common."""
 
     @property
     def n_tables(self):
-        """Hash tables: one for each n-gram size, one for each of the patch n-grams."""
+        """Hash tables of embeddings: one for each n-gram size, one for each of the patch n-grams."""
         return len(self.ngram_sizes) + len(self.patch_ngrams)
+
+    @property
+    def has_tables(self):
+        """Whether there is a hash table, of embeddings or of gates."""
+        return self.n_tables > 0 or len(self.gate_ngrams) > 0
 
 
 def check_tables(config):
     """Raise ValueError unless what a config says of hash tables describes some, or none."""
     check_positive(config, "hash_rows")
-    for name, least in (("ngram_sizes", 2), ("patch_ngrams", 0)):
+    for name, least in (("ngram_sizes", 2), ("patch_ngrams", 0), ("gate_ngrams", 2)):
         values = getattr(config, name)
         are_numbers = all(isinstance(n, int) and n >= least for n in values)
         are_different = len(set(values)) == len(values)

@@ -81,7 +81,8 @@ def _row_logits(model, ids, lengths):
     states_TD, vectors = _encode(model, ids, documents, lengths, patches, byte_mask_TT)
     latents_PG = _latent(model, vectors, patches)
     # The decoder goes on from the encoder's byte states. It has no embeddings of its own.
-    states_TD = _decode(model, states_TD, latents_PG, patches, byte_mask_TT)
+    gates_TD = _gates(model, ids, documents)
+    states_TD = _decode(model, states_TD, latents_PG, patches, byte_mask_TT, gates_TD)
     logits_TV = _rms_norm(model.decoder.norm, states_TD, config.norm_eps) @ model.head.weight.T
     if config.logit_softcap > 0:
         logits_TV = config.logit_softcap * (logits_TV / config.logit_softcap).tanh()
@@ -124,7 +125,8 @@ def _encode(model, ids, documents, lengths, patches, byte_mask_TT):
     x_TD = encoder.byte_embedding.weight[torch.tensor(ids, device=device)]
     if config.n_tables:
         tables = encoder.hash_embedding.tables.weight
-        x_TD = x_TD + _hash_sum(tables, config, ids, documents, lengths, device)
+        x_TD = x_TD + _hash_sum(tables, config, config.ngram_sizes, ids, documents)
+        x_TD = x_TD + _patch_hash_sum(tables, config, ids, documents, lengths)
     # The patches' vectors are made after the first layer with a cross-attention, and each later
     # cross-attention refines them.
     vectors = None
@@ -137,7 +139,8 @@ def _encode(model, ids, documents, lengths, patches, byte_mask_TT):
         if vectors is None:
             vectors = [_pooled_vectors(encoder, config, x_TD[patch.members]) for patch in patches]
         w = cross_weights(encoder.cross_attentions[layer - first_cross])
-        vectors = [_cross(w, own, x_TD[patch.members]) for own, patch in zip(vectors, patches)]
+        # The residual counts twice, as in the released weights.
+        vectors = [2 * own + _attended(w, own, x_TD[patch.members]) for own, patch in zip(vectors, patches)]
     return x_TD, vectors
 
 
@@ -161,7 +164,16 @@ def _latent(model, vectors, patches):
     return x_PG
 
 
-def _decode(model, x_TD, latents_PG, patches, byte_mask_TT):
+def _gates(model, ids, documents):
+    """What the cross-attentions' outputs are multiplied by for each byte: [T, D], or 1."""
+    config = model.config
+    if not config.gate_ngrams:
+        return 1
+    tables = model.decoder.gate_embedding.tables.weight
+    return 1 + _hash_sum(tables, config, config.gate_ngrams, ids, documents)
+
+
+def _decode(model, x_TD, latents_PG, patches, byte_mask_TT, gates_TD):
     """The local decoder: from the encoder's byte states and the latent states to states [T, D].
 
     Input t reads the newest patch that is complete before id t + 1. So the readers of a patch are its
@@ -184,8 +196,9 @@ def _decode(model, x_TD, latents_PG, patches, byte_mask_TT):
             w = cross_weights(decoder.cross_attentions[layer])
             attended = []
             for first, end, own in zip(first_readers, end_readers, vectors):
-                attended.append(_cross(w, x_TD[first:end], own))
-            x_TD = torch.cat(attended)
+                attended.append(_attended(w, x_TD[first:end], own))
+            # The residual counts twice, as in the released weights.
+            x_TD = 2 * x_TD + gates_TD * torch.cat(attended)
         x_TD = _block(block_weights(block), x_TD, byte_mask_TT, config)
     return x_TD
 
@@ -193,21 +206,33 @@ def _decode(model, x_TD, latents_PG, patches, byte_mask_TT):
 # ---------------------------------------------------------------------------------- its parts
 
 
-def _hash_sum(tables, config, ids, documents, lengths, device):
-    """The sum [T, D] of each id's n-gram embeddings: of each n-gram size and each of the patch n-grams."""
-    # The released code's ids: byte b is b + 4, the boundary 1. What is before the document is 0.
-    released_ids = [1 if byte == BOUNDARY else byte + 4 for byte in ids]
+def _released_ids(ids):
+    """The released code's ids: byte b is b + 4, the boundary 1."""
+    return [1 if byte == BOUNDARY else byte + 4 for byte in ids]
+
+
+def _hash_sum(tables, config, sizes, ids, documents):
+    """The sum [T, D] of each id's n-gram embeddings of these sizes, the first tables."""
+    released_ids = _released_ids(ids)
     total_TD = 0
-    for table, n in enumerate(config.ngram_sizes):
+    for table, n in enumerate(sizes):
         rows = []
         for t in range(len(ids)):
             value = 0
             for i in range(n):
                 position = t - n + 1 + i
+                # What is before the document counts as 0.
                 if position >= 0 and documents[position] == documents[t]:
                     value += released_ids[position] * 1_000_000_007**i
             rows.append(_table_row(value, table, config))
-        total_TD = total_TD + tables[torch.tensor(rows, device=device)]
+        total_TD = total_TD + tables[torch.tensor(rows, device=tables.device)]
+    return total_TD
+
+
+def _patch_hash_sum(tables, config, ids, documents, lengths):
+    """The sum [T, D] of the embeddings of each id's patch n-grams, the last tables."""
+    released_ids = _released_ids(ids)
+    total_TD = 0
     for table, n_before in enumerate(config.patch_ngrams, len(config.ngram_sizes)):
         rows = []
         for t in range(len(ids)):
@@ -216,7 +241,7 @@ def _hash_sum(tables, config, ids, documents, lengths, device):
                 if documents[position] == documents[t]:
                     value = value * 1_000_000_007 + released_ids[position]
             rows.append(_table_row(value, table, config))
-        total_TD = total_TD + tables[torch.tensor(rows, device=device)]
+        total_TD = total_TD + tables[torch.tensor(rows, device=tables.device)]
     return total_TD
 
 
@@ -301,12 +326,11 @@ def _block(w, x_TD, mask_TT, config):
     return x_TD + hidden @ w["w2"].T
 
 
-def _cross(w, queries_QD, keys_SD):
-    """Cross-attention of all queries to all keys, which are the values as well."""
+def _attended(w, queries_QD, keys_SD):
+    """What all queries read by cross-attention to all keys, which are the values as well."""
     normed_SD = _rms_norm(w["key_norm"], keys_SD, w["key_norm"].eps)
     normed_QD = _rms_norm(w["query_norm"], queries_QD, w["query_norm"].eps)
     q = _split_heads(normed_QD @ w["q"].T, w["n_heads"])
     k = _split_heads(normed_SD @ w["k"].T, w["n_heads"])
     v = _split_heads(normed_SD @ w["v"].T, w["n_heads"])
-    # The residual counts twice, as in the released weights.
-    return 2 * queries_QD + _softmax_attention(q, k, v) @ w["o"].T
+    return _softmax_attention(q, k, v) @ w["o"].T

@@ -47,7 +47,7 @@ OPTIONS = {
     "cross-attention at one layer": dict(cross_attn_all_layers_decoder=False),
     "k = 4": dict(cross_attn_k=4),
     "no n-grams": dict(ngram_sizes=[]),
-    "patch n-grams": dict(patch_ngrams=[0, 1]),
+    "patch n-grams, gates": dict(patch_ngrams=[0, 1], gate_ngrams=[2, 3]),
     "dropout": dict(dropout=0.1),
     "squared ReLU and soft cap": dict(relu2=True, logit_softcap=15.0),
     "dropout of n-grams": dict(ngram_dropout=0.1),

@@ -549,6 +549,7 @@ def test_transformers_generates_what_our_model_does(trained_entropy_model):
         (dict(decoder_dim=64), "BLTConfig.decoder_dim is 64"),
         (dict(ngram_sizes=[]), "ngram_sizes is empty"),
         (dict(patch_ngrams=[0]), r"BLTConfig.patch_ngrams is \[0\]"),
+        (dict(gate_ngrams=[2]), r"BLTConfig.gate_ngrams is \[2\]"),
         (dict(encoder_layers=2, cross_attn_all_layers_encoder=True), "cross_attn_all_layers_encoder is True"),
     ],
 )

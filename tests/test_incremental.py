@@ -39,6 +39,8 @@ CONFIGS = {
     "same width": dict(global_dim=64),
     "patch n-grams": dict(patch_ngrams=[0, 2]),
     "patch n-grams alone": dict(patch_ngrams=[1, 0], ngram_sizes=[]),
+    "gates": dict(gate_ngrams=[2, 5], patch_ngrams=[0], ngram_sizes=[3, 2]),
+    "gates alone, other widths": dict(gate_ngrams=[4], ngram_sizes=[], decoder_dim=48),
     "squared ReLU, soft cap, dropout of n-grams": dict(relu2=True, logit_softcap=1.5, ngram_dropout=0.5),
 }
 TEXT = "".join(

@@ -206,18 +206,21 @@ LEAKS = {
     "attention": (AttentionPlan, "attend", unmasked),
     "patch": (PatchMap, "__init__", read_the_next_patch),
     "tables": (HashEmbedding, "forward", hash_the_next_id),
+    "gates": (HashEmbedding, "forward", hash_the_next_id),
     "patch n-grams": (blt_model, "hash_spans", hash_spans_to_the_next_id),
     "words": (template_llm, "hash_spans", hash_spans_to_the_next_id),
 }
 
 
 @pytest.mark.parametrize("rows", [64, 200], ids=["dense", "sparse"])
-@pytest.mark.parametrize("leak, kind", [("attention", "blt"), ("patch", "blt"), ("tables", "blt"),
-                                        ("patch n-grams", "blt"), ("words", "flat"),
+@pytest.mark.parametrize("leak, kind", [("attention", "blt"), ("patch", "blt"), ("tables", "blt"), ("gates", "blt"),
+                                        ("patch n-grams", "blt"), ("words", "flat"), ("gates", "flat"),
                                         ("attention", "flat"), ("tables", "flat")])  # fmt: skip
 def test_the_leak_gate_sees_behind_zeros(leak, kind, rows, monkeypatch):
     monkeypatch.setattr(ngrams, "DENSE_HASH_ROWS", 100)
     tables = dict(hash_rows=rows, patch_ngrams=[0, 1] if leak in ("patch n-grams", "words") else [])
+    if leak == "gates":
+        tables |= dict(ngram_sizes=[], gate_ngrams=[2, 3])
     model = zeroed_blt(**tables) if kind == "blt" else zeroed_flat(**tables)
     arguments = (patcher() if kind == "blt" else None, random_bytes(70))
     zeros = zeros_of(model)

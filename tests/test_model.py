@@ -43,6 +43,8 @@ VARIANTS = {
     "squared ReLU, soft cap": dict(relu2=True, logit_softcap=5.0),
     "patch n-grams": dict(patch_ngrams=[0, 1, 3]),
     "patch n-grams alone": dict(patch_ngrams=[2], ngram_sizes=[]),
+    "gates": dict(gate_ngrams=[2, 4], patch_ngrams=[0], decoder_layers=2),
+    "gates alone, other widths": dict(gate_ngrams=[3], ngram_sizes=[], decoder_dim=48),
 }
 # The threshold that each method is tested with.
 METHODS = {"global": 5.05, "monotonic": 0.0, "static": 4, "space": 1.0, "cumulative": 20.0}
@@ -605,6 +607,7 @@ def test_config_errors():
         (dict(ngram_sizes=[3, 3]), "ngram_sizes"),
         (dict(patch_ngrams=[0, 0]), r"patch_ngrams is \[0, 0\]"),
         (dict(patch_ngrams=[-1]), "0 or more"),
+        (dict(gate_ngrams=[1]), "2 or more"),
         (dict(ngram_dropout=1.0), "ngram_dropout is 1.0"),
         (dict(logit_softcap=-1.0), "logit_softcap is -1.0"),
         (dict(encoder_dim=33), "width 33"),

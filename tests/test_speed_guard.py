@@ -401,7 +401,9 @@ def test_blt_is_one_graph_and_compiles_once(attention, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(relu2=True, logit_softcap=5.0), dict(ngram_dropout=0.2), dict(patch_ngrams=[0, 1])], ids=str
+    "options",
+    [dict(relu2=True, logit_softcap=5.0), dict(ngram_dropout=0.2), dict(patch_ngrams=[0, 1], gate_ngrams=[2])],
+    ids=str,
 )
 def test_options_are_one_graph(options):
     model = blt(ngram_sizes=[3], **options).train()

@@ -61,6 +61,8 @@ def vocabulary(tmp_path_factory):
         "flat with tables",
         "bpe with tables",
         "flat with words",
+        "flat with gates",
+        "bpe with gates",
         "flat with options",
     ]
 )
@@ -74,6 +76,10 @@ def model(request, vocabulary):
     if request.param == "flat with options":
         options = dict(relu2=True, logit_softcap=5.0, qk_norm=True, ngram_sizes=[2], ngram_dropout=0.5)
         return FlatByteTransformer(FlatConfig(window=8, **sizes, **options)).eval()
+    if request.param == "bpe with gates":
+        return BPETransformer(BPEConfig(ngram_sizes=[2], gate_ngrams=[2, 3], **sizes), vocabulary).eval()
+    if request.param == "flat with gates":
+        return FlatByteTransformer(FlatConfig(gate_ngrams=[2, 4], window=8, **sizes)).eval()
     if request.param == "flat with words":
         return FlatByteTransformer(FlatConfig(ngram_sizes=[2], patch_ngrams=[0, 1], window=8, **sizes)).eval()
     ngram_sizes = [2, 3, 8] if request.param == "flat with tables" else []
@@ -269,6 +275,8 @@ def test_tables_have_as_many_parameters_as_asked():
         assert len(sizes) * config.hash_rows * config.dim == pytest.approx(wanted, rel=1e-3)
         # A config that is made again from its values is the same.
         assert replace(config) == config
+    gated = TemplateConfig(preset=["nano", "cpu"], ngram_sizes=[2, 3], gate_ngrams=[2], table_parameters=288_000)
+    assert gated.hash_rows == 1000
     config = TemplateConfig(preset=["nano", "cpu"], ngram_sizes=[2, 3], table_parameters=192_000)
     assert config.hash_rows == 1000 and replace(config, seed=2).hash_rows == 1000
     assert TemplateConfig(ngram_sizes=[2], hash_rows=77).hash_rows == 77
@@ -466,9 +474,9 @@ def test_parameters_and_their_optimizers(model):
     parts = model.parameters_by_part()
     assert set(parts) == {"hash embedding", "embedding", "layers", "head"}
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    assert parts["hash embedding"] == model.config.n_tables * 64 * 32
+    assert parts["hash embedding"] == (model.config.n_tables + len(model.config.gate_ngrams)) * 64 * 32
     muon, adam, *of_tables = make_optimizers(model, RunConfig())
-    assert len(of_tables) == (1 if model.config.n_tables else 0)
+    assert len(of_tables) == (1 if model.config.has_tables else 0)
     matrices_of_adam = [p for group in adam.param_groups for p in group["params"] if p.dim() == 2]
     assert sum(p.numel() for p in matrices_of_adam) == parts["embedding"] + parts["head"]
     # q, k, v, o, w1, w2 and w3 of two layers; squared ReLU has no w3
@@ -544,6 +552,7 @@ def test_settings():
         (dict(model="bpe", patch_ngrams=[0]), "need --model flat"),
         (dict(ngram_sizes=[3], hash_rows=0), "hash_rows is 0"),
         (dict(ngram_sizes=[3], hash_rows=9, table_parameters=999), "hash_rows or table_parameters"),
+        (dict(gate_ngrams=[1]), r"gate_ngrams is \[1\]"),
         (dict(table_parameters=999), "table_parameters needs --ngram_sizes"),
         (dict(ngram_sizes=[3], table_parameters=0), "table_parameters is 0"),
     ],
