@@ -175,7 +175,8 @@ class DecoderCrossAttention(CrossAttention):
         attended_BTHK = attend_to_patches(*self.project(bytes_BTD, patches_BPkD), read_N)
         read_BTD = self.wo(attended_BTHK.flatten(2))
         if gates_BTD is not None:
-            read_BTD = read_BTD * (1 + gates_BTD)
+            # Multiplied in fp32: bf16 has no number between 1 and 1.0078.
+            read_BTD = as_stream(read_BTD * (1 + gates_BTD))
         return 2 * bytes_BTD + read_BTD
 
 
@@ -305,8 +306,6 @@ class LocalDecoder(nn.Module):
         bytes_BTD: the encoder's byte states. read_N: the patch that each byte reads, `PatchMap.read`.
         gates_BTD: the `HashEmbedding` of the ids' gate n-grams, or None.
         """
-        if gates_BTD is not None:
-            gates_BTD = as_stream(gates_BTD)
         patches_BPkD = self.patch_vectors(latents_BPG).unflatten(-1, (self.k, -1))
         x_BTD = self.dropout(self.from_encoder(bytes_BTD))
         for layer, block in enumerate(self.blocks):

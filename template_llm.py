@@ -275,7 +275,7 @@ class PlainTransformer(nn.Module):
         gates_BTD = None
         gate_embedding = self.gate_embedding
         if gate_embedding is not None:
-            gates_BTD = as_stream(gate_embedding.embed(gate_embedding, ids_BT, documents_BT))
+            gates_BTD = gate_embedding.embed(gate_embedding, ids_BT, documents_BT)
         for block in self.blocks:
             x_BTD, _ = block(x_BTD, plan, gates_BTD=gates_BTD)
         return logits_of(self.head, self.norm(x_BTD), config.logit_softcap)

@@ -207,7 +207,8 @@ class Block(nn.Module):
         """
         attended, keys_values = self.attention(self.attention_norm(x_BTD), plan, past)
         if gates_BTD is not None:
-            attended = attended * (1 + gates_BTD)
+            # Multiplied in fp32: bf16 has no number between 1 and 1.0078.
+            attended = as_stream(attended * (1 + gates_BTD))
         x_BTD = x_BTD + self.dropout(attended)
         x_BTD = x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
         return x_BTD, keys_values
