@@ -972,7 +972,7 @@ def bench_scaling(job, config, peak):
         # Sweeps cross: a point that two of them share is measured once.
         for point in jobs:
             if point.name not in known:
-                known[point.name] = bench_point(point, config, peak)
+                known[point.name] = bench_point(point, replace(config, profile=False), peak)
         return [known[point.name] for point in jobs]
 
     rows = config.scaling_rows
