@@ -89,8 +89,9 @@ class FlatConfig(TableConfig):
     dropout: float = 0.0  # dropout rate
 
     # Fields that the records of earlier models lack. Their defaults are what those models were.
-    ADDED_FIELDS = ("ngram_sizes", "patch_ngrams", "gate_ngrams", "hash_rows", "ngram_dropout")
-    ADDED_FIELDS += ("relu2", "logit_softcap")
+    ADDED_FIELDS = (
+        "ngram_sizes", "patch_ngrams", "gate_ngrams", "hash_rows", "ngram_dropout", "relu2", "logit_softcap",
+    )  # fmt: skip
 
     def __post_init__(self):
         check_positive(self, "dim", "n_layers", "n_heads", "window", "rope_theta", "norm_eps")
