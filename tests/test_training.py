@@ -316,6 +316,21 @@ def test_rows_waste_little():
     assert byte_waste < 0.05 and patch_waste < 0.05
 
 
+def test_rows_of_uneven_patches_waste_bytes_and_slots_alike():
+    """Half of the text has patches five times as long: with 4.5% empty slots at most, half of all bytes are padding."""
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, 3000, dtype=np.uint8) for _ in range(100)]
+    shares = np.resize([1 / 4, 1 / 20], len(documents))
+    flags = np.concatenate([[True], *(rng.random(len(d) + 1) < share for d, share in zip(documents, shares))])
+    starts = BitArray()
+    starts.append(flags)
+    starts.close()
+    stream = DocumentStream.of_documents(documents)
+    byte_waste, patch_waste = TrainingRows(stream, 1024, starts).padding()
+    assert abs(byte_waste - patch_waste) < 0.05 and byte_waste < 0.25
+    assert TrainingRows(stream, 1024, starts, patch_slots=80).padding()[0] > 0.5
+
+
 def test_shuffle_is_a_permutation_each_epoch():
     stream = DocumentStream.of_documents([np.arange(100, dtype=np.uint8)])
     rows = TrainingRows(stream, 10)
