@@ -82,7 +82,7 @@ class BLTConfig(TableConfig):
     decoder_ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     cross_attn_all_layers_decoder: bool = True  # cross-attention before every decoder layer, not the first only
     # all
-    gate_ngrams: list[int] = field(default_factory=list)  # n-grams that scale what a byte reads of a patch
+    gate_ngrams: list[int] = field(default_factory=list)  # n-grams that scale what a byte reads
     window: int = 512  # bytes that a byte attends to in the local layers, itself included
     rope_theta: float = 500000.0  # base of the rotary embedding's wavelengths
     norm_eps: float = 1e-5  # RMSNorm's epsilon
@@ -113,7 +113,8 @@ class BLTConfig(TableConfig):
     @property
     def table_numbers(self):
         """Numbers in all hash tables together."""
-        return self.hash_rows * (self.n_tables * self.encoder_dim + len(self.gate_ngrams) * self.decoder_dim)
+        width = self.n_tables * self.encoder_dim + len(self.gate_ngrams) * self.decoder_dim
+        return self.hash_rows * width
 
     def dim(self, part):
         """The width of 'encoder', 'global' or 'decoder'."""
@@ -288,7 +289,8 @@ class LocalDecoder(nn.Module):
         self.patch_vectors = nn.Linear(config.global_dim, self.k * D, bias=False)
         self.gate_embedding = None
         if config.gate_ngrams:
-            self.gate_embedding = HashEmbedding(config.gate_ngrams, config.hash_rows, D, dropout=config.ngram_dropout)
+            tables = (config.gate_ngrams, config.hash_rows, D)
+            self.gate_embedding = HashEmbedding(*tables, dropout=config.ngram_dropout)
         # Cross-attention comes before every layer, or before the first one only.
         n_cross = config.decoder_layers if config.cross_attn_all_layers_decoder else 1
         self.cross_attentions = nn.ModuleList(

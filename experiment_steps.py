@@ -175,7 +175,8 @@ class Bench:
         size = self.budget.size if size is None else size
         blt = self.llm_config(size)
         sizes = blt.ngram_sizes if model == "flat" else [2, 3]
-        numbers = blt.table_numbers if hash_rows is None else blt.table_numbers // blt.hash_rows * hash_rows
+        hash_rows = blt.hash_rows if hash_rows is None else hash_rows
+        numbers = blt.table_numbers // blt.hash_rows * hash_rows
         return {"ngram_sizes": sizes, "hash_rows": round(numbers / len(sizes) / SHAPES[model][size][0])}
 
     def part(self, name, settings, output="output", seeded=True):

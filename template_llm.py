@@ -77,7 +77,7 @@ class FlatConfig(TableConfig):
     n_heads: int | None = None  # attention heads; None: heads of about 64 channels
     ngram_sizes: list[int] = field(default_factory=list)  # ids in the hashed n-grams; none: no hash tables
     patch_ngrams: list[int] = field(default_factory=list)  # n-grams that begin this many words before a byte's own
-    gate_ngrams: list[int] = field(default_factory=list)  # ids in the n-grams that scale what attention reads
+    gate_ngrams: list[int] = field(default_factory=list)  # n-grams that scale what attention reads
     hash_rows: int = 16384  # rows of each n-gram size's table; above 32,768 only the rows that occur are updated
     ngram_dropout: float = 0.0  # share of the n-grams that training leaves out, each id's of each size by chance
     window: int | None = 512  # ids that an id attends to, itself included; None: the whole row
@@ -136,7 +136,7 @@ class TemplateConfig(RunConfig, FlatConfig):
     window: int | None = None  # ids that one attends to, itself included; None: by model and size, bpe: all of the row
     ngram_sizes: list[int] = field(default_factory=list)  # bytes (bpe: tokens) in the hashed n-grams; none: no tables
     patch_ngrams: list[int] = field(default_factory=list)  # flat: n-grams that begin this many words before
-    gate_ngrams: list[int] = field(default_factory=list)  # bytes (bpe: tokens) in the n-grams of gates; none: no gates
+    gate_ngrams: list[int] = field(default_factory=list)  # n-grams that scale what attention reads
     hash_rows: int | None = None  # rows of each n-gram size's table; None: by table_parameters
     table_parameters: int | None = None  # numbers in all tables together; None: as many as llm.py's of this size have
     vocab_size: int = 4096  # bpe: tokens in the vocabulary, the 256 bytes included
@@ -242,9 +242,8 @@ class PlainTransformer(nn.Module):
             )
         self.gate_embedding = None
         if config.gate_ngrams:
-            self.gate_embedding = HashEmbedding(
-                config.gate_ngrams, config.hash_rows, config.dim, vocabulary.boundary, config.ngram_dropout
-            )
+            sizes = (config.gate_ngrams, config.hash_rows, config.dim)
+            self.gate_embedding = HashEmbedding(*sizes, vocabulary.boundary, config.ngram_dropout)
         if config.patch_ngrams:
             is_space_like = torch.from_numpy(SpaceRule.is_space_like)
             self.register_buffer("is_space_like", is_space_like, persistent=False)

@@ -140,7 +140,8 @@ def _encode(model, ids, documents, lengths, patches, byte_mask_TT):
             vectors = [_pooled_vectors(encoder, config, x_TD[patch.members]) for patch in patches]
         w = cross_weights(encoder.cross_attentions[layer - first_cross])
         # The residual counts twice, as in the released weights.
-        vectors = [2 * own + _attended(w, own, x_TD[patch.members]) for own, patch in zip(vectors, patches)]
+        attended = [_attended(w, own, x_TD[patch.members]) for own, patch in zip(vectors, patches)]
+        vectors = [2 * own + new for own, new in zip(vectors, attended)]
     return x_TD, vectors
 
 

@@ -319,8 +319,8 @@ class TrainingRows:
         Example: if all stretches of row_bytes ids have 98 patches, a row needs 98 + 2. Of 104 slots,
         4 / 104 = 3.8% would be empty; of 112, 10.7%. The choice is 104.
 
-        Where stretches differ much in their patches, that would pad too many bytes. Then it is the least
-        multiple of 8 of which no larger share of the bytes than of the slots is padding.
+        Where stretches differ much in their patches, that would pad too many bytes. Then it is the
+        least multiple of 8 of which no larger share of the bytes than of the slots is padding.
         """
         # Patches in each stretch of row_bytes ids. The rows do not exist yet: these stand for them.
         counts = np.zeros(-(-len(self.stream) // self.row_bytes))
@@ -336,8 +336,8 @@ class TrainingRows:
         empty_shares = [np.maximum(slots - counts, 0).mean() / slots for slots in candidates]
         # The shares rise with the slots, so this finds the last candidate below the limit.
         last_below = np.searchsorted(np.array(empty_shares), MAX_PATCH_PADDING) - 1
-        # A stretch of more patches than slots takes counts / slots rows, which are padded in bytes; one of fewer
-        # patches takes one, with empty slots. So this finds the first candidate with as few bytes as slots to spare.
+        # A stretch of more patches than slots takes counts / slots rows, padded in bytes. One of fewer
+        # patches takes one, with empty slots. The first candidate of which no more bytes are padding.
         rows_of_all = np.array([np.maximum(counts / slots, 1).mean() for slots in candidates])
         used_bytes = 1 / rows_of_all
         used_slots = counts.mean() / (candidates * rows_of_all)
