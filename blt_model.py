@@ -81,8 +81,8 @@ class BLTConfig(TableConfig):
     decoder_heads: int | None = None  # attention heads; None: heads of about 64 channels
     decoder_ffn_dim: int | None = None  # hidden width of the feed-forward; None: 8/3 of the width, rounded up to 256
     cross_attn_all_layers_decoder: bool = True  # cross-attention before every decoder layer, not the first only
+    gate_ngrams: list[int] = field(default_factory=list)  # n-grams that scale what cross-attention reads
     # all
-    gate_ngrams: list[int] = field(default_factory=list)  # n-grams that scale what a byte reads
     window: int = 512  # bytes that a byte attends to in the local layers, itself included
     rope_theta: float = 500000.0  # base of the rotary embedding's wavelengths
     norm_eps: float = 1e-5  # RMSNorm's epsilon
