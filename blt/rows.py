@@ -320,7 +320,8 @@ class TrainingRows:
         4 / 104 = 3.8% would be empty; of 112, 10.7%. The choice is 104.
 
         Where stretches differ much in their patches, that would pad too many bytes. Then it is the
-        least multiple of 8 of which no larger share of the bytes than of the slots is padding.
+        multiple of 8 with the smallest sum of both shares of padding, of those up to the first that
+        pads no larger share of the bytes than of the slots.
         """
         # Patches in each stretch of row_bytes ids. The rows do not exist yet: these stand for them.
         counts = np.zeros(-(-len(self.stream) // self.row_bytes))
@@ -336,13 +337,16 @@ class TrainingRows:
         empty_shares = [np.maximum(slots - counts, 0).mean() / slots for slots in candidates]
         # The shares rise with the slots, so this finds the last candidate below the limit.
         last_below = np.searchsorted(np.array(empty_shares), MAX_PATCH_PADDING) - 1
+        fewest = max(0, last_below)
         # A stretch of more patches than slots takes counts / slots rows, padded in bytes. One of fewer
-        # patches takes one, with empty slots. The first candidate of which no more bytes are padding.
+        # patches takes one, with empty slots.
         rows_of_all = np.array([np.maximum(counts / slots, 1).mean() for slots in candidates])
         used_bytes = 1 / rows_of_all
         used_slots = counts.mean() / (candidates * rows_of_all)
         first_balanced = np.argmax(used_bytes >= used_slots)
-        return int(candidates[max(0, last_below, first_balanced)])
+        worth_a_look = slice(fewest, max(fewest, first_balanced) + 1)
+        best = np.argmax((used_bytes + used_slots)[worth_a_look])
+        return int(candidates[worth_a_look][best])
 
     def _split_by_patches(self):
         """row_positions and row_lengths of rows limited by both row_bytes and patch_slots.
