@@ -113,7 +113,7 @@ class BLTConfig(TableConfig):
     @property
     def table_numbers(self):
         """Numbers in all hash tables together."""
-        width = self.n_tables * self.encoder_dim + len(self.gate_ngrams) * self.decoder_dim
+        width = self.n_embedding_tables * self.encoder_dim + len(self.gate_ngrams) * self.decoder_dim
         return self.hash_rows * width
 
     def dim(self, part):
@@ -191,7 +191,7 @@ class LocalEncoder(nn.Module):
         self.config = config
         self.byte_embedding = nn.Embedding(BOUNDARY + 1, D)
         self.hash_embedding = None
-        if config.n_tables:
+        if config.n_embedding_tables:
             self.hash_embedding = HashEmbedding(
                 config.ngram_sizes,
                 config.hash_rows,

@@ -192,7 +192,7 @@ class TemplateConfig(RunConfig, FlatConfig):
     def _choose_hash_rows(self):
         """Choose the rows of each table so that all tables together have table_parameters numbers, nearly."""
         check_positive(self, "dim", "table_parameters")
-        if not self.has_tables:
+        if self.n_tables == 0:
             if self.table_parameters is not None:
                 raise ValueError(
                     "table_parameters needs --ngram_sizes, --patch_ngrams or --gate_ngrams; "
@@ -203,7 +203,7 @@ class TemplateConfig(RunConfig, FlatConfig):
         n_numbers = self.table_parameters
         if n_numbers is None:
             n_numbers = LLMConfig(preset=self.preset).table_numbers
-        rows = max(1, round(n_numbers / ((self.n_tables + len(self.gate_ngrams)) * self.dim)))
+        rows = max(1, round(n_numbers / (self.n_tables * self.dim)))
         if self.hash_rows is None:
             self.hash_rows = rows
         elif self.table_parameters is not None and self.hash_rows != rows:
@@ -231,7 +231,7 @@ class PlainTransformer(nn.Module):
         self.n_classes = vocabulary.boundary + 1
         self.embedding = nn.Embedding(self.n_classes, config.dim)
         self.hash_embedding = None
-        if config.n_tables:
+        if config.n_embedding_tables:
             self.hash_embedding = HashEmbedding(
                 config.ngram_sizes,
                 config.hash_rows,

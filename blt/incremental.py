@@ -481,7 +481,7 @@ class IncrementalBLT:
         if self.spans is not None:
             spans_BNS, span_states = self.spans.read(ids_BN, is_end_BN)
             hashes_BNS = np.concatenate((hashes_BNS, spans_BNS), axis=2)
-        if config.n_tables:
+        if config.n_embedding_tables:
             arrays["hashes"] = hashes_BNS % config.hash_rows
         if config.gate_ngrams:
             arrays["gate hashes"] = gate_hashes_BNS % config.hash_rows

@@ -262,7 +262,7 @@ def choose_dropout(config, stream):
     epochs = config.steps * config.accumulate * config.batch_rows * config.row_bytes / stream.total_bytes
     for name, rate in REREAD_DROPOUT.items():
         if getattr(config, name) is None:
-            is_wanted = epochs > FEW_EPOCHS and (config.has_tables or name != "ngram_dropout")
+            is_wanted = epochs > FEW_EPOCHS and (config.n_tables > 0 or name != "ngram_dropout")
             setattr(config, name, rate if is_wanted else 0.0)
             if is_wanted:
                 print(f"the training text is read {epochs:.1f} times: {name} {rate}")

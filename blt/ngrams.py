@@ -29,14 +29,14 @@ class TableConfig:
     """What configs with ngram_sizes, patch_ngrams and gate_ngrams have in common."""
 
     @property
-    def n_tables(self):
+    def n_embedding_tables(self):
         """Hash tables of embeddings: one for each n-gram size, one for each of the patch n-grams."""
         return len(self.ngram_sizes) + len(self.patch_ngrams)
 
     @property
-    def has_tables(self):
-        """Whether there is a hash table, of embeddings or of gates."""
-        return self.n_tables > 0 or len(self.gate_ngrams) > 0
+    def n_tables(self):
+        """All hash tables, those of gates too."""
+        return self.n_embedding_tables + len(self.gate_ngrams)
 
 
 def check_tables(config):

@@ -123,7 +123,7 @@ def _encode(model, ids, documents, lengths, patches, byte_mask_TT):
     encoder = model.encoder
     device = model.head.weight.device
     x_TD = encoder.byte_embedding.weight[torch.tensor(ids, device=device)]
-    if config.n_tables:
+    if config.n_embedding_tables:
         tables = encoder.hash_embedding.tables.weight
         x_TD = x_TD + _hash_sum(tables, config, config.ngram_sizes, ids, documents)
         x_TD = x_TD + _patch_hash_sum(tables, config, ids, documents, lengths)

@@ -282,6 +282,22 @@ def test_tables_have_as_many_parameters_as_asked():
     assert TemplateConfig(ngram_sizes=[2], hash_rows=77).hash_rows == 77
 
 
+def test_gates_multiply_what_attention_reads():
+    """All gates 1 give twice what each layer's attention reads, so what twice its last matrix gives without gates."""
+    torch.manual_seed(0)
+    sizes = dict(dim=32, n_layers=2, n_heads=2, hash_rows=64)
+    gated = FlatByteTransformer(FlatConfig(gate_ngrams=[2, 3], **sizes)).eval()
+    plain = FlatByteTransformer(FlatConfig(**sizes)).eval()
+    plain.load_state_dict(gated.state_dict(), strict=False)
+    ids = torch.tensor([[256, *b"some text"]])
+    with torch.no_grad():
+        for factor in (1, 2):
+            gated.gate_embedding.tables.weight.fill_((factor - 1) / 2)
+            for block, of_plain in zip(gated.blocks, plain.blocks):
+                of_plain.attention.wo.weight.copy_(factor * block.attention.wo.weight)
+            torch.testing.assert_close(gated(ids), plain(ids))
+
+
 def test_a_record_of_a_model_from_before_there_were_tables(vocabulary, tmp_path):
     model = train("flat", vocabulary, tmp_path, steps=2, eval_every=2)[0]
     old = {name: value for name, value in asdict(model.config).items() if name not in FlatConfig.ADDED_FIELDS}
@@ -474,9 +490,9 @@ def test_parameters_and_their_optimizers(model):
     parts = model.parameters_by_part()
     assert set(parts) == {"hash embedding", "embedding", "layers", "head"}
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    assert parts["hash embedding"] == (model.config.n_tables + len(model.config.gate_ngrams)) * 64 * 32
+    assert parts["hash embedding"] == model.config.n_tables * 64 * 32
     muon, adam, *of_tables = make_optimizers(model, RunConfig())
-    assert len(of_tables) == (1 if model.config.has_tables else 0)
+    assert len(of_tables) == (1 if model.config.n_tables else 0)
     matrices_of_adam = [p for group in adam.param_groups for p in group["params"] if p.dim() == 2]
     assert sum(p.numel() for p in matrices_of_adam) == parts["embedding"] + parts["head"]
     # q, k, v, o, w1, w2 and w3 of two layers; squared ReLU has no w3
